@@ -1,0 +1,23 @@
+"""LoRA on SmolLM2-135M-Instruct: is a movie-review sentence positive or negative?
+
+Command: python -m experiments.run --config configs/quickstart.py
+"""
+
+from configs import common
+
+
+def get_config():
+  config = common.get_config()
+  config.model.dtype = "float32"
+  config.method.targets = "q,v"
+  config.task.name = "rotten_tomatoes"
+  config.objective.prompt_loss_weight = 0.0
+  config.objective.chunk = 128
+  config.data.batch_size = 16
+  config.data.seq_len = 64
+  config.optim.learning_rate = 2e-3
+  config.train.steps = 60
+  config.eval.examples = 400
+  config.eval.batch_size = 32
+  config.eval.seq_len = 64
+  return config

@@ -1,0 +1,41 @@
+"""Runs an experiment: `python -m experiments.run --config configs/x.py[:arg] [--workdir DIR] [--config.key=value]`."""
+
+import os
+import pathlib
+import sys
+
+from absl import app, flags
+from ml_collections import config_flags
+
+CONFIG = config_flags.DEFINE_config_file(
+  "config", None, "Config file, with `:arg` for what it takes.", lock_config=True
+)
+WORKDIR = flags.DEFINE_string("workdir", None, "Where the run is written; runs/<config> by default.")
+DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Join the other processes of a cluster (SLURM, TPU pod, MPI).")
+flags.mark_flag_as_required("config")
+
+
+def main(argv: list[str]) -> None:
+  if len(argv) > 1:
+    raise app.UsageError(f"unexpected argument {argv[1]!r}; settings are written --config.section.key=value")
+  import jax
+  from absl import logging
+
+  from lora_jax import errors, experiment
+
+  logging.set_verbosity(logging.WARNING)
+
+  if DISTRIBUTED.value:
+    jax.distributed.initialize()
+  file = flags.FLAGS["config"].config_filename
+  workdir = WORKDIR.value or os.path.join("runs", pathlib.Path(file.partition(":")[0]).stem)
+  try:
+    experiment.run(CONFIG.value.to_dict(), workdir)
+  except errors.UserError as e:
+    sys.exit(f"error: {e}")
+  except KeyboardInterrupt:
+    sys.exit(f"interrupted; the same command goes on from the last checkpoint in {workdir}")
+
+
+if __name__ == "__main__":
+  app.run(main)

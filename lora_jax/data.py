@@ -1,0 +1,305 @@
+"""Text to batches: encoding, padding to buckets, packing, and an iterator whose state is saved.
+
+A training batch is a dict of numpy arrays [B, T]:
+
+  tokens       int32    input tokens
+  targets      int32    the token after each
+  weights      float32  what the prediction of the target counts: `prompt_loss_weight` in a prompt, 1 in a response
+                        including the token that ends it, 0 at padding
+  positions    int32    0, 1, ... in each example
+  segment_ids  int32    1, 2, ... by example in a row, 0 at padding
+
+A target is always of the same example as its token, so that no loss crosses examples in a packed row.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from lora_jax import errors, tasks
+
+Batch = dict[str, np.ndarray]
+
+
+def buckets(seq_len: int) -> list[int]:
+  """Lengths that batches are padded to: 32, 48, 64, 96, 128, 192, ... and `seq_len` itself."""
+  steps = [n for k in range(5, 31) for n in (2**k, 3 * 2 ** (k - 1))]
+  return [n for n in steps if n < seq_len] + [seq_len]
+
+
+def bucket(length: int, seq_len: int) -> int:
+  """The smallest bucket of at least `length` tokens."""
+  return next(n for n in buckets(seq_len) if n >= length)
+
+
+def turns(tokenizer: Any, formatted: tasks.Formatted | tasks.Chat) -> list[tuple[str, bool]]:
+  """Pieces of text that are tokenised apart, each with whether it is a response; the last one is.
+
+  A conversation is rendered up to each assistant message, so that what precedes a response is the very text that
+  the model is given when it has to generate it.
+  """
+  if isinstance(formatted, tasks.Formatted):
+    return [(formatted.prompt, False), (formatted.response, True)]
+  messages, done, pieces = list(formatted.messages), "", []
+  for i, message in enumerate(messages):
+    if message["role"] != "assistant":
+      continue
+    asked = tokenizer.chat(messages[:i], add_generation_prompt=True)
+    answered = tokenizer.chat(messages[: i + 1], add_generation_prompt=False)
+    if not (asked.startswith(done) and answered.startswith(asked)):
+      raise errors.UserError(
+        f"the model's chat template rewrites earlier turns (before messages[{i}], {message['content'][:40]!r}); "
+        "give it one assistant message a conversation"
+      )
+    pieces += [(asked[len(done) :], False), (answered[len(asked) :], True)]
+    done = answered
+  return pieces
+
+
+def encode(
+  tokenizer: Any,
+  formatted: tasks.Formatted | tasks.Chat,
+  seq_len: int,
+  prompt_loss_weight: float = 0.1,
+  eos: bool = True,
+) -> Batch:
+  """One example: `tokens`, `targets` int32 [n] and `weights` float32 [n], n <= seq_len. See `encode_all`."""
+  return encode_all(tokenizer, [formatted], seq_len, prompt_loss_weight, eos)[0][0]
+
+
+def encode_all(
+  tokenizer: Any,
+  formatted: Sequence[tasks.Formatted | tasks.Chat],
+  seq_len: int,
+  prompt_loss_weight: float = 0.1,
+  eos: bool = True,
+) -> tuple[list[Batch], int]:
+  """All examples as `encode` gives one, and how many were too long.
+
+  Of a long example the left of the prompt is cut, and of the response only what exceeds `seq_len` by itself. With
+  `eos` the token that ends a text follows a response, unless the chat template ends it already.
+  """
+  add_bos, end = tokenizer.add_bos, tokenizer.eos_id
+  encoded, truncated = [], 0
+  for prompt, learned, response in _ids(tokenizer, formatted, add_bos):
+    if eos and end is not None and response[-1:] != [end]:
+      response = [*response, end]
+    truncated += len(prompt) + len(response) > seq_len + 1
+    kept, response = _cut(prompt, response, seq_len + 1, add_bos)
+    ids = np.array([*kept, *response], np.int32)
+    weights = np.ones(len(ids), np.float32)
+    weights[: len(kept)] = np.where(learned[len(prompt) - len(kept) :], 1, prompt_loss_weight)
+    encoded.append({"tokens": ids[:-1], "targets": ids[1:], "weights": weights[1:]})
+  return encoded, truncated
+
+
+def _ids(
+  tokenizer: Any, formatted: Sequence[tasks.Formatted | tasks.Chat], add_bos: bool
+) -> Iterator[tuple[list[int], list[bool], list[int]]]:
+  """Ids of what precedes the response, whether each of them is in an earlier response, and ids of the response.
+
+  A response ends with its first end-of-text token; what a template puts after that is no response. An empty prompt
+  is a single token, so that all of the response is predicted from something.
+  """
+  pieces = [turns(tokenizer, f) for f in formatted]
+  flat = iter(tokenizer.encode_batch([text for example in pieces for text, _ in example]))
+  start = tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id
+  for example in pieces:
+    prompt, learned = [], []
+    for (_, is_response), ids in zip(example, flat, strict=False):
+      n = ids.index(tokenizer.eos_id) + 1 if is_response and tokenizer.eos_id in ids else len(ids)
+      prompt += ids
+      learned += [is_response] * n + [False] * (len(ids) - n)
+    response, cut = ids[:n], len(prompt) - len(ids)
+    prompt, learned = prompt[:cut], learned[:cut]
+    if (add_bos and prompt[:1] != [tokenizer.bos_id]) or (not prompt and start is not None):
+      prompt, learned = [start, *prompt], [False, *learned]
+    yield prompt, learned, response
+
+
+def _cut(prompt: list[int], response: list[int], length: int, keep_first: bool) -> tuple[list[int], list[int]]:
+  """The right of the prompt (and its first token) and the left of the response, `length` tokens at most."""
+  if len(prompt) + len(response) <= length:
+    return prompt, response
+  room = max(length - len(response), 1)
+  first = prompt[: keep_first and 1]
+  kept = first + prompt[len(prompt) - (room - len(first)) :]
+  return kept, response[: length - len(kept)]
+
+
+def pad(examples: Sequence[Batch], length: int, pad_id: int) -> Batch:
+  """A training batch with one example a row."""
+  shape = (len(examples), length)
+  batch = {
+    "tokens": np.full(shape, pad_id, np.int32),
+    "targets": np.full(shape, pad_id, np.int32),
+    "weights": np.zeros(shape, np.float32),
+    "positions": np.zeros(shape, np.int32),
+    "segment_ids": np.zeros(shape, np.int32),
+  }
+  for row, example in enumerate(examples):
+    n = len(example["tokens"])
+    for k, v in example.items():
+      batch[k][row, :n] = v
+    batch["positions"][row, :n] = np.arange(n)
+    batch["segment_ids"][row, :n] = 1
+  return batch
+
+
+@dataclasses.dataclass
+class TrainIterator:
+  """Infinite training batches.
+
+  Fields:
+    source: the grain iterator.
+    examples: how many examples an epoch has.
+    truncated: how many of them were too long.
+  """
+
+  source: Any
+  examples: int
+  truncated: int
+
+  def __iter__(self) -> Iterator[Batch]:
+    return self
+
+  def __next__(self) -> Batch:
+    return next(self.source)
+
+  def get_state(self) -> dict:
+    """Where the iterator is: a dict of ints that JSON can hold."""
+    return self.source.get_state()
+
+  def set_state(self, state: dict) -> None:
+    """Goes to where `get_state` was called; the batches that follow are the same bit for bit."""
+    self.source.set_state(state)
+
+
+def train_iterator(
+  task: tasks.Task,
+  examples: Sequence[dict],
+  tokenizer: Any,
+  *,
+  batch_size: int,
+  seq_len: int,
+  pack: bool = False,
+  eos: bool = True,
+  prompt_loss_weight: float = 0.1,
+  seed: int = 0,
+  process_index: int = 0,
+  process_count: int = 1,
+) -> TrainIterator:
+  """Batches of `task`'s examples for ever, in a new order each epoch that depends on the seed alone.
+
+  Args:
+    examples: what `task.load` gave; encoded once, here.
+    batch_size: rows of the global batch.
+    seq_len: longest row. Unpacked batches are padded to the smallest bucket that holds their longest example.
+    pack: put as many examples in a row of `seq_len` as fit, first fit.
+    eos: learn to end the response.
+    process_index, process_count: this process gets its consecutive share of the rows of each global batch. All
+      processes have to pass the same examples and seed.
+  """
+  import grain
+
+  if batch_size < 1 or seq_len < 1:
+    raise errors.UserError(f"config.data: batch_size={batch_size} and seq_len={seq_len} must be at least 1")
+  if batch_size % process_count:
+    raise errors.UserError(
+      f"config.data.batch_size={batch_size} is no multiple of the number of processes, {process_count}"
+    )
+  if not len(examples):
+    raise errors.UserError(f"task {task.name!r} has no examples to train on")
+  formatted = [task.format(example) for example in examples]
+  encoded, truncated = encode_all(tokenizer, formatted, seq_len, prompt_loss_weight, eos)
+  rows = batch_size // process_count
+  share = slice(process_index * rows, (process_index + 1) * rows)
+  order = grain.MapDataset.source(encoded).seed(seed).shuffle().repeat()
+  if pack:
+    dataset = _packed(order, batch_size, seq_len, _pad_id(tokenizer), share)
+  else:
+    batch = functools.partial(_padded, seq_len=seq_len, pad_id=_pad_id(tokenizer), share=share)
+    dataset = order.batch(batch_size, drop_remainder=True, batch_fn=batch).to_iter_dataset(_in_thread())
+  return TrainIterator(iter(dataset), len(encoded), truncated)
+
+
+def _in_thread() -> Any:
+  """grain's options to read in the calling thread: what is read is in memory."""
+  import grain
+
+  return grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+
+
+def _padded(examples: Sequence[Batch], seq_len: int, pad_id: int, share: slice) -> Batch:
+  longest = max(len(e["tokens"]) for e in examples)
+  return pad(examples[share], bucket(longest, seq_len), pad_id)
+
+
+def _packed(order: Any, batch_size: int, seq_len: int, pad_id: int, share: slice) -> Any:
+  """Examples packed first fit, `batch_size` rows at a time, in the background."""
+  from grain import experimental
+
+  def stack(e):
+    # grain's cost is by feature, so the three arrays go as one; the weights by their bits.
+    return {"x": np.stack([e["tokens"], e["targets"], e["weights"].view(np.int32)], axis=-1)}
+
+  def unstack(rows):
+    x, positions, segment_ids = (
+      np.stack([r[f"x{k}"] for r in rows[share]]) for k in ("", "_positions", "_segment_ids")
+    )
+    tokens, targets = (np.where(segment_ids > 0, x[..., i], np.int32(pad_id)) for i in (0, 1))
+    batch = {"tokens": tokens, "targets": targets, "weights": x[..., 2].copy().view(np.float32)}
+    return batch | {"positions": positions, "segment_ids": segment_ids}
+
+  rows = experimental.FirstFitPackIterDataset(
+    order.map(stack).to_iter_dataset(_in_thread()),
+    length_struct={"x": seq_len},
+    num_packing_bins=batch_size,
+    shuffle_bins=False,
+  )
+  # It takes about 0.1 ms an example: worth hiding behind the step.
+  batches = rows.batch(batch_size, drop_remainder=True, batch_fn=unstack)
+  return experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=2)
+
+
+def eval_batches(
+  task: tasks.Task, examples: Sequence[dict], tokenizer: Any, *, batch_size: int, seq_len: int
+) -> list[Batch]:
+  """Prompts to continue, longest first so that batches need little padding.
+
+  Each batch has `tokens` int32 [B, T], right-padded to a bucket of at most `seq_len` (of a longer prompt the left
+  is cut), `lengths` int32 [B] and `index` int32 [B], which example a row is. Rows that fill up the last batch have
+  index -1 and length 1.
+  """
+  add_bos, pad_id = tokenizer.add_bos, _pad_id(tokenizer)
+  parts = _ids(tokenizer, [task.format(example) for example in examples], add_bos)
+  prompts = [_cut(prompt, [], seq_len, add_bos)[0] for prompt, _, _ in parts]
+  order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
+  batches = []
+  for start in range(0, len(order), batch_size):
+    index = np.full(batch_size, -1, np.int32)
+    index[: len(order) - start] = order[start : start + batch_size]
+    lengths = np.array([len(prompts[i]) if i >= 0 else 1 for i in index], np.int32)
+    tokens = np.full((batch_size, bucket(lengths.max(), seq_len)), pad_id, np.int32)
+    for row, i in enumerate(index[index >= 0]):
+      tokens[row, : lengths[row]] = prompts[i]
+    batches.append({"tokens": tokens, "lengths": lengths, "index": index})
+  return batches
+
+
+def label_ids(task: tasks.Task, tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:
+  """The task's labels as int32 ids [C, U], right-padded, and their lengths [C]; [0, 1] and [0] without labels."""
+  ids = tokenizer.encode_batch(list(task.labels or ()))
+  lengths = np.array([len(x) for x in ids], np.int32)
+  padded = np.full((len(ids), max(lengths, default=1)), _pad_id(tokenizer), np.int32)
+  for row, x in enumerate(ids):
+    padded[row, : len(x)] = x
+  return padded, lengths
+
+
+def _pad_id(tokenizer: Any) -> int:
+  """Any token does, since padding is never attended to or learned."""
+  return next((i for i in (tokenizer.pad_id, tokenizer.eos_id) if i is not None), 0)

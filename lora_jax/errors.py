@@ -1,0 +1,50 @@
+"""Errors that a user can cause, and the lookups that raise them."""
+
+import difflib
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+
+class UserError(Exception):
+  """A mistake in a config, a name, a file or the environment.
+
+  The message says what is wrong, where, and what was expected; command lines print it without a traceback.
+  """
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+  """A clause that names the closest valid names, or all of them when none is close."""
+  valid = sorted(map(str, valid))
+  close = difflib.get_close_matches(str(name), valid, n=3, cutoff=0.6)
+  if close:
+    return "did you mean " + " or ".join(map(repr, close)) + "?"
+  return "valid: " + ", ".join(valid) if valid else "there is none"
+
+
+def choose(name: str, table: Mapping[str, Any], what: str) -> Any:
+  """`table[name]`; an unknown name raises UserError with the nearest valid ones."""
+  if name not in table:
+    raise UserError(f"unknown {what} {name!r}; {nearest(name, table)}")
+  return table[name]
+
+
+def check_keywords(fn: Callable, keywords: Iterable[str], where: str, given: Iterable[str] = ()) -> None:
+  """Raises UserError when `fn` does not take one of `keywords` by name or misses a required one.
+
+  Args:
+    fn: the function that will be called.
+    keywords: names that the user wrote.
+    where: what the message calls the place, such as "config.method".
+    given: parameter names that the caller fills in itself.
+  """
+  parameters = inspect.signature(fn).parameters
+  valid = {
+    k: p for k, p in parameters.items() if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD) and k not in set(given)
+  }
+  keywords = set(keywords)
+  for k in sorted(keywords - valid.keys()):
+    raise UserError(f"unknown key {where}.{k}; {nearest(k, valid)}")
+  missing = [k for k, p in valid.items() if p.default is p.empty and k not in keywords]
+  if missing:
+    raise UserError(f"{where} needs {', '.join(missing)}")

@@ -1,0 +1,116 @@
+"""Where arrays live: one mesh with the axes data, fsdp and tensor, and rules from names to partition specs.
+
+One device is the trivial mesh; the code is the same.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+
+from lora_jax import errors, tree
+
+AXES = ("data", "fsdp", "tensor")
+BATCH = P(("data", "fsdp"))
+
+# Megatron's split of heads and hidden units over `tensor`, the other matrix axis over `fsdp`; the leading None is L.
+# The same rules place optimiser moments, whose names end alike.
+RULES = (
+  (r"embed/kernel$", P("tensor", "fsdp")),
+  (r"head/kernel(/base)?$", P("fsdp", "tensor")),
+  (r"attn/[qkv]/kernel(/base)?$", P(None, "fsdp", "tensor", None)),
+  (r"attn/o/kernel(/base)?$", P(None, "tensor", None, "fsdp")),
+  (r"mlp/(gate|up)/kernel(/base)?$", P(None, "fsdp", "tensor")),
+  (r"mlp/down/kernel(/base)?$", P(None, "tensor", "fsdp")),
+  (r"(attn/[qkv]|mlp/(gate|up))/kernel/a$", P(None, "fsdp", None)),
+  (r"(attn/[qkv]|mlp/(gate|up))/kernel/b$", P(None, None, "tensor")),
+  (r"(attn/o|mlp/down)/kernel/a$", P(None, "tensor")),
+  (r"(attn/o|mlp/down)/kernel/b$", P(None, None, "fsdp")),
+  (r"", P()),
+)
+
+
+def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> jax.sharding.Mesh:
+  """A mesh of `data * fsdp * tensor` devices; one of them may be -1: all that remain."""
+  sizes, n = [data, fsdp, tensor], jax.device_count()
+  known = math.prod(s for s in sizes if s > 0)
+  if sizes.count(-1) > 1 or any(s == 0 or s < -1 for s in sizes):
+    raise errors.UserError(
+      f"config.mesh: sizes are positive, at most one is -1; got {dict(zip(AXES, sizes, strict=True))}"
+    )
+  sizes = [n // known if s == -1 else s for s in sizes]
+  if math.prod(sizes) > n or 0 in sizes:
+    raise errors.UserError(f"config.mesh asks for {known} devices at least, there are {n} ({jax.default_backend()})")
+  devices = jax.devices()[: math.prod(sizes)]
+  return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def placer(mesh: jax.sharding.Mesh, rules: Sequence[tuple[str, P]] = RULES) -> Callable[[str, tuple], NamedSharding]:
+  """A function from a leaf's name and shape to its sharding.
+
+  A mesh axis that does not divide its dimension (3 kv heads over 2 devices) is dropped there: that dimension is
+  replicated.
+  """
+  match = tree.first_match(rules, P())
+
+  def place(name: str, shape: tuple[int, ...]) -> NamedSharding:
+    spec = match(name)[: len(shape)]
+    fits = [s if s is not None and n % _axis_size(mesh, s) == 0 else None for s, n in zip(spec, shape, strict=False)]
+    return NamedSharding(mesh, P(*fits))
+
+  return place
+
+
+def _axis_size(mesh, axes) -> int:
+  return math.prod(mesh.shape[a] for a in ([axes] if isinstance(axes, str) else axes))
+
+
+def shardings(params: Any, place: Callable[[str, tuple], NamedSharding]) -> Any:
+  """The tree of shardings of a tree of arrays or shapes."""
+  return tree.map_named(lambda k, x: place(k, x.shape), params)
+
+
+def put(params: Any, place: Callable[[str, tuple], NamedSharding]) -> Any:
+  """The tree with every leaf where `place` says."""
+  return jax.tree.map(jax.device_put, params, shardings(params, place))
+
+
+def put_batch(batch: dict[str, np.ndarray], mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
+  """This process's rows of a global batch, split over data and fsdp."""
+  s = NamedSharding(mesh, BATCH)
+  return {k: jax.make_array_from_process_local_data(s, x) for k, x in batch.items()}
+
+
+def replicate(batch: dict[str, np.ndarray], mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
+  """A batch that every process has whole, split over data and fsdp where its rows divide, else on all devices."""
+
+  def put(x):
+    spec = BATCH if x.shape[0] % batch_divisor(mesh) == 0 else P()
+    return jax.make_array_from_callback(x.shape, NamedSharding(mesh, spec), lambda index: x[index])
+
+  return {k: put(np.asarray(x)) for k, x in batch.items()}
+
+
+def to_host(params: Any) -> Any:
+  """The tree as arrays that this process can read whole; gathers what is spread over processes."""
+  if all(x.is_fully_addressable for x in jax.tree.leaves(params)):
+    return params
+  from jax.experimental import multihost_utils
+
+  return multihost_utils.process_allgather(params, tiled=True)
+
+
+def batch_divisor(mesh: jax.sharding.Mesh) -> int:
+  """What the batch size has to be a multiple of."""
+  return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def constrain(x: jax.Array) -> jax.Array:
+  """Keeps activations [B, ...] split over data and fsdp; nothing where no mesh is set."""
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or any(a not in mesh.shape for a in AXES) or x.shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"]):
+    return x
+  return jax.lax.with_sharding_constraint(x, BATCH)

