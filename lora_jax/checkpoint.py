@@ -81,7 +81,7 @@ class Checkpoints:
     Args:
       step: a step that is there, such as `latest_step()`.
       like: tree of arrays or `jax.ShapeDtypeStruct`: structure, shapes, dtypes and shardings of the result.
-        Its mesh need not be the one that the checkpoint was saved from.
+        Its mesh need not be the one that the checkpoint was saved from; a leaf without sharding goes to one device.
 
     Raises:
       UserError: there is no such checkpoint, a file of it is damaged, or its leaves are not those of `like`.
@@ -91,7 +91,7 @@ class Checkpoints:
       raise errors.UserError(f"{self.directory} has no checkpoint of step {step}; steps there: {have}")
     if fault := self._fault(step):
       raise self._damaged(step, fault)
-    want = {k: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for k, x in _flatten(like).items()}
+    want = {k: _target(x) for k, x in _flatten(like).items()}
     with _quiet():
       saved = self._orbax.metadata(step)
       if saved.metadata is None or "data_state" not in (saved.custom_metadata or {}):
@@ -147,6 +147,12 @@ def _flatten(state: Any) -> dict[str, jax.Array]:
   if len(flat) != len(jax.tree.leaves(state)):
     raise ValueError("two leaves of the state have the same path name")
   return flat
+
+
+def _target(x: Any) -> jax.ShapeDtypeStruct:
+  """What orbax is to make of a leaf like `x`."""
+  sharding = getattr(x, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
 
 def _checksums(directory: pathlib.Path) -> dict[str, list[int]]:

@@ -31,7 +31,7 @@ def buckets(seq_len: int) -> list[int]:
 
 
 def bucket(length: int, seq_len: int) -> int:
-  """The smallest bucket of at least `length` tokens."""
+  """The smallest bucket of `length` tokens or more."""
   return next(n for n in buckets(seq_len) if n >= length)
 
 
@@ -217,20 +217,15 @@ def train_iterator(
   encoded, truncated = encode_all(tokenizer, formatted, seq_len, prompt_loss_weight, eos)
   rows = batch_size // process_count
   share = slice(process_index * rows, (process_index + 1) * rows)
+  # All is in memory: reading in this thread beats handing over to others.
+  options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
   order = grain.MapDataset.source(encoded).seed(seed).shuffle().repeat()
   if pack:
-    dataset = _packed(order, batch_size, seq_len, _pad_id(tokenizer), share)
+    dataset = _packed(order, options, batch_size, seq_len, _pad_id(tokenizer), share)
   else:
     batch = functools.partial(_padded, seq_len=seq_len, pad_id=_pad_id(tokenizer), share=share)
-    dataset = order.batch(batch_size, drop_remainder=True, batch_fn=batch).to_iter_dataset(_in_thread())
+    dataset = order.batch(batch_size, drop_remainder=True, batch_fn=batch).to_iter_dataset(options)
   return TrainIterator(iter(dataset), len(encoded), truncated)
-
-
-def _in_thread() -> Any:
-  """grain's options to read in the calling thread: what is read is in memory."""
-  import grain
-
-  return grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
 
 
 def _padded(examples: Sequence[Batch], seq_len: int, pad_id: int, share: slice) -> Batch:
@@ -238,8 +233,8 @@ def _padded(examples: Sequence[Batch], seq_len: int, pad_id: int, share: slice) 
   return pad(examples[share], bucket(longest, seq_len), pad_id)
 
 
-def _packed(order: Any, batch_size: int, seq_len: int, pad_id: int, share: slice) -> Any:
-  """Examples packed first fit, `batch_size` rows at a time, in the background."""
+def _packed(order: Any, options: Any, batch_size: int, seq_len: int, pad_id: int, share: slice) -> Any:
+  """Examples packed first fit, `batch_size` rows at a time."""
   from grain import experimental
 
   def stack(e):
@@ -255,14 +250,12 @@ def _packed(order: Any, batch_size: int, seq_len: int, pad_id: int, share: slice
     return batch | {"positions": positions, "segment_ids": segment_ids}
 
   rows = experimental.FirstFitPackIterDataset(
-    order.map(stack).to_iter_dataset(_in_thread()),
+    order.map(stack).to_iter_dataset(options),
     length_struct={"x": seq_len},
     num_packing_bins=batch_size,
     shuffle_bins=False,
   )
-  # It takes about 0.1 ms an example: worth hiding behind the step.
-  batches = rows.batch(batch_size, drop_remainder=True, batch_fn=unstack)
-  return experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=2)
+  return rows.batch(batch_size, drop_remainder=True, batch_fn=unstack)
 
 
 def eval_batches(

@@ -290,7 +290,7 @@ def _eval_table(scores: Mapping[str, Mapping[str, float]]) -> str:
   rows = []
   for k in dict.fromkeys([*scores["before"], *scores["after"]]):
     before, after = (float(scores[when].get(k, math.nan)) for when in ("before", "after"))
-    if any(word in k for word in NO_PERCENT) or max(abs(before), abs(after)) > 1:
+    if any(word in k for word in NO_PERCENT) or any(abs(x) > 1 for x in (before, after)):
       shown = [f"{before:,.4g}", f"{after:,.4g}", f"{after - before:+,.4g}"]
     else:
       shown = [f"{before:.1%}", f"{after:.1%}", f"{(after - before) * 100:+.1f} points"]

@@ -94,7 +94,7 @@ class Tokenizer:
         messages=messages, tools=None, documents=None, add_generation_prompt=add_generation_prompt, **names
       )
     except (jinja2.TemplateError, TypeError) as e:
-      raise errors.UserError(f"the chat template refuses the messages: {e}") from e
+      raise errors.UserError(f"the chat template refuses the messages: {' '.join(str(e).split())}") from e
 
   def save(self, directory: str | os.PathLike) -> None:
     """Writes tokenizer.json and tokenizer_config.json, which `from_directory` and transformers read."""
@@ -136,7 +136,7 @@ def from_directory(directory: str | os.PathLike) -> Tokenizer:
   tokens = {k: v.get("content") if isinstance(v := config.get(f"{k}_token"), dict) else v for k in SPECIAL}
   if missing := {k: v for k, v in tokens.items() if v is not None and backend.token_to_id(v) is None}:
     raise errors.UserError(f"{directory}: tokens that tokenizer.json does not have: {missing}")
-  known = {t.content for t in backend.get_added_tokens_decoder().values()}
+  known = {t.content for t in backend.get_added_tokens_decoder().values() if t.special}
   backend.add_special_tokens([v for v in tokens.values() if v is not None and v not in known])
   add = {k: config.get(f"add_{k}_token") for k in ("bos", "eos")}
   if set(add.values()) != {None}:
@@ -148,8 +148,8 @@ def from_directory(directory: str | os.PathLike) -> Tokenizer:
 def from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
   """The tokenizer that a GGUF file describes in its metadata (`tokenizer.ggml.*`, `tokenizer.chat_template`).
 
-  Byte-level BPE ("gpt2") and SentencePiece BPE with byte fallback ("llama"). Control tokens become special
-  tokens, user-defined ones plain added tokens.
+  Byte-level BPE ("gpt2") and SentencePiece BPE with byte fallback ("llama"). Control tokens and those named
+  bos, eos, unknown or padding become special tokens, user-defined ones plain added tokens.
 
   Raises:
     UserError: another kind of tokenizer, or fields that are missing or inconsistent.
@@ -176,7 +176,7 @@ def from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
   except errors.UserError:
     raise
   except Exception as e:  # `tokenizers` raises nothing narrower.
-    raise errors.UserError(f"GGUF tokenizer is damaged: {e}") from e
+    raise errors.UserError(f"GGUF tokenizer is damaged: {' '.join(str(e).split())}") from e
   return Tokenizer(backend, metadata.get("tokenizer.chat_template"), *(ids[k] for k in SPECIAL))
 
 

@@ -6,6 +6,7 @@ import re
 import struct
 import subprocess
 import sys
+import types
 
 import jax.numpy as jnp
 import numpy as np
@@ -44,7 +45,7 @@ def make_history(n=40):
 
 
 def read_events(directory):
-  """`[(step, tag, value)]` of all event files; the records are length, CRC, protobuf, CRC."""
+  """Events of all files of a directory; the records are length, CRC, protobuf, CRC."""
   from tensorboardX.proto.event_pb2 import Event
 
   events = []
@@ -52,8 +53,7 @@ def read_events(directory):
     data, at = path.read_bytes(), 0
     while at < len(data):
       (n,) = struct.unpack_from("<Q", data, at)
-      event = Event.FromString(data[at + 12 : at + 12 + n])
-      events += [(event.step, v.tag, v.simple_value) for v in event.summary.value]
+      events.append(Event.FromString(data[at + 12 : at + 12 + n]))
       at += 16 + n
   return events
 
@@ -65,7 +65,8 @@ def test_metrics_are_read_back_as_written(tmp_path):
     want = [{"step": 1, "train/loss": 1 / 3, "train/lr": 0.5}, {"step": 1, "eval/accuracy": 0.25}]
     assert m.history() == want
   assert report.read_metrics(tmp_path / "metrics.jsonl") == want
-  assert read_events(tmp_path / "tensorboard") == [
+  events = read_events(tmp_path / "tensorboard")
+  assert [(e.step, v.tag, v.simple_value) for e in events for v in e.summary.value] == [
     (1, "train/loss", pytest.approx(1 / 3)),
     (1, "train/lr", 0.5),
     (1, "eval/accuracy", 0.25),
@@ -106,6 +107,8 @@ def test_resume_drops_later_rows_and_a_torn_line(tmp_path):
   with report.Metrics(tmp_path, 10, resume_step=5) as m:
     m.log(6, {"loss": 60.0})
     assert [r["step"] for r in m.history()] == [1, 2, 3, 4, 5, 2, 6]
+  starts = [e.step for e in read_events(tmp_path / "tensorboard") if e.session_log.status == e.session_log.START]
+  assert starts[-1] == 6, "TensorBoard drops earlier events from this step on"
   kept = [line for line in before.splitlines() if json.loads(line)["step"] <= 5]
   assert path.read_text().splitlines() == [*kept, '{"step": 6, "train/loss": 60.0}']
 
@@ -128,18 +131,18 @@ def test_a_bad_line_is_named(tmp_path, line):
 def test_plain_lines_off_a_terminal(tmp_path, monkeypatch):
   monkeypatch.setattr(sys, "stderr", io.StringIO())
   clock = iter(range(0, 1000, 2))
-  monkeypatch.setattr(report.time, "monotonic", lambda: next(clock))
+  monkeypatch.setattr(report, "time", types.SimpleNamespace(monotonic=lambda: next(clock)))
   with report.Metrics(tmp_path, 1200) as m:
     m.progress(1)
-    m.progress(2, jnp.float32(1.2345), 1234.4)
+    m.progress(2, jnp.float32(1.25), 1234.4)
     report.say("saved")
-  assert sys.stderr.getvalue() == "step 2/1,200  loss 1.234  1,234 tokens/s  time left 39:56\nsaved\n"
+  assert sys.stderr.getvalue() == "step 2/1,200  loss 1.250  1,234 tokens/s  time left 39:56\nsaved\n"
 
 
 def test_silent_work_prints_a_line_every_ten_seconds(monkeypatch):
   monkeypatch.setattr(sys, "stderr", io.StringIO())
   clock = iter(range(0, 1000, 2))
-  monkeypatch.setattr(report.time, "monotonic", lambda: next(clock))
+  monkeypatch.setattr(report, "time", types.SimpleNamespace(monotonic=lambda: next(clock)))
   progress = report.Progress(20, "evaluate")
   for i in range(20):
     progress.update(i + 1)
@@ -177,9 +180,9 @@ def test_write_json_is_all_or_nothing(tmp_path, monkeypatch):
 
   with pytest.raises(TypeError):
     report.write_json(path, {"a": object()})
-  with monkeypatch.context() as patch:
-    patch.setattr(os, "fsync", fail)
-    with pytest.raises(OSError, match="disk full"):
+  for call in ("fsync", "replace"):
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="disk full"):
+      patch.setattr(os, call, fail)
       report.write_json(path, {"a": 2})
   assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
   assert json.loads(path.read_text())["a"] == 1
@@ -198,17 +201,12 @@ def test_summary_has_the_agreed_keys():
   assert got["versions"]["python"] == sys.version.split()[0]
 
 
-def test_peak_memory_follows_what_is_used():
-  code = (
-    "from lora_jax import report; import numpy as np;"
-    "a = report.peak_memory_bytes(); np.ones(2**26); print(a, report.peak_memory_bytes())"
-  )
+def test_peak_memory_is_in_bytes_and_remembers_the_peak():
+  code = "from lora_jax import report; import numpy as np; np.ones(2**26); print(report.peak_memory_bytes())"
   env = os.environ | {"JAX_PLATFORMS": "cpu"}
   root = os.path.dirname(os.path.dirname(report.__file__))
   out = subprocess.run([sys.executable, "-c", code], cwd=root, env=env, capture_output=True, text=True, check=True)
-  before, after = map(int, out.stdout.split())
-  assert 2**25 < before < 2**31
-  assert 0.75 * 2**29 < after - before < 1.25 * 2**29
+  assert 2**29 < int(out.stdout) < 2**31
 
 
 def test_report_contains_what_the_summary_holds(tmp_path):
@@ -240,10 +238,11 @@ def test_report_contains_what_the_summary_holds(tmp_path):
 
 
 def test_report_leaves_out_what_there_is_not(tmp_path):
-  summary = make_summary(before={}, after={"exact|match": math.nan, "f1": 0.5})
+  summary = make_summary(before={}, after={"exact|match": math.nan, "f1": 0.5, "rouge": 30.0})
   report.write_report(tmp_path, summary, [], {})
   text = (tmp_path / "report.md").read_text()
   assert "| exact\\|match | - | - | - |" in text and "| f1 | - | 50.0% | - |" in text
+  assert "| rouge | - | 30 | - |" in text
   assert "plots/" not in text and "peft" not in text and "Reproduce" not in text
   assert not (tmp_path / "plots").exists()
 

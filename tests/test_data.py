@@ -1,0 +1,325 @@
+"""Encoding, buckets, packing, and the training iterator, with a tokenizer of bytes."""
+
+import ast
+import collections
+import dataclasses
+import json
+import pathlib
+
+import hypothesis
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+
+from lora_jax import data, errors, tasks
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+PAD, BOS, EOS = 0, 1, 2
+T = 40
+
+
+@dataclasses.dataclass(frozen=True)
+class Bytes:
+  """Ids are bytes + 3; "^" and "$" in a text are the special tokens."""
+
+  bos_id: int | None = BOS
+  eos_id: int | None = EOS
+  pad_id: int | None = PAD
+  add_bos: bool = False
+  rewrites: bool = False
+
+  def encode(self, text, add_special_tokens=False):
+    assert not add_special_tokens
+    return [{"^": BOS, "$": EOS}.get(chr(b), b + 3) for b in text.encode()]
+
+  def encode_batch(self, texts):
+    return [self.encode(t) for t in texts]
+
+  def decode(self, ids):
+    return bytes(i - 3 for i in ids if i > 2).decode()
+
+  def chat(self, messages, add_generation_prompt=False):
+    text = "^" + "".join(f"<{m['role'][0]}>{m['content']}$\n" for m in messages)
+    if self.rewrites and sum(m["role"] == "assistant" for m in messages) > 1:
+      text = text.replace("think", "")
+    return text + "<a>" * add_generation_prompt
+
+
+def task(formatted, labels=None):
+  """A task whose examples are `{"i": index into formatted}`."""
+  found = tasks.Task("fake", lambda s: None, lambda e: formatted[e["i"]], lambda e, t: {}, labels, None)
+  return found, [{"i": i} for i in range(len(formatted))]
+
+
+def corpus(n=53, seed=0):
+  """Distinct examples of many lengths, all of which fit."""
+  rng = np.random.default_rng(seed)
+  return [tasks.Formatted(f"{i}:" + "p" * rng.integers(0, 20), "r" * rng.integers(1, 10)) for i in range(n)]
+
+
+def iterator(formatted, tokenizer=None, **kw):
+  return data.train_iterator(*task(formatted), tokenizer or Bytes(), **{"batch_size": 4, "seq_len": T, **kw})
+
+
+def examples_of(batch):
+  """`[(ids, weights)]` of the examples of a batch, checked for the law of positions and targets."""
+  found = []
+  for row in range(len(batch["tokens"])):
+    segments = batch["segment_ids"][row]
+    used = segments > 0
+    assert used[: used.sum()].all(), "padding is at the end"
+    assert (np.diff(segments[used]) >= 0).all() and set(segments[used]) == set(range(1, segments.max() + 1))
+    assert not batch["weights"][row][~used].any() and not batch["positions"][row][~used].any()
+    assert (batch["tokens"][row][~used] == PAD).all() and (batch["targets"][row][~used] == PAD).all()
+    for s in range(1, segments.max() + 1):
+      tokens, targets, weights, positions = (
+        batch[k][row][segments == s] for k in ("tokens", "targets", "weights", "positions")
+      )
+      assert (positions == np.arange(len(tokens))).all()
+      assert (tokens[1:] == targets[:-1]).all(), "a target is the next token of its own example"
+      found.append(((*tokens.tolist(), int(targets[-1])), tuple(weights.tolist())))
+  return found
+
+
+def originals(formatted, plw=0.1, tokenizer=None):
+  """What `examples_of` has to find, written out by hand."""
+  tokenizer = tokenizer or Bytes()
+  out = []
+  for f in formatted:
+    prompt, response = tokenizer.encode(f.prompt), tokenizer.encode(f.response) + [EOS]
+    weights = [np.float32(plw)] * (len(prompt) - 1) + [1.0] * len(response)
+    out.append(((*prompt, *response), tuple(float(w) for w in weights)))
+  return out
+
+
+@pytest.mark.parametrize("seq_len", [1, 5, 32, 33, 64, 100, 1024])
+def test_bucket_is_the_smallest_that_fits(seq_len):
+  known = data.buckets(seq_len)
+  assert known == sorted(set(known)) and known[-1] == seq_len
+  for n in range(1, seq_len + 1):
+    b = data.bucket(n, seq_len)
+    assert n <= b <= seq_len and (b == known[0] or known[known.index(b) - 1] < n)
+    assert b <= max(32, 1.5 * n)
+  assert len(known) <= 2 * max(1, np.log2(seq_len / 16))
+
+
+def test_encode():
+  got = data.encode(Bytes(), tasks.Formatted("ab", " c"), T, 0.25)
+  assert got["tokens"].tolist() == [100, 101, 35, 102]
+  assert got["targets"].tolist() == [101, 35, 102, EOS]
+  assert got["weights"].tolist() == [0.25, 1, 1, 1]
+  assert {k: v.dtype for k, v in got.items()} == {"tokens": np.int32, "targets": np.int32, "weights": np.float32}
+
+
+@pytest.mark.parametrize(
+  "formatted, kw, tokenizer, ids, weights",
+  [
+    (("ab", "c"), {"eos": False}, Bytes(), [100, 101, 102], [0.5, 1]),
+    (("ab", "c$"), {}, Bytes(), [100, 101, 102, EOS], [0.5, 1, 1]),
+    (("ab", "c$\n"), {}, Bytes(), [100, 101, 102, EOS], [0.5, 1, 1]),
+    (("ab", "c"), {}, Bytes(eos_id=None), [100, 101, 102], [0.5, 1]),
+    (("ab", "c"), {}, Bytes(add_bos=True), [BOS, 100, 101, 102, EOS], [0.5, 0.5, 1, 1]),
+    (("^ab", "c"), {}, Bytes(add_bos=True), [BOS, 100, 101, 102, EOS], [0.5, 0.5, 1, 1]),
+    (("", "c"), {}, Bytes(), [BOS, 102, EOS], [1, 1]),
+    (("", "c"), {}, Bytes(bos_id=None), [EOS, 102, EOS], [1, 1]),
+  ],
+)
+def test_encode_special_tokens(formatted, kw, tokenizer, ids, weights):
+  got = data.encode(tokenizer, tasks.Formatted(*formatted), T, 0.5, **kw)
+  assert [*got["tokens"], got["targets"][-1]] == ids
+  assert got["weights"].tolist() == weights
+
+
+def chat(*contents):
+  roles = ["user", "assistant"] * len(contents)
+  return tasks.Chat(tuple({"role": r, "content": c} for r, c in zip(roles, contents, strict=False)))
+
+
+def test_chat_learns_every_assistant_turn():
+  got = data.encode(Bytes(add_bos=True), chat("q1", "a1", "q2", "a2"), 100, 0.0)
+  assert got["tokens"][0] == BOS and BOS not in got["tokens"][1:]
+  text = "<u>q1$\n<a>a1$\n<u>q2$\n<a>a2$"
+  assert got["targets"].tolist() == Bytes().encode(text)
+  learned = "".join(c for c, w in zip(text, got["weights"], strict=True) if w)
+  assert learned == "a1$a2$"
+  assert set(got["weights"]) == {0.0, 1.0}
+
+
+def test_chat_template_that_rewrites_turns_is_refused():
+  assert len(data.encode(Bytes(rewrites=True), chat("q1", "think a1"), 100)["tokens"]) > 10
+  with pytest.raises(errors.UserError, match="rewrites earlier turns.*one assistant message"):
+    data.encode(Bytes(rewrites=True), chat("q1", "think a1", "q2", "think a2"), 100)
+
+
+def test_evaluation_prompt_is_a_prefix_of_the_training_ids():
+  for tokenizer in (Bytes(), Bytes(add_bos=True)):
+    for f in (tasks.Formatted("ab", " c"), tasks.Formatted("", "c"), chat("q1", "a1", "q2", "a2")):
+      (batch,) = data.eval_batches(*task([f]), tokenizer, batch_size=1, seq_len=100)
+      n = batch["lengths"][0]
+      train = data.encode(tokenizer, f, 100, 0.0)
+      assert batch["tokens"][0, :n].tolist() == train["tokens"][:n].tolist()
+      assert train["weights"][n - 1] == 1 and train["weights"][n - 1 :].all()
+
+
+@hypothesis.given(
+  st.integers(0, 60), st.integers(1, 60), st.integers(1, 50), st.booleans(), st.booleans(), st.floats(0, 1)
+)
+@hypothesis.settings(max_examples=200, deadline=None)
+def test_truncation_keeps_the_response(p, r, seq_len, add_bos, eos, plw):
+  tokenizer = Bytes(add_bos=add_bos)
+  f = tasks.Formatted("".join(chr(97 + i % 26) for i in range(p)), "".join(chr(65 + i % 26) for i in range(r)))
+  (got,), truncated = data.encode_all(tokenizer, [f], seq_len, plw, eos)
+  (full,), none = data.encode_all(tokenizer, [f], 1000, plw, eos)
+  assert none == 0 and truncated == (len(full["tokens"]) > seq_len)
+  assert len(got["tokens"]) == min(len(full["tokens"]), seq_len)
+  response = full["targets"][len(full["targets"]) - r - eos :]
+  kept = min(len(response), seq_len)
+  assert got["targets"][len(got["targets"]) - kept :].tolist() == response[:kept].tolist()
+  assert got["weights"].sum() == pytest.approx(kept + (len(got["weights"]) - kept) * plw, rel=1e-5, abs=1e-5)
+  if add_bos:
+    assert got["tokens"][0] == BOS
+  if len(got["tokens"]) - kept > 1:
+    end = len(full["tokens"]) - r - eos
+    width = len(got["tokens"]) - kept - 1
+    assert got["tokens"][1 : width + 1].tolist() == full["tokens"][end - width : end].tolist()
+
+
+def test_iterator_counts_truncated_examples():
+  formatted = [tasks.Formatted("p" * n, "r") for n in (10, 38, 39, 40, 41, 100)]
+  it = iterator(formatted)
+  assert (it.truncated, it.examples) == (3, 6)
+  assert next(it)["tokens"].shape == (4, T)
+
+
+def test_an_epoch_has_every_example_once():
+  formatted = corpus(52)
+  it = iterator(formatted)
+  epochs = [[e for _ in range(13) for e in examples_of(next(it))] for _ in range(3)]
+  want = originals(formatted)
+  assert all(sorted(epoch) == sorted(want) for epoch in epochs)
+  assert epochs[0] != epochs[1] != epochs[2] and want not in epochs, "a new order each epoch"
+
+
+def test_packing_loses_and_repeats_nothing():
+  formatted = corpus()
+  it, counts = iterator(formatted, pack=True), collections.Counter()
+  for _ in range(40):
+    counts.update(examples_of(next(it)))
+    assert counts.total() == it.get_state()["parent"]["next_index"]
+    epochs = counts.total() // len(formatted)
+    assert {counts[e] for e in originals(formatted)} <= {epochs, epochs + 1}
+  assert epochs > 3 and set(counts) == set(originals(formatted))
+
+
+def test_packing_fills_rows_and_padding_uses_buckets():
+  formatted = corpus(200)
+  used = [(next_["segment_ids"] > 0).mean() for next_ in (next(iterator(formatted, pack=True)) for _ in range(3))]
+  assert min(used) > 0.8
+  it = iterator([tasks.Formatted("p" * n, "r") for n in range(1, 99)], seq_len=100, batch_size=2)
+  shapes = set()
+  for _ in range(60):
+    batch = next(it)
+    longest = (batch["segment_ids"] > 0).sum(1).max()
+    assert batch["tokens"].shape == (2, data.bucket(longest, 100))
+    assert all(v.shape == batch["tokens"].shape for v in batch.values())
+    shapes.add(batch["tokens"].shape[1])
+  assert shapes <= set(data.buckets(100)) and len(shapes) > 2
+
+
+@pytest.mark.parametrize("pack", [False, True])
+def test_packed_and_padded_have_the_same_weights(pack):
+  it = iterator(corpus(), pack=pack, prompt_loss_weight=0.1)
+  want = dict(originals(corpus()))
+  for _ in range(5):
+    batch = next(it)
+    assert batch["weights"].sum() == pytest.approx(sum(sum(want[ids]) for ids, _ in examples_of(batch)))
+    dtypes = {k: v.dtype for k, v in batch.items()}
+    assert dtypes.pop("weights") == np.float32 and set(dtypes.values()) == {np.dtype(np.int32)}
+    assert set(batch) == {"tokens", "targets", "weights", "positions", "segment_ids"}
+
+
+def same(a, b):
+  return all(x.keys() == y.keys() and all(np.array_equal(x[k], y[k]) for k in x) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("pack", [False, True])
+@pytest.mark.parametrize("done", [0, 1, 5, 20])
+def test_state_is_restored_exactly(pack, done):
+  a = iterator(corpus(), pack=pack)
+  for _ in range(done):
+    next(a)
+  state = json.loads(json.dumps(a.get_state()))
+  want = [next(a) for _ in range(20)]
+  fresh = iterator(corpus(), pack=pack)
+  fresh.set_state(state)
+  assert same([next(fresh) for _ in range(20)], want)
+  a.set_state(state)
+  assert same([next(a) for _ in range(20)], want)
+
+
+@pytest.mark.parametrize("pack", [False, True])
+def test_order_depends_on_the_seed_alone(pack):
+  a, b, c = ([next(it) for _ in range(4)] for it in (iterator(corpus(), pack=pack, seed=s) for s in (0, 0, 1)))
+  assert same(a, b)
+  assert [x["tokens"].tolist() for x in a] != [x["tokens"].tolist() for x in c]
+
+
+@pytest.mark.parametrize("pack", [False, True])
+def test_processes_share_the_global_batch(pack):
+  whole = iterator(corpus(), pack=pack)
+  parts = [iterator(corpus(), pack=pack, process_index=i, process_count=2) for i in range(2)]
+  for _ in range(30):
+    want, got = next(whole), [next(p) for p in parts]
+    assert same([{k: np.concatenate([g[k] for g in got]) for k in want}], [want])
+
+
+def test_batch_larger_than_the_data_and_a_single_example():
+  for pack in (False, True):
+    batch = next(iterator(corpus(1), pack=pack))
+    assert set(examples_of(batch)) == set(originals(corpus(1)))
+
+
+def test_bad_settings():
+  with pytest.raises(errors.UserError, match="no multiple of the number of processes, 3"):
+    iterator(corpus(), process_count=3)
+  with pytest.raises(errors.UserError, match="at least 1"):
+    iterator(corpus(), batch_size=0)
+  with pytest.raises(errors.UserError, match="'fake' has no examples"):
+    iterator([])
+
+
+@pytest.mark.parametrize("add_bos", [False, True])
+def test_eval_batches_hold_every_prompt_once(add_bos):
+  formatted = corpus(21)
+  tokenizer = Bytes(add_bos=add_bos)
+  batches = data.eval_batches(*task(formatted), tokenizer, batch_size=4, seq_len=16)
+  index = np.concatenate([b["index"] for b in batches])
+  assert sorted(index[index >= 0]) == list(range(21)) and (index < 0).sum() == 3
+  lengths = []
+  for b in batches:
+    assert b["tokens"].shape == (4, data.bucket(b["lengths"].max(), 16)) and b["tokens"].dtype == np.int32
+    for tokens, n, i in zip(b["tokens"], b["lengths"], b["index"], strict=True):
+      assert n >= 1 and (tokens[n:] == PAD).all()
+      if i >= 0:
+        want = [BOS] * add_bos + tokenizer.encode(formatted[i].prompt)
+        cut = want if len(want) <= 16 else want[:add_bos] + want[len(want) - 16 + add_bos :]
+        assert tokens[:n].tolist() == cut
+        lengths.append(n)
+  assert lengths == sorted(lengths, reverse=True)
+
+
+def test_label_ids():
+  ids, lengths = data.label_ids(task([], (" a", " bcd"))[0], Bytes())
+  assert ids.tolist() == [[35, 100, PAD, PAD], [35, 101, 102, 103]] and lengths.tolist() == [2, 4]
+  assert ids.dtype == lengths.dtype == np.int32
+  ids, lengths = data.label_ids(task([])[0], Bytes())
+  assert ids.shape == (0, 1) and lengths.shape == (0,)
+
+
+def test_the_pipeline_does_not_import_jax():
+  package = pathlib.Path(data.__file__).parent
+  for file in [package / "data.py", *(package / "tasks").glob("*.py")]:
+    nodes = ast.walk(ast.parse(file.read_text()))
+    names = [a.name for n in nodes if isinstance(n, ast.Import) for a in n.names]
+    assert not [n for n in names if n.split(".")[0] in ("jax", "flax", "tensorflow")], file

