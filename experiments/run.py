@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import shlex
 import sys
 
 from absl import app, flags
@@ -30,7 +31,7 @@ def main(argv: list[str]) -> None:
   file = flags.FLAGS["config"].config_filename
   workdir = WORKDIR.value or os.path.join("runs", pathlib.Path(file.partition(":")[0]).stem)
   try:
-    experiment.run(CONFIG.value.to_dict(), workdir)
+    experiment.run(CONFIG.value.to_dict(), workdir, shlex.join(["python", "-m", "experiments.run", *sys.argv[1:]]))
   except errors.UserError as e:
     sys.exit(f"error: {e}")
   except KeyboardInterrupt:

@@ -263,8 +263,8 @@ def eval_batches(
 ) -> list[Batch]:
   """Prompts to continue, longest first so that batches need little padding.
 
-  Each batch has `tokens` int32 [B, T], right-padded to a bucket of at most `seq_len` (of a longer prompt the left
-  is cut), `lengths` int32 [B] and `index` int32 [B], which example a row is. Rows that fill up the last batch have
+  Each batch has `tokens` int32 [B, T], right-padded to a power of two or `seq_len` (of a longer prompt the left is
+  cut), `lengths` int32 [B] and `index` int32 [B], which example a row is. Rows that fill up the last batch have
   index -1 and length 1.
   """
   add_bos, pad_id = tokenizer.add_bos, _pad_id(tokenizer)
@@ -276,7 +276,8 @@ def eval_batches(
     index = np.full(batch_size, -1, np.int32)
     index[: len(order) - start] = order[start : start + batch_size]
     lengths = np.array([len(prompts[i]) if i >= 0 else 1 for i in index], np.int32)
-    tokens = np.full((batch_size, bucket(lengths.max(), seq_len)), pad_id, np.int32)
+    length = min(1 << max(5, int(lengths.max() - 1).bit_length()), seq_len)
+    tokens = np.full((batch_size, length), pad_id, np.int32)
     for row, i in enumerate(index[index >= 0]):
       tokens[row, : lengths[row]] = prompts[i]
     batches.append({"tokens": tokens, "lengths": lengths, "index": index})

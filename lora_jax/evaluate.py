@@ -1,5 +1,6 @@
 """Scores of a model on a task: label log-likelihoods and greedy generation, from one pass over each prompt."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -69,24 +70,22 @@ def run(
     place: puts a batch's arrays on the mesh.
     progress: called with (examples done, all).
   """
+  config = dataclasses.replace(config, scan=True)  # each prompt length compiles anew: fast compiling is worth more
   labels, label_lengths = data.label_ids(task, tokenizer)
   new = max_new_tokens or (int(label_lengths.max()) + 2 if len(labels) else 64)
-  sums: dict[str, float] = {}
-  done = 0
+  sums, counts, done = {}, {}, 0
   for batch in data.eval_batches(task, examples, tokenizer, batch_size=batch_size, seq_len=seq_len):
     inputs = place({k: batch[k] for k in ("tokens", "lengths")})
-    ll, out = score(config, params, inputs["tokens"], inputs["lengths"], labels, label_lengths, new, tokenizer.eos_id)
-    ll, out = np.asarray(ll), np.asarray(out)
-    for row, index in enumerate(batch["index"]):
+    outputs = score(config, params, inputs["tokens"], inputs["lengths"], labels, label_lengths, new, tokenizer.eos_id)
+    for ll, out, index in zip(*map(np.asarray, outputs), batch["index"], strict=True):
       if index < 0:
         continue
       example = examples[int(index)]
-      text = tokenizer.decode(generate.until_eos(out[row], tokenizer.eos_id))
-      metrics = dict(task.score(example, text))
-      if len(labels):
-        metrics["accuracy"] = float(ll[row].argmax() == task.label_index(example))
-      for k, v in metrics.items():
-        sums[k] = sums.get(k, 0.0) + v
+      values = dict(task.score(example, tokenizer.decode(generate.until_eos(out, tokenizer.eos_id))))
+      if len(labels) and (right := task.label_index(example)) >= 0:
+        values["accuracy"] = float(ll.argmax() == right)
+      for k, v in values.items():
+        sums[k], counts[k] = sums.get(k, 0.0) + v, counts.get(k, 0) + 1
       done += 1
     progress(done, len(examples))
-  return {k: v / done for k, v in sorted(sums.items())}
+  return {k: sums[k] / counts[k] for k in sorted(sums)}

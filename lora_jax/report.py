@@ -1,190 +1,23 @@
-"""What a run tells its user: progress, metrics, summary and report.
-
-Files appear under their final names only when they are whole. Numbers that are not finite are written as null.
-"""
+"""The outcome of a run: summary.json and report.md."""
 
 import importlib.metadata
 import io
 import json
 import math
-import os
 import pathlib
 import platform
 import resource
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-import tqdm
 
-from lora_jax import errors
+from lora_jax import metrics
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "lora_jax")
 NO_PERCENT = ("loss", "perplexity", "examples", "tokens", "seconds")  # metrics that are no share of a whole
-
-
-def say(text: str) -> None:
-  """Prints a status line to standard error, above the progress bar if there is one."""
-  tqdm.tqdm.write(text, file=sys.stderr)
-
-
-class Progress:
-  """How far some long work is: a bar on a terminal, plain lines elsewhere, both on standard error."""
-
-  def __init__(self, total: int, label: str = "step", start: int = 0):
-    self.total, self.label = total, label
-    self._first, self._last_line = None, time.monotonic()
-    self._bar = None
-    if sys.stderr.isatty():
-      layout = "{desc} {n_fmt}/{total_fmt} |{bar}| time left {remaining}{postfix}"
-      self._bar = tqdm.tqdm(
-        total=total, initial=start, desc=label, bar_format=layout, smoothing=0.1, dynamic_ncols=True
-      )
-
-  def update(self, done: int, text: str = "") -> None:
-    """Shows that `done` of `total` is done.
-
-    Without a terminal this prints a line when there is `text` and otherwise every 10 seconds.
-    """
-    now = time.monotonic()
-    self._first = self._first or (done, now)
-    if self._bar is not None:
-      if text:
-        self._bar.set_postfix_str(text, refresh=False)
-      self._bar.update(done - self._bar.n)
-    elif text or now - self._last_line > 10:
-      self._last_line = now
-      parts = [f"{self.label} {done:,}/{self.total:,}", text]
-      if done > self._first[0]:
-        left = (self.total - done) * (now - self._first[1]) / (done - self._first[0])
-        parts.append(f"time left {tqdm.tqdm.format_interval(left)}")
-      say("  ".join(filter(None, parts)))
-
-  def close(self) -> None:
-    """Leaves the bar as it is."""
-    if self._bar is not None:
-      self._bar.close()
-
-
-class Metrics:
-  """Writer of `metrics.jsonl` and TensorBoard events, and the progress display of a training run.
-
-  In a run of many processes all may call it; process 0 alone writes. Use it as a context manager or call `close`.
-  """
-
-  def __init__(self, workdir: str | pathlib.Path, total_steps: int, resume_step: int | None = None):
-    """Opens the files; what an earlier run in `workdir` logged after `resume_step` is dropped.
-
-    Args:
-      workdir: the directory of the run.
-      total_steps: steps of the whole run.
-      resume_step: step that the run goes on from, None or 0 for a run that starts anew.
-
-    Raises:
-      UserError: a line of `metrics.jsonl` other than a torn last one is not JSON.
-    """
-    from tensorboardX import SummaryWriter
-
-    self.path = pathlib.Path(workdir) / "metrics.jsonl"
-    self._writes = jax.process_index() == 0
-    if not self._writes:
-      return
-    start = resume_step or 0
-    kept = [row for row in read_metrics(self.path) if row["step"] <= start] if start else []
-    self.path.parent.mkdir(parents=True, exist_ok=True)
-    _write(self.path, "".join(_dumps(row) + "\n" for row in kept).encode())
-    self._file = self.path.open("a")
-    events = str(self.path.parent / "tensorboard")
-    self._events = SummaryWriter(events, purge_step=start + 1 if start else 0, flush_secs=10)
-    self._progress = Progress(total_steps, "step", start)
-
-  def log(self, step: int, values: Mapping[str, Any], prefix: str = "train") -> None:
-    """Appends `{"step": step, "prefix/name": value, ...}` and the same as events; values are scalars."""
-    if not self._writes:
-      return
-    row = {f"{prefix}/{k}": float(v) for k, v in values.items()}
-    self._file.write(_dumps({"step": int(step), **row}) + "\n")
-    self._file.flush()
-    for k, v in row.items():
-      if math.isfinite(v):
-        self._events.add_scalar(k, v, step)
-
-  def progress(self, step: int, loss: float | None = None, tokens_per_second: float | None = None) -> None:
-    """Moves the bar to `step`, which may be called at every step; off a terminal prints where values are given."""
-    if self._writes:
-      text = [] if loss is None else [f"loss {float(loss):.3f}"]
-      text += [] if tokens_per_second is None else [f"{float(tokens_per_second):,.0f} tokens/s"]
-      self._progress.update(step, "  ".join(text))
-
-  def history(self) -> list[dict[str, float]]:
-    """All rows so far, as `read_metrics`."""
-    return read_metrics(self.path)
-
-  def close(self) -> None:
-    """Flushes and closes everything."""
-    if self._writes:
-      self._progress.close()
-      self._file.close()
-      self._events.close()
-
-  def __enter__(self):
-    return self
-
-  def __exit__(self, *exc):
-    self.close()
-
-
-def read_metrics(path: str | pathlib.Path) -> list[dict[str, float]]:
-  """The rows of a `metrics.jsonl`, null as nan; a torn last line is left out, no file is no rows."""
-  path = pathlib.Path(path)
-  lines = path.read_bytes().splitlines() if path.exists() else []
-  rows = []
-  for i, line in enumerate(lines):
-    try:
-      row = json.loads(line)
-      rows.append({"step": row["step"], **{k: math.nan if v is None else v for k, v in row.items()}})
-    except (ValueError, TypeError, KeyError) as e:
-      if i + 1 < len(lines):
-        raise errors.UserError(f'{path}:{i + 1}: expected a JSON object with "step"') from e
-  return rows
-
-
-def write_json(path: str | pathlib.Path, obj: Any) -> None:
-  """Writes a tree of dicts, lists and scalars (numpy's and jax's too) as JSON, all or nothing."""
-  _write(pathlib.Path(path), (_dumps(obj, indent=2) + "\n").encode())
-
-
-def _dumps(obj: Any, **kw: Any) -> str:
-  return json.dumps(_plain(obj), allow_nan=False, ensure_ascii=False, **kw)
-
-
-def _plain(x: Any) -> Any:
-  """`x` in the types of JSON."""
-  if isinstance(x, Mapping):
-    return {str(k): _plain(v) for k, v in x.items()}
-  if isinstance(x, list | tuple):
-    return [_plain(v) for v in x]
-  if isinstance(x, os.PathLike):
-    return os.fspath(x)
-  x = x.item() if hasattr(x, "item") else x
-  return None if isinstance(x, float) and not math.isfinite(x) else x
-
-
-def _write(path: pathlib.Path, content: bytes) -> None:
-  """Writes a file that is whole or absent, whatever happens meanwhile."""
-  path.parent.mkdir(parents=True, exist_ok=True)
-  part = path.with_name(path.name + ".tmp")
-  try:
-    with part.open("wb") as f:
-      f.write(content)
-      f.flush()
-      os.fsync(f.fileno())
-    os.replace(part, path)
-  finally:
-    part.unlink(missing_ok=True)
 
 
 def versions() -> dict[str, str | None]:
@@ -258,24 +91,26 @@ def write_report(
 ) -> None:
   """Writes `report.md` and `plots/loss.png` into `workdir`.
 
-  `summary` and `history` are as `summary` and `Metrics.history` return them, `config` is the resolved config, `command`
-  repeats the run. `base_model` is what transformers loads the base model from (a hub name, a directory, a GGUF file),
-  if that is not `summary["model"]`; it is shown when there is a directory `workdir/adapter`.
+  Args:
+    summary: what `summary` returns; `history`: the rows of metrics.jsonl; `config`: as resolved.
+    command: what repeats the run.
+    base_model: what transformers loads the base model from (a hub name, a directory, a GGUF file), if that is not
+      `summary["model"]`; shown where there is a directory `workdir/adapter`.
   """
   workdir = pathlib.Path(workdir)
   title = f"{summary['method']} on {summary['model']}: {summary['task']}"
   parts = [f"# {title}", _eval_table(summary["eval"]), "## Training", _train_table(summary)]
   if any(not math.isnan(row.get("train/loss", math.nan)) for row in history):
-    _write(workdir / "plots" / "loss.png", loss_curve(history, title))
+    metrics.write(workdir / "plots" / "loss.png", loss_curve(history, title))
     parts.append("![Training loss](plots/loss.png)")
   if (workdir / "adapter").is_dir():
     parts += ["## Use the adapter", _load_code(base_model or summary["model"], workdir / "adapter")]
   if command:
     parts += ["## Reproduce", f"```sh\n{command}\n```"]
   for name, value in (("Config", config), ("Versions", summary["versions"])):
-    block = f"```json\n{_dumps(value, indent=2)}\n```"
+    block = f"```json\n{metrics.dumps(value, indent=2)}\n```"
     parts.append(f"<details><summary>{name}</summary>\n\n{block}\n\n</details>")
-  _write(workdir / "report.md", ("\n\n".join(parts) + "\n").encode())
+  metrics.write(workdir / "report.md", ("\n\n".join(parts) + "\n").encode())
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

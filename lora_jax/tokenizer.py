@@ -51,7 +51,7 @@ class Tokenizer:
     bos_id, eos_id, pad_id: ids, or None where the model has no such token.
   """
 
-  backend: tokenizers.Tokenizer
+  backend: tokenizers.Tokenizer = dataclasses.field(repr=False)
   chat_template: str | None = None
   bos_id: int | None = None
   eos_id: int | None = None
@@ -113,7 +113,8 @@ class Tokenizer:
 def from_directory(directory: str | os.PathLike) -> Tokenizer:
   """The tokenizer of a Hugging Face directory: tokenizer.json, and what the files beside it say of its use.
 
-  Reads tokenizer_config.json, special_tokens_map.json and chat_template.jinja where they exist.
+  Reads tokenizer_config.json, special_tokens_map.json and chat_template.jinja where they exist. What frames a text
+  is the post-processor of tokenizer.json; `add_bos_token` beside it is ignored, as in transformers.
 
   Raises:
     UserError: a file is missing or malformed, or names a token that the vocabulary lacks.
@@ -138,9 +139,6 @@ def from_directory(directory: str | os.PathLike) -> Tokenizer:
     raise errors.UserError(f"{directory}: tokens that tokenizer.json does not have: {missing}")
   known = {t.content for t in backend.get_added_tokens_decoder().values() if t.special}
   backend.add_special_tokens([v for v in tokens.values() if v is not None and v not in known])
-  add = {k: config.get(f"add_{k}_token") for k in ("bos", "eos")}
-  if set(add.values()) != {None}:
-    _frame(backend, *(tokens[k] if on else None for k, on in add.items()))
   ids = {f"{k}_id": None if v is None else backend.token_to_id(v) for k, v in tokens.items()}
   return Tokenizer(backend, _chat_template(directory, config.get("chat_template")), **ids)
 
@@ -239,7 +237,7 @@ def _chat_template(directory: pathlib.Path, value: Any) -> str | None:
   if file.exists():
     return _read(file)
   if isinstance(value, list):
-    table = {x["name"]: x["template"] for x in value}
+    table = {x.get("name"): x.get("template") for x in value if isinstance(x, dict)}
     return errors.choose("default", table, f"chat template in {directory / 'tokenizer_config.json'}:")
   return value
 

@@ -1,8 +1,8 @@
 """Weights that answer `dot`.
 
 Model code never multiplies by a bare array. It calls `dot("BTD,DNH->BTNH", x, w)`, where `w` is an array or a weight
-node: a pytree with `.dot(spec, x, dtype=None)` and `.dense()`. A node may hold any other weight as its `base`, so m adapters and n
-quantised formats need m + n classes.
+node: a pytree with `.dot(spec, x, dtype=None)`, `.dense()` and `.shape`. A node may hold any other weight as its
+`base`, so m adapters and n quantised formats need m + n classes.
 """
 
 from typing import Any

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lora_jax import errors, report
+from lora_jax import errors, metrics, report
 
 
 class Terminal(io.StringIO):
@@ -59,12 +59,12 @@ def read_events(directory):
 
 
 def test_metrics_are_read_back_as_written(tmp_path):
-  with report.Metrics(tmp_path, 2) as m:
+  with metrics.Metrics(tmp_path, 2) as m:
     m.log(1, {"loss": 1 / 3, "lr": jnp.float32(0.5)})
     m.log(1, {"accuracy": np.float64(0.25)}, prefix="eval")
     want = [{"step": 1, "train/loss": 1 / 3, "train/lr": 0.5}, {"step": 1, "eval/accuracy": 0.25}]
     assert m.history() == want
-  assert report.read_metrics(tmp_path / "metrics.jsonl") == want
+  assert metrics.read_metrics(tmp_path / "metrics.jsonl") == want
   events = read_events(tmp_path / "tensorboard")
   assert [(e.step, v.tag, v.simple_value) for e in events for v in e.summary.value] == [
     (1, "train/loss", pytest.approx(1 / 3)),
@@ -74,7 +74,7 @@ def test_metrics_are_read_back_as_written(tmp_path):
 
 
 def test_each_line_is_on_disk_when_log_returns(tmp_path):
-  with report.Metrics(tmp_path, 9) as m:
+  with metrics.Metrics(tmp_path, 9) as m:
     for step in range(1, 10):
       m.log(step, {"loss": step})
       assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == step
@@ -85,10 +85,10 @@ def test_numbers_that_are_not_finite_are_valid_json(tmp_path):
     raise ValueError(constant)
 
   bad = {"a": math.nan, "b": math.inf, "c": jnp.float32(-math.inf), "d": 1.0}
-  with report.Metrics(tmp_path, 1) as m:
+  with metrics.Metrics(tmp_path, 1) as m:
     m.log(1, bad)
     assert all(math.isnan(m.history()[0][f"train/{k}"]) for k in "abc")
-  report.write_json(tmp_path / "x.json", bad | {"nested": [(np.nan, 2)]})
+  metrics.write_json(tmp_path / "x.json", bad | {"nested": [(np.nan, 2)]})
   row = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=refuse)
   assert row == {"step": 1, "train/a": None, "train/b": None, "train/c": None, "train/d": 1.0}
   obj = json.loads((tmp_path / "x.json").read_text(), parse_constant=refuse)
@@ -96,15 +96,15 @@ def test_numbers_that_are_not_finite_are_valid_json(tmp_path):
 
 
 def test_resume_drops_later_rows_and_a_torn_line(tmp_path):
-  with report.Metrics(tmp_path, 10) as m:
+  with metrics.Metrics(tmp_path, 10) as m:
     for step in range(1, 8):
       m.log(step, {"loss": step})
     m.log(2, {"loss": math.inf}, "eval")
   path = tmp_path / "metrics.jsonl"
   before = path.read_text()
   path.write_text(before + '{"step": 8, "train/lo')
-  assert len(report.read_metrics(path)) == 8
-  with report.Metrics(tmp_path, 10, resume_step=5) as m:
+  assert len(metrics.read_metrics(path)) == 8
+  with metrics.Metrics(tmp_path, 10, resume_step=5) as m:
     m.log(6, {"loss": 60.0})
     assert [r["step"] for r in m.history()] == [1, 2, 3, 4, 5, 2, 6]
   starts = [e.step for e in read_events(tmp_path / "tensorboard") if e.session_log.status == e.session_log.START]
@@ -115,7 +115,7 @@ def test_resume_drops_later_rows_and_a_torn_line(tmp_path):
 
 def test_a_run_that_starts_anew_starts_with_no_rows(tmp_path):
   for _ in range(2):
-    with report.Metrics(tmp_path, 1) as m:
+    with metrics.Metrics(tmp_path, 1) as m:
       m.log(1, {"loss": 1.0})
       assert len(m.history()) == 1
 
@@ -125,17 +125,17 @@ def test_a_bad_line_is_named(tmp_path, line):
   path = tmp_path / "metrics.jsonl"
   path.write_text(f'{{"step": 1}}\n{line}\n{{"step": 2}}\n')
   with pytest.raises(errors.UserError, match=re.escape(f"{path}:2")):
-    report.Metrics(tmp_path, 3, resume_step=1)
+    metrics.Metrics(tmp_path, 3, resume_step=1)
 
 
 def test_plain_lines_off_a_terminal(tmp_path, monkeypatch):
   monkeypatch.setattr(sys, "stderr", io.StringIO())
   clock = iter(range(0, 1000, 2))
   monkeypatch.setattr(report, "time", types.SimpleNamespace(monotonic=lambda: next(clock)))
-  with report.Metrics(tmp_path, 1200) as m:
+  with metrics.Metrics(tmp_path, 1200) as m:
     m.progress(1)
     m.progress(2, jnp.float32(1.25), 1234.4)
-    report.say("saved")
+    metrics.say("saved")
   assert sys.stderr.getvalue() == "step 2/1,200  loss 1.250  1,234 tokens/s  time left 39:56\nsaved\n"
 
 
@@ -143,7 +143,7 @@ def test_silent_work_prints_a_line_every_ten_seconds(monkeypatch):
   monkeypatch.setattr(sys, "stderr", io.StringIO())
   clock = iter(range(0, 1000, 2))
   monkeypatch.setattr(report, "time", types.SimpleNamespace(monotonic=lambda: next(clock)))
-  progress = report.Progress(20, "evaluate")
+  progress = metrics.Progress(20, "evaluate")
   for i in range(20):
     progress.update(i + 1)
   assert len(sys.stderr.getvalue().splitlines()) == 3
@@ -152,9 +152,9 @@ def test_silent_work_prints_a_line_every_ten_seconds(monkeypatch):
 def test_a_bar_on_a_terminal(tmp_path, monkeypatch):
   monkeypatch.setattr(sys, "stderr", Terminal())
   monkeypatch.setenv("COLUMNS", "100")
-  with report.Metrics(tmp_path, 20, resume_step=4) as m:
+  with metrics.Metrics(tmp_path, 20, resume_step=4) as m:
     m.progress(5, 1.5, 100.0)
-    report.say("saved")
+    metrics.say("saved")
     m.progress(20)
   text = sys.stderr.getvalue()
   assert "step 4/20" in text and "saved\n" in text
@@ -164,7 +164,7 @@ def test_a_bar_on_a_terminal(tmp_path, monkeypatch):
 
 def test_another_process_of_the_run_writes_nothing(tmp_path, monkeypatch, capfd):
   monkeypatch.setattr(report.jax, "process_index", lambda: 1)
-  with report.Metrics(tmp_path, 2) as m:
+  with metrics.Metrics(tmp_path, 2) as m:
     m.log(1, {"loss": 1.0})
     m.progress(1, 1.0, 1.0)
   assert not list(tmp_path.iterdir()) and capfd.readouterr().err == ""
@@ -172,18 +172,18 @@ def test_another_process_of_the_run_writes_nothing(tmp_path, monkeypatch, capfd)
 
 def test_write_json_is_all_or_nothing(tmp_path, monkeypatch):
   path = tmp_path / "x.json"
-  report.write_json(path, {"a": np.int64(1), "p": tmp_path, "t": (1, 2)})
+  metrics.write_json(path, {"a": np.int64(1), "p": tmp_path, "t": (1, 2)})
   assert json.loads(path.read_text()) == {"a": 1, "p": str(tmp_path), "t": [1, 2]}
 
   def fail(*_):
     raise OSError("disk full")
 
   with pytest.raises(TypeError):
-    report.write_json(path, {"a": object()})
+    metrics.write_json(path, {"a": object()})
   for call in ("fsync", "replace"):
     with monkeypatch.context() as patch, pytest.raises(OSError, match="disk full"):
       patch.setattr(os, call, fail)
-      report.write_json(path, {"a": 2})
+      metrics.write_json(path, {"a": 2})
   assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
   assert json.loads(path.read_text())["a"] == 1
 

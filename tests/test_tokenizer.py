@@ -180,7 +180,8 @@ TEMPLATE = """{% for m in messages %}
 {% generation %}
 {% set x = 1 %}
 {{ loop.index }}{% endgeneration %}
-{%- endfor %}{% generation %}{% set y = 1 %}{% endgeneration %}{{ y is defined }}{{ strftime_now('%Y') }}{% if add_generation_prompt %}[model]{% endif %}"""
+{%- endfor %}{% generation %}{% set y = 1 %}{% endgeneration %}
+{{ y is defined }}{{ strftime_now('%Y') }}{% if add_generation_prompt %}[model]{% endif %}"""
 
 BYTE_LEVEL = [byte_level(pre) for pre in ("default", "gpt-2", "smollm", "llama-bpe", "qwen2")]
 BYTE_LEVEL += [byte_level("llama-bpe", **{f"tokenizer.ggml.add_{k}_token": True}) for k in ("bos", "eos")]
@@ -238,7 +239,7 @@ def test_named_tokens_are_special(tmp_path):
 
 
 def test_directory_of_transformers(ours, tmp_path):
-  """Files as `save_pretrained` writes them, with the template apart and the frame asked for in the config."""
+  """Files as `save_pretrained` writes them, with the template and the tokens that frame a text."""
   transformers = pytest.importorskip("transformers")
   theirs = transformers.PreTrainedTokenizerFast(
     tokenizer_object=ours.backend,
@@ -256,15 +257,15 @@ def test_directory_of_transformers(ours, tmp_path):
   assert tokenizer.from_directory(tmp_path).add_bos
 
 
-@pytest.mark.parametrize("add", [{"bos": True}, {"eos": True}, {"bos": True, "eos": True}, {"bos": False}])
-def test_config_says_what_frames_a_text(add, tmp_path):
+def test_tokenizer_json_says_what_frames_a_text(tmp_path):
   transformers = pytest.importorskip("transformers")
-  tokenizer.from_gguf(byte_level("qwen2", **{"tokenizer.ggml.add_bos_token": True})).save(tmp_path)
-  file = tmp_path / "tokenizer_config.json"
-  file.write_text(json.dumps(json.loads(file.read_text()) | {f"add_{k}_token": v for k, v in add.items()}))
-  ours = tokenizer.from_directory(tmp_path)
-  check_equal(ours, transformers.AutoTokenizer.from_pretrained(tmp_path))
-  assert ours.encode("", True) == [i for k, i in (("bos", 0), ("eos", 1)) if add.get(k)]
+  for in_json, in_config in ((True, False), (False, True)):
+    tokenizer.from_gguf(byte_level("qwen2", **{"tokenizer.ggml.add_bos_token": in_json})).save(tmp_path)
+    file = tmp_path / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"add_bos_token": in_config}))
+    ours = tokenizer.from_directory(tmp_path)
+    assert ours.add_bos == in_json
+    check_equal(ours, transformers.AutoTokenizer.from_pretrained(tmp_path))
 
 
 def test_directory_in_older_spellings(ours, tmp_path):

@@ -2,7 +2,8 @@
 
 A directory holds adapter_config.json and adapter_model.safetensors, whose keys are `base_model.model.` + the module's
 Hugging Face name + a suffix. What stands in them is each method's own: a method module that has a PEFT form defines
-`PEFT_TYPE`, `to_peft(params, keys) -> (config, tensors) or None` and `from_peft(params, keys, config, tensors) -> params`.
+`PEFT_TYPE`, `to_peft(params, keys) -> (config, tensors) or None` and
+`from_peft(params, keys, config, tensors) -> params`.
 """
 
 import json
@@ -33,7 +34,7 @@ def save(model: models.Model, params: Any, directory: str | os.PathLike) -> None
   config, tensors = forms[0]
   config = {
     "task_type": "CAUSAL_LM",
-    "base_model_name_or_path": model.name.removeprefix("hf:"),
+    "base_model_name_or_path": model.hub_name,
     "inference_mode": True,
     **config,
   }

@@ -1,0 +1,92 @@
+"""Configs of experiments: what is in them, and whether a directory belongs to one.
+
+A config is nested dicts of plain values. What each section takes follows from the signatures of the functions that
+it is passed to; those hold the defaults too.
+"""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from lora_jax import data, errors, methods, objectives, optim, sharding, tasks, transformer
+from lora_jax.formats import hf
+
+SECTIONS = ("model", "method", "task", "objective", "data", "optim", "train", "mesh", "eval")
+
+
+def check(config: Mapping) -> None:
+  """Raises UserError for a section or key that no part of the code takes, before anything is loaded."""
+  for k in config:
+    errors.choose(k, dict.fromkeys(SECTIONS), "section config.")
+  for k in SECTIONS:
+    if k not in config:
+      raise errors.UserError(f"config has no section {k!r}; it needs {', '.join(SECTIONS)}")
+  for k in ("model", "method", "task", "objective", "optim"):
+    if not config[k].get("name"):
+      raise errors.UserError(f"config.{k} needs a name")
+  objective = errors.choose(config["objective"]["name"], objectives.OBJECTIVES, "objective")
+  method = methods.get(config["method"]["name"])
+  runtime = {f.name for f in dataclasses.fields(transformer.Config)} & {"scan", "remat", "attention"}
+  for k in config["model"].keys() - {"name", "dtype"}:
+    errors.choose(k, dict.fromkeys(["name", "dtype", *runtime]), "key config.model.")
+  errors.check_keywords(method.init, config["method"].keys() - {"name"}, "config.method", ("key", "params"))
+  own = config["objective"].keys() - {"name", "prompt_loss_weight"}
+  errors.check_keywords(objective, own, "config.objective", ("forward", "params", "batch"))
+  errors.check_keywords(optim.make, config["optim"].keys(), "config.optim", ("steps",))
+  errors.check_keywords(sharding.make_mesh, config["mesh"].keys(), "config.mesh")
+  errors.check_keywords(train_settings, config["train"].keys(), "config.train")
+  errors.check_keywords(eval_settings, config["eval"].keys(), "config.eval")
+  given = ("examples", "tokenizer", "prompt_loss_weight", "seed", "process_index", "process_count")
+  errors.check_keywords(data.train_iterator, config["data"].keys(), "config.data", (*given, "task"))
+
+
+def train_settings(
+  *, steps: int, seed: int = 0, accumulate: int = 1, log_every: int = 10, checkpoint_every: int = 100
+) -> dict:
+  """`config.train`: `accumulate` splits each batch into that many micro-batches."""
+  if steps < 1 or accumulate < 1 or log_every < 1 or checkpoint_every < 1:
+    raise errors.UserError("config.train: steps, accumulate, log_every and checkpoint_every are at least 1")
+  return dict(locals())
+
+
+def eval_settings(
+  *,
+  examples: int = 500,
+  every: int = 0,
+  batch_size: int = 32,
+  seq_len: int = 256,
+  max_new_tokens: int | None = None,
+) -> dict:
+  """`config.eval`: of the test split before and after, and of the validation split each `every` steps (0: never)."""
+  return dict(locals())
+
+
+def prompt_loss_weight(config: Mapping, task: tasks.Task) -> float:
+  """What the config says, else what suits the task, else 0.1."""
+  value = config["objective"].get("prompt_loss_weight")
+  value = task.prompt_loss_weight if value is None else value
+  return 0.1 if value is None else float(value)
+
+
+def finished(config: Mapping, workdir: pathlib.Path) -> bool:
+  """Whether `workdir` holds this run complete; UserError if it holds anything else than a run of this config."""
+  if not workdir.exists() or not any(workdir.iterdir()):
+    return False
+  if not (workdir / "config.json").exists():
+    raise errors.UserError(f"{workdir} is not empty and holds no run (no config.json); give another --workdir")
+  theirs, ours = (_leaves(c) for c in (hf.read_json(workdir / "config.json"), json.loads(json.dumps(dict(config)))))
+  differ = [k for k in sorted(theirs.keys() | ours.keys()) if theirs.get(k) != ours.get(k)]
+  if differ:
+    shown = "; ".join(f"{k} was {theirs.get(k)!r}, now {ours.get(k)!r}" for k in differ[:5])
+    raise errors.UserError(f"{workdir} belongs to another config ({shown}); give another --workdir")
+  return (workdir / "summary.json").exists()
+
+
+def _leaves(config: Mapping, prefix: str = "") -> dict[str, Any]:
+  """{"section.key": value} of a nested config."""
+  out = {}
+  for k, v in config.items():
+    out |= _leaves(v, f"{prefix}{k}.") if isinstance(v, Mapping) and v else {f"{prefix}{k}": v}
+  return out
