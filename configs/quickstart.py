@@ -9,15 +9,16 @@ from configs import common
 def get_config():
   config = common.get_config()
   config.model.dtype = "float32"
-  config.method.targets = "all-linear"
+  config.method.targets = "q,v"
   config.task.name = "rotten_tomatoes"
   config.objective.prompt_loss_weight = 0.0
   config.objective.chunk = 128
   config.data.batch_size = 8
   config.data.seq_len = 128
   config.data.pack = True
-  config.optim.learning_rate = 2e-3
-  config.train.steps = 60
+  config.train.accumulate = 2  # half the activation memory
+  config.optim.learning_rate = 4e-3
+  config.train.steps = 40
   config.eval.examples = 400
   config.eval.batch_size = 32
   config.eval.seq_len = 64
