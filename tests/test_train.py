@@ -1,0 +1,276 @@
+"""The training step: accumulation, what moves, what is refused, dropout, and what gradients cost."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from lora_jax import objectives, optim, train, transformer, tree, weights
+from lora_jax.methods import full, lora
+
+CONFIG = transformer.Config(47, 16, 2, 4, 2, 4, 24, dtype="float32", tied=True)
+ADAM = dict(schedule="constant", warmup=0, learning_rate=1e-2)
+
+
+def batch(rows=8, length=12, seed=0):
+  """Random tokens; row i has i + 2 targets of different weights (as many as fit), and padding at its end."""
+  rng = np.random.default_rng(seed)
+  n = np.minimum(np.arange(rows) + 2, length)[:, None]
+  columns = np.arange(length)[None]
+  tokens = rng.integers(0, CONFIG.vocab_size, (rows, length + 1), dtype=np.int32)
+  return {
+    "tokens": tokens[:, :-1],
+    "targets": tokens[:, 1:],
+    "weights": np.where(columns < n, rng.choice([0.1, 1.0], (rows, length)), 0).astype(np.float32),
+    "positions": np.broadcast_to(columns, (rows, length)).astype(np.int32),
+    "segment_ids": (columns < n).astype(np.int32),
+  }
+
+
+def forward(config):
+  return lambda *args, **kw: transformer.hidden(config, *args, **kw)[0]
+
+
+def adapted(config=CONFIG, method="lora", **kw):
+  """(trainable, frozen) of a random model; LoRA on all matrices, B not zero."""
+  params = transformer.init(config, jax.random.key(0))
+  if method == "full":
+    return tree.split(*full.init(jax.random.key(1), params, **kw))
+  trainable, frozen = tree.split(*lora.init(jax.random.key(1), params, targets="all-linear", rank=2, **kw))
+  noise = lambda k, x: 0.1 * jax.random.normal(tree.fold(jax.random.key(2), k), x.shape) if k.endswith("/b") else x
+  return tree.map_named(noise, trainable), frozen
+
+
+def make(trainable, config=CONFIG, objective=objectives.causal_lm, optimiser=ADAM, **kw):
+  """(step, state)"""
+  optimiser, rate = optim.make(steps=50, **optimiser)
+  step = train.make_step(forward(config), objective, optimiser, rate, **kw)
+  return jax.jit(step), train.init_state(trainable, optimiser)
+
+
+def same(a, b):
+  return jax.tree.structure(a) == jax.tree.structure(b) and all(
+    np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+  )
+
+
+def close(a, b, **kw):
+  jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, **kw), a, b)
+
+
+PLAIN = dict(name="sgd", b1=0.0, learning_rate=1.0, schedule="constant", warmup=0, clip_norm=0)
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_accumulation_equals_one_batch(method):
+  """With plain SGD at rate 1 the step is the gradient. Micro-batches weigh differently, so means of means fail."""
+  trainable, frozen = adapted(method=method)
+  data = batch()
+  results = {}
+  for accumulate in (1, 2, 4):
+    step, state = make(trainable, optimiser=PLAIN, accumulate=accumulate)
+    after, metrics = step(state, frozen, data)
+    results[accumulate] = jax.tree.map(jnp.subtract, after.trainable, trainable), metrics
+  assert float(optax.global_norm(results[1][0])) > 0.1
+  for accumulate in (2, 4):
+    close(results[accumulate], results[1], atol=1e-6, rtol=1e-6)
+
+
+def test_gradient_is_that_of_the_weighted_mean():
+  trainable, frozen = adapted()
+  data = batch()
+
+  def loss(trainable):
+    params = tree.join(trainable, frozen)
+    x = forward(CONFIG)(params, data["tokens"], segment_ids=data["segment_ids"])
+    ll = jnp.take_along_axis(jax.nn.log_softmax(transformer.logits(params, x)), data["targets"][..., None], axis=-1)
+    return -(data["weights"] * ll[..., 0]).sum() / data["weights"].sum()
+
+  value, grads = jax.value_and_grad(loss)(trainable)
+  step, state = make(trainable, optimiser=PLAIN)
+  after, metrics = step(state, frozen, data)
+  close(jax.tree.map(jnp.subtract, trainable, after.trainable), grads, atol=1e-6)
+  np.testing.assert_allclose(metrics["loss"], value, rtol=1e-6)
+  np.testing.assert_allclose(metrics["grad_norm"], optax.global_norm(grads), rtol=1e-5)
+  assert metrics["tokens"] == (data["segment_ids"] > 0).sum()
+  assert metrics["learning_rate"] == 1.0 and metrics["finite"] == 1.0 and after.step == 1
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_overfitting_one_batch_moves_every_trainable_leaf_and_no_other(method):
+  trainable, frozen = adapted(method=method)
+  kept = jax.tree.map(np.array, frozen)
+  start = jax.tree.map(np.array, trainable)
+  data = batch(4)
+  _, state = make(trainable)
+  optimiser, rate = optim.make(steps=50, **ADAM)
+  stepper = train.Stepper(train.make_step(forward(CONFIG), objectives.causal_lm, optimiser, rate), state)
+  losses = []
+  for _ in range(25):
+    state, metrics = stepper(state, frozen, data)
+    losses.append(float(metrics["loss"]))
+  assert losses[-1] < 0.5 * losses[0]
+  assert same(frozen, kept)
+  moved = tree.flatten(jax.tree.map(lambda a, b: bool(np.any(a != b)), state.trainable, start))
+  assert all(moved.values()), [k for k, m in moved.items() if not m]
+  assert int(state.step) == 25
+
+
+def test_stepper_compiles_once_a_shape():
+  trainable, frozen = adapted()
+  traces = []
+
+  def step(state, frozen, batch):
+    traces.append(batch["tokens"].shape)
+    return state.replace(step=state.step + 1), {"sum": jnp.sum(batch["tokens"])}
+
+  _, state = make(trainable)
+  stepper = train.Stepper(step, state)
+  seconds = [0.0]
+  for length in (12, 12, 20, 12, 20):
+    state, metrics = stepper(state, frozen, batch(2, length))
+    seconds.append(stepper.compile_seconds)
+    assert int(metrics["sum"]) == batch(2, length)["tokens"].sum()
+  assert traces == [(2, 12), (2, 20)]
+  assert [b > a for a, b in zip(seconds, seconds[1:], strict=False)] == [True, False, True, False, False]
+  assert int(state.step) == 5
+
+
+def nan_weights(data, objective=objectives.causal_lm):
+  return data | {"weights": data["weights"] * np.float32("nan")}, objective
+
+
+def infinite_weights(data, objective=objectives.causal_lm):
+  return data | {"weights": data["weights"] * np.float32("inf")}, objective
+
+
+def nan_gradient(data):
+  """A loss that is finite where its gradient is not."""
+
+  def objective(fwd, params, batch):
+    loss, weight, metrics = objectives.causal_lm(fwd, params, batch)
+    return loss + jnp.sqrt(0.0 * jnp.sum(params["layers"]["attn"]["q"]["kernel"].b)), weight, metrics
+
+  return data, objective
+
+
+@pytest.mark.parametrize("fault", [nan_weights, infinite_weights, nan_gradient])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_step_that_is_not_finite_changes_nothing(fault, accumulate):
+  trainable, frozen = adapted()
+  data, objective = fault(batch())
+  step, state = make(trainable, accumulate=accumulate, objective=objective)
+  good, state = make(trainable)
+  state, metrics = good(state, frozen, batch())
+  assert metrics["finite"] == 1
+  after, metrics = step(state, frozen, data)
+  assert metrics["finite"] == 0
+  assert same(after.trainable, state.trainable) and same(after.opt_state, state.opt_state)
+  assert int(after.step) == 2
+  if fault is nan_gradient:
+    assert np.isfinite(metrics["loss"]) and not np.isfinite(metrics["grad_norm"])
+
+
+def test_a_batch_without_weight_has_no_gradient():
+  trainable, frozen = adapted()
+  data = batch()
+  step, state = make(trainable, optimiser=PLAIN)
+  after, metrics = step(state, frozen, data | {"weights": np.zeros_like(data["weights"])})
+  assert same(after.trainable, trainable)
+  assert metrics["loss"] == 0 and metrics["finite"] == 1
+
+
+def test_dropout_follows_seed_and_step():
+  trainable, frozen = adapted(dropout=0.5)
+  data = batch()
+
+  def loss(seed, number):
+    step, state = make(trainable, seed=seed)
+    return float(step(state.replace(step=jnp.int32(number)), frozen, data)[1]["loss"])
+
+  assert loss(0, 0) == loss(0, 0)
+  assert len({loss(0, 0), loss(0, 1), loss(0, 2), loss(1, 0)}) == 4
+
+
+def test_dropout_keys_differ_between_micro_batches_layers_and_leaves():
+  trainable, frozen = adapted(dropout=0.5)
+
+  def objective(fwd, params, batch):
+    """The random bits of every node's first layers as metrics, in place of a loss."""
+    del fwd, batch
+    nodes = tree.flatten(params, is_leaf=weights.is_node)
+    draws = {f"{k}/{i}": jax.random.uniform(w.key[i]) for k, w in nodes.items() if weights.is_node(w) for i in (0, 1)}
+    loss = 0.0 * sum(jnp.sum(w.b) for w in nodes.values() if weights.is_node(w))
+    return loss, jnp.float32(1), draws | {f"{k}^2": v * v for k, v in draws.items()}
+
+  step, state = make(trainable, objective=objective, accumulate=4)
+  metrics = {k: float(v) for k, v in step(state, frozen, batch())[1].items()}
+  draws = {k: v for k, v in metrics.items() if k.startswith("layers/") and not k.endswith("^2")}
+  assert len(draws) == 14 and len(set(draws.values())) == 14
+  assert all(metrics[f"{k}^2"] - v * v > 1e-4 for k, v in draws.items())
+
+
+def test_without_dropout_steps_are_alike():
+  trainable, frozen = adapted()
+  step, state = make(trainable)
+  losses = {float(step(state.replace(step=jnp.int32(i)), frozen, batch())[1]["loss"]) for i in range(3)}
+  assert len(losses) == 1
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_scan_unroll_and_remat_have_the_same_gradients(method):
+  results = []
+  for scan, remat in ((True, False), (False, False), (True, True), (False, True)):
+    config = CONFIG.__class__(**{**vars(CONFIG), "scan": scan, "remat": remat})
+    trainable, frozen = adapted(config, method, **({"dropout": 0.3} if method == "lora" else {}))
+    step, state = make(trainable, config, optimiser=PLAIN)
+    after, metrics = step(state, frozen, batch())
+    results.append((jax.tree.map(jnp.subtract, after.trainable, trainable), metrics))
+  for other in results[1:]:
+    close(other, results[0], atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_bfloat16_model_has_float32_masters_and_moments(method):
+  config = CONFIG.__class__(**{**vars(CONFIG), "dtype": "bfloat16"})
+  trainable, frozen = adapted(config, method)
+  step, state = make(trainable, config, optimiser=ADAM | {"learning_rate": 1e-5})
+  after, metrics = step(state, frozen, batch())
+  assert forward(config)(tree.join(trainable, frozen), batch()["tokens"]).dtype == "bfloat16"
+  for name in ("trainable", "opt_state"):
+    floats = [x for x in jax.tree.leaves(getattr(after, name)) if jnp.issubdtype(x.dtype, jnp.floating)]
+    assert floats and all(x.dtype == "float32" for x in floats), name
+  assert all(v.dtype == "float32" for v in metrics.values())
+  if method == "lora":
+    assert frozen["layers"]["attn"]["q"]["kernel"].base.dtype == "bfloat16"
+  a, b = (
+    tree.flatten(t)[f"layers/mlp/up/kernel{'/b' if method == 'lora' else ''}"] for t in (after.trainable, trainable)
+  )
+  np.testing.assert_allclose(np.abs(np.asarray(a) - np.asarray(b)).max(), 1e-5, rtol=0.1)  # lost in bfloat16
+  exact, state = make(*adapted(CONFIG, method)[:1])
+  np.testing.assert_allclose(metrics["loss"], exact(state, adapted(CONFIG, method)[1], batch())[1]["loss"], rtol=0.02)
+
+
+def dots(jaxpr):
+  """Shapes of all matrix products of a jaxpr, those of inner jaxprs included."""
+  for eqn in jaxpr.eqns:
+    if eqn.primitive.name == "dot_general":
+      yield tuple(sorted(eqn.outvars[0].aval.shape))
+    for inner in jax.core.jaxprs_in_params(eqn.params):
+      yield from dots(inner)
+
+
+@pytest.mark.parametrize("scan", [True, False])
+def test_no_gradient_of_frozen_weights_is_computed(scan):
+  """No product has the shape of a matrix; with full finetuning all of them do."""
+  config = transformer.Config(47, 20, 2, 4, 2, 6, 26, dtype="float32", scan=scan)
+  matrices = {tuple(sorted(s)) for s in ((20, 4, 6), (20, 2, 6), (20, 26), (20, 47))}
+
+  def products(method):
+    trainable, frozen = adapted(config, method)
+    step, state = make(trainable, config)
+    return set(dots(jax.make_jaxpr(step)(state, frozen, batch(3, 9)).jaxpr))
+
+  assert not products("lora") & matrices
+  assert matrices <= products("full")
