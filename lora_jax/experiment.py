@@ -79,8 +79,12 @@ def build(config: Mapping) -> Experiment:
   state = sharding.put(train.init_state(trainable, optimiser), place)
   objective = {k: v for k, v in config["objective"].items() if k not in ("name", "prompt_loss_weight")}
 
-  def forward(*args, **kw):
-    return transformer.hidden(model.config, *args, **kw)[0]
+  packed = config["data"].get("pack", False)
+
+  def forward(params, tokens, *, positions, segment_ids):
+    # Padding on the right needs no mask, and without one attention can be fused.
+    segment_ids = segment_ids if packed else None
+    return transformer.hidden(model.config, params, tokens, positions=positions, segment_ids=segment_ids)[0]
 
   step = train.make_step(
     forward,
