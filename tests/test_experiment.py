@@ -37,6 +37,7 @@ from lora_jax.formats import peft
 pytestmark = pytest.mark.filterwarnings("ignore:optax.global_norm is deprecated:DeprecationWarning")
 ROOT = pathlib.Path(__file__).parents[1]
 STEPS = 6
+MUCH = dict(data__pack=True, train__accumulate=2, mesh__data=2, optim__schedule="cosine", optim__weight_decay=0.1)
 HF_CONFIG = dict(
   model_type="llama",
   vocab_size=264,
@@ -54,7 +55,19 @@ CHAT = (
 )
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module", autouse=True)
+def compiled(tmp_path_factory):
+  """Runs of the same config compile once."""
+  names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+  before = [getattr(jax.config, k) for k in names]
+  for k, v in zip(names, (str(tmp_path_factory.mktemp("compiled")), 0.0), strict=True):
+    jax.config.update(k, v)
+  yield
+  for k, v in zip(names, before, strict=True):
+    jax.config.update(k, v)
+
+
+@pytest.fixture(scope="module")
 def files(tmp_path_factory):
   """A directory with a random `model` and the splits of a jsonl task."""
   directory = tmp_path_factory.mktemp("files")
@@ -69,13 +82,13 @@ def files(tmp_path_factory):
   models.save(models.Model("tiny", config, params, tok, HF_CONFIG), directory / "model")
   rng = random.Random(0)
   for split, n in (("train", 40), ("validation", 6), ("test", 6)):
-    words = ["".join(rng.choices("abcdef", k=rng.randint(3, 12))) for _ in range(n)]
+    words = ["".join(rng.choices("abcdef", k=rng.randint(3, 6))) for _ in range(n)]
     rows = [{"prompt": f"Write {w} backwards:", "response": f" {w[::-1]}"} for w in words]
     (directory / f"{split}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
   return directory
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def config(files):
   """A run of six steps with checkpoints at 2, 4 and 6."""
   c = common.get_config().to_dict()
@@ -93,11 +106,18 @@ def config(files):
   return c
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def done(config, tmp_path_factory):
   """(directory, summary) of an uninterrupted run of `config`."""
   workdir = tmp_path_factory.mktemp("runs") / "done"
   return workdir, experiment.run(config, workdir, "python -m experiments.run --config tiny.py")
+
+
+@pytest.fixture(scope="module")
+def done_much(config, tmp_path_factory):
+  """(directory, summary) of an uninterrupted run of `config` with `MUCH`."""
+  workdir = tmp_path_factory.mktemp("runs") / "much"
+  return workdir, experiment.run(changed(config, **MUCH), workdir)
 
 
 def changed(config, **values):
@@ -228,36 +248,35 @@ def test_a_finished_run_is_not_run_again(config, done, monkeypatch, capfd):
 
 
 @pytest.mark.parametrize(
-  "owner, name, when, left, settings",
+  "owner, name, when, left, much",
   [
-    (train.Stepper, "__call__", 5, [2, 4], {}),
-    (train.Stepper, "__call__", 2, [], dict(data__pack=True)),
-    (checkpoint.Checkpoints, "save", 2, [2], dict(data__pack=True, train__accumulate=2)),
-    (peft, "save", 1, [4, 6], dict(train__accumulate=2)),
-    (report, "write_report", 1, [4, 6], dict(mesh__data=4, data__pack=True)),
+    (train.Stepper, "__call__", 5, [2, 4], False),
+    (train.Stepper, "__call__", 2, [], False),
+    (checkpoint.Checkpoints, "save", 2, [2], True),
+    (peft, "save", 1, [4, 6], False),
+    (report, "write_report", 1, [4, 6], True),
   ],
   ids=["step", "no_checkpoint", "saving", "exporting", "reporting"],
 )
-def test_an_interrupted_run_ends_bit_identical(config, done, tmp_path, monkeypatch, owner, name, when, left, settings):
-  config, whole = changed(config, **settings), done[0]
-  if settings:
-    whole = tmp_path / "whole"
-    experiment.run(config, whole)
+def test_an_interrupted_run_ends_bit_identical(
+  config, done, much, done_much, tmp_path, monkeypatch, owner, name, when, left
+):
+  config, (whole, expected) = (changed(config, **MUCH), done_much) if much else (config, done)
   undo = interrupt(monkeypatch, owner, name, when)
   with pytest.raises(KeyboardInterrupt):
     experiment.run(config, tmp_path / "cut")
   assert not (tmp_path / "cut" / "summary.json").exists()
   assert sorted(int(p.name) for p in (tmp_path / "cut" / "checkpoints").iterdir()) == left
   undo()
-  seen = []
-  step = train.Stepper.__call__
+  seen, step = [], train.Stepper.__call__
   monkeypatch.setattr(train.Stepper, "__call__", lambda self, *a: seen.append(1) or step(self, *a))
   summary = experiment.run(config, tmp_path / "cut")
   assert len(seen) == STEPS - max(left, default=0)
   assert_same_run(tmp_path / "cut", whole)
   assert json.loads((tmp_path / "cut" / "summary.json").read_text()) == summary
-  for k in ("loss_first", "loss_last"):
-    assert summary["train"][k] == json.loads((whole / "summary.json").read_text())["train"][k]
+  assert summary["eval"] == expected["eval"]
+  for k in ("steps", "loss_first", "loss_last"):
+    assert summary["train"][k] == expected["train"][k]
   assert not leftovers(tmp_path / "cut")
 
 
@@ -272,6 +291,23 @@ def test_resume_between_two_logged_steps(config, tmp_path, monkeypatch):
   assert_same_run(tmp_path / "cut", tmp_path / "whole")
 
 
+def test_seconds_are_those_of_training(config, tmp_path, monkeypatch):
+  config = changed(config, train__log_every=STEPS, train__checkpoint_every=99, eval__every=5)
+  step, score, scored = train.Stepper.__call__, evaluate.run, []
+
+  def slow_validation(*args, **kw):
+    scored.append(1)
+    time.sleep(3 if len(scored) == 2 else 0)
+    return score(*args, **kw)
+
+  monkeypatch.setattr(train.Stepper, "__call__", lambda *a: time.sleep(0.2) or step(*a))
+  monkeypatch.setattr(evaluate, "run", slow_validation)
+  experiment.run(config, tmp_path / "run")
+  (row,) = [r for r in rows(tmp_path / "run") if "train/loss" in r and r["step"] == STEPS]
+  assert 4 * 0.2 <= row["train/seconds"] < 3  # at least steps 3 to 6: the row before is written while 2 runs
+  assert row["train/tokens_per_second"] == pytest.approx(row["train/tokens"] / row["train/seconds"])
+
+
 def test_validation_is_logged_and_survives_interruption(config, tmp_path, monkeypatch):
   config = changed(config, eval__every=2)
   experiment.run(config, tmp_path / "whole")
@@ -283,12 +319,6 @@ def test_validation_is_logged_and_survives_interruption(config, tmp_path, monkey
   undo()
   experiment.run(config, tmp_path / "cut")
   assert_same_run(tmp_path / "cut", tmp_path / "whole")
-
-
-def test_seed_and_data_order_matter(config, done, tmp_path):
-  experiment.run(changed(config, train__seed=1), tmp_path / "other")
-  a, b = adapter(done[0]), adapter(tmp_path / "other")
-  assert any((a[k] != b[k]).any() for k in a)
 
 
 def explode_at(monkeypatch, step):
@@ -316,12 +346,6 @@ def test_a_loss_that_is_not_finite_ends_the_run(config, done, tmp_path, monkeypa
   if left == [2, 4]:
     experiment.run(config, tmp_path / "run")
     assert_same_run(tmp_path / "run", done[0])
-
-
-def test_a_huge_learning_rate_is_reported(config, tmp_path):
-  config = changed(config, optim__learning_rate=1e30, optim__clip_norm=0.0, optim__warmup=0)
-  with pytest.raises(errors.UserError, match=r"^step \d: loss .* not finite.*config.optim.learning_rate"):
-    experiment.run(config, tmp_path / "run")
 
 
 def test_full_writes_a_model(config, tmp_path):
@@ -492,10 +516,21 @@ def test_command_line_ends_in_one_message(config, tmp_path, arg, message):
 
 
 @pytest.mark.slow
-def test_command_line_refuses_unknown_keys(config, tmp_path):
-  process = start(command(config, tmp_path, "--config.optim.learning_rat=1"))
+@pytest.mark.parametrize(
+  "args, message",
+  [
+    (["--config.optim.learning_rat=1"], "learning_rate"),
+    (["--config.optm.name=sgd"], "optim"),
+    (["--config.train.steps=many"], "--config.train.steps=many"),
+    (["--wrkdir=x"], "workdir"),
+    (["extra"], "unexpected argument 'extra'"),
+    (["--config", "nowhere.py"], "nowhere.py"),
+  ],
+)
+def test_command_line_that_cannot_be_read(config, tmp_path, args, message):
+  process = start(command(config, tmp_path, *args))
   out, err = process.communicate(timeout=120)
-  assert process.returncode != 0 and "learning_rat" in out + err and "learning_rate" in out + err
+  assert process.returncode != 0 and message in out + err
   assert "Traceback" not in out + err
   assert not (tmp_path / "run").exists()
 

@@ -166,7 +166,9 @@ def test_dropout(base):
   assert len(np.unique(jax.random.key_data(seeded.key), axis=0)) == 3
 
 
-@pytest.mark.parametrize("spec, shapes", [("BTNH,NHD->BTD", ((2, 3, 4, 5), (4, 5, 6))), ("BTD,DF->BTF", ((2, 3, 4), (4, 5)))])
+@pytest.mark.parametrize(
+  "spec, shapes", [("BTNH,NHD->BTD", ((2, 3, 4, 5), (4, 5, 6))), ("BTD,DF->BTF", ((2, 3, 4), (4, 5)))]
+)
 def test_split_spec(spec, shapes):
   x, w = (jax.random.normal(jax.random.key(i), s) for i, s in enumerate(shapes))
   inner = 2 if "NHD" in spec else 1

@@ -16,7 +16,7 @@ MESHES = [(8, 1, 1), (1, 8, 1), (1, 2, 4), (2, 2, 2)]
 def step(mesh, method):
   """One step on a mesh: (state before, frozen, state after, metrics)."""
   place = sharding.placer(mesh)
-  trainable, frozen = (sharding.put(t, place) for t in adapted(CONFIG, method))
+  trainable, frozen = (sharding.put(jax.device_get(t), place) for t in adapted(CONFIG, method))
   # A large eps keeps Adam's step a smooth function of the gradient.
   optimiser, rate = optim.make(
     steps=10, schedule="constant", warmup=0, learning_rate=0.1, eps=1e-2, clip_norm=0, weight_decay=0.1

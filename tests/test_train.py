@@ -1,5 +1,8 @@
 """The training step: accumulation, what moves, what is refused, dropout, and what gradients cost."""
 
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +13,7 @@ from lora_jax import objectives, optim, train, transformer, tree, weights
 from lora_jax.methods import full, lora
 
 CONFIG = transformer.Config(47, 16, 2, 4, 2, 4, 24, dtype="float32", tied=True)
-ADAM = dict(schedule="constant", warmup=0, learning_rate=1e-2)
+ADAM = dict(schedule="constant", warmup=0, learning_rate=2e-2)
 
 
 def batch(rows=8, length=12, seed=0):
@@ -32,14 +35,21 @@ def forward(config):
   return lambda *args, **kw: transformer.hidden(config, *args, **kw)[0]
 
 
+@functools.cache
 def adapted(config=CONFIG, method="lora", **kw):
-  """(trainable, frozen) of a random model; LoRA on all matrices, B not zero."""
-  params = transformer.init(config, jax.random.key(0))
-  if method == "full":
-    return tree.split(*full.init(jax.random.key(1), params, **kw))
-  trainable, frozen = tree.split(*lora.init(jax.random.key(1), params, targets="all-linear", rank=2, **kw))
-  noise = lambda k, x: 0.1 * jax.random.normal(tree.fold(jax.random.key(2), k), x.shape) if k.endswith("/b") else x
-  return tree.map_named(noise, trainable), frozen
+  """(trainable, frozen) of a random model; LoRA of rank 2 on all matrices, B not zero."""
+  key, rng = jax.random.key(0), np.random.default_rng(0)
+  lora_init = lambda: lora.init(key, transformer.init(config, key), targets="all-linear", rank=2, **kw)[0]
+  full_init = lambda: full.init(key, transformer.init(config, key))[0]
+  params = jax.eval_shape(lora_init if method == "lora" else full_init)
+
+  def leaf(k, x):
+    if k.endswith(("scale", "rank")):
+      return jnp.full(x.shape, 1.0 if "norm" in k else 2, x.dtype)
+    return jnp.asarray(0.3 * rng.standard_normal(x.shape), x.dtype)
+
+  params = tree.map_named(leaf, params)
+  return tree.split(params, jax.tree.map(lambda _: True, params) if method == "full" else lora.trainable(params))
 
 
 def make(trainable, config=CONFIG, objective=objectives.causal_lm, optimiser=ADAM, **kw):
@@ -72,7 +82,7 @@ def test_accumulation_equals_one_batch(method):
     step, state = make(trainable, optimiser=PLAIN, accumulate=accumulate)
     after, metrics = step(state, frozen, data)
     results[accumulate] = jax.tree.map(jnp.subtract, after.trainable, trainable), metrics
-  assert float(optax.global_norm(results[1][0])) > 0.1
+  assert float(optax.tree.norm(results[1][0])) > 0.1
   for accumulate in (2, 4):
     close(results[accumulate], results[1], atol=1e-6, rtol=1e-6)
 
@@ -92,7 +102,7 @@ def test_gradient_is_that_of_the_weighted_mean():
   after, metrics = step(state, frozen, data)
   close(jax.tree.map(jnp.subtract, trainable, after.trainable), grads, atol=1e-6)
   np.testing.assert_allclose(metrics["loss"], value, rtol=1e-6)
-  np.testing.assert_allclose(metrics["grad_norm"], optax.global_norm(grads), rtol=1e-5)
+  np.testing.assert_allclose(metrics["grad_norm"], optax.tree.norm(grads), rtol=1e-5)
   assert metrics["tokens"] == (data["segment_ids"] > 0).sum()
   assert metrics["learning_rate"] == 1.0 and metrics["finite"] == 1.0 and after.step == 1
 
@@ -103,18 +113,18 @@ def test_overfitting_one_batch_moves_every_trainable_leaf_and_no_other(method):
   kept = jax.tree.map(np.array, frozen)
   start = jax.tree.map(np.array, trainable)
   data = batch(4)
-  _, state = make(trainable)
+  _, state = make(jax.tree.map(jnp.copy, trainable))  # which the step donates
   optimiser, rate = optim.make(steps=50, **ADAM)
   stepper = train.Stepper(train.make_step(forward(CONFIG), objectives.causal_lm, optimiser, rate), state)
   losses = []
-  for _ in range(25):
+  for _ in range(40):
     state, metrics = stepper(state, frozen, data)
     losses.append(float(metrics["loss"]))
   assert losses[-1] < 0.5 * losses[0]
   assert same(frozen, kept)
   moved = tree.flatten(jax.tree.map(lambda a, b: bool(np.any(a != b)), state.trainable, start))
   assert all(moved.values()), [k for k, m in moved.items() if not m]
-  assert int(state.step) == 25
+  assert int(state.step) == 40
 
 
 def test_stepper_compiles_once_a_shape():
@@ -125,7 +135,7 @@ def test_stepper_compiles_once_a_shape():
     traces.append(batch["tokens"].shape)
     return state.replace(step=state.step + 1), {"sum": jnp.sum(batch["tokens"])}
 
-  _, state = make(trainable)
+  _, state = make(jax.tree.map(jnp.copy, trainable))
   stepper = train.Stepper(step, state)
   seconds = [0.0]
   for length in (12, 12, 20, 12, 20):
@@ -222,7 +232,7 @@ def test_without_dropout_steps_are_alike():
 def test_scan_unroll_and_remat_have_the_same_gradients(method):
   results = []
   for scan, remat in ((True, False), (False, False), (True, True), (False, True)):
-    config = CONFIG.__class__(**{**vars(CONFIG), "scan": scan, "remat": remat})
+    config = dataclasses.replace(CONFIG, scan=scan, remat=remat)
     trainable, frozen = adapted(config, method, **({"dropout": 0.3} if method == "lora" else {}))
     step, state = make(trainable, config, optimiser=PLAIN)
     after, metrics = step(state, frozen, batch())
@@ -233,7 +243,7 @@ def test_scan_unroll_and_remat_have_the_same_gradients(method):
 
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_bfloat16_model_has_float32_masters_and_moments(method):
-  config = CONFIG.__class__(**{**vars(CONFIG), "dtype": "bfloat16"})
+  config = dataclasses.replace(CONFIG, dtype="bfloat16")
   trainable, frozen = adapted(config, method)
   step, state = make(trainable, config, optimiser=ADAM | {"learning_rate": 1e-5})
   after, metrics = step(state, frozen, batch())
