@@ -38,5 +38,19 @@ def main(argv: list[str]) -> None:
     sys.exit(f"interrupted; the same command goes on from the last checkpoint in {workdir}")
 
 
+def parse(argv: list[str]) -> list[str]:
+  """Reads the flags; a config file or key that does not exist ends in one message."""
+  try:
+    rest = app.parse_flags_with_usage(argv)
+    CONFIG.value.to_dict()  # raises what was wrong with the file
+    return rest
+  except OSError as e:
+    sys.exit(f"error: {' '.join(str(e).split())}")
+  except (KeyError, AttributeError) as e:  # ml_collections', one in the other
+    while e.args and isinstance(e.args[0], Exception):
+      e = e.args[0]
+    sys.exit(f"error: config has no key {' '.join(str(e.args[0]).split())}")
+
+
 if __name__ == "__main__":
-  app.run(main)
+  app.run(main, flags_parser=parse)

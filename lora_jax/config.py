@@ -23,6 +23,8 @@ def check(config: Mapping) -> None:
   for k in SECTIONS:
     if k not in config:
       raise errors.UserError(f"config has no section {k!r}; it needs {', '.join(SECTIONS)}")
+    if not isinstance(config[k], Mapping):
+      raise errors.UserError(f"config.{k} is a section with keys, not {config[k]!r}")
   for k in ("model", "method", "task", "objective", "optim"):
     if not config[k].get("name"):
       raise errors.UserError(f"config.{k} needs a name")
@@ -60,6 +62,10 @@ def eval_settings(
   max_new_tokens: int | None = None,
 ) -> dict:
   """`config.eval`: of the test split before and after, and of the validation split each `every` steps (0: never)."""
+  if examples < 1 or batch_size < 1 or seq_len < 1 or every < 0:
+    raise errors.UserError("config.eval: examples, batch_size and seq_len are at least 1, every at least 0")
+  if max_new_tokens is not None and max_new_tokens < 1:
+    raise errors.UserError("config.eval.max_new_tokens is at least 1, or None")
   return dict(locals())
 
 
@@ -72,6 +78,8 @@ def prompt_loss_weight(config: Mapping, task: tasks.Task) -> float:
 
 def finished(config: Mapping, workdir: pathlib.Path) -> bool:
   """Whether `workdir` holds this run complete; UserError if it holds anything else than a run of this config."""
+  if workdir.exists() and not workdir.is_dir():
+    raise errors.UserError(f"{workdir} is a file, expected a directory; give another --workdir")
   if not workdir.exists() or not any(workdir.iterdir()):
     return False
   if not (workdir / "config.json").exists():

@@ -60,6 +60,7 @@ def build(config: Mapping) -> Experiment:
   """Loads model and data and applies the method; UserError for whatever the config has wrong."""
   config_lib.check(config)
   run = config_lib.train_settings(**config["train"])
+  scored = ("test", "validation") if config_lib.eval_settings(**config["eval"])["every"] else ("test",)
   mesh = sharding.make_mesh(**config["mesh"])
   rows = sharding.batch_divisor(mesh) * run["accumulate"]
   if config["data"]["batch_size"] % rows:
@@ -68,6 +69,8 @@ def build(config: Mapping) -> Experiment:
     )
   task = tasks.get(**config["task"])
   examples = task.load("train")
+  for split in scored:
+    task.load(split)  # what is wrong with them is said now, not after training
   place = sharding.placer(mesh)
   model = models.load(**config["model"], sharding=place)
   if model.tokenizer is None:
@@ -173,30 +176,34 @@ def fit(exp: Experiment, out: metrics.Metrics, saved: checkpoint.Checkpoints) ->
   run = config_lib.train_settings(**exp.config["train"])
   every, log = exp.config["eval"].get("every", 0), Log(exp, out, saved, run["log_every"])
   for step in range(int(exp.state.step) + 1, run["steps"] + 1):
+    # Before the next step, so that a run that was cut off between a checkpoint and its validation makes up for it.
+    if every and step > 1 and (step - 1) % every == 0:
+      log.flush()
+      since = time.perf_counter()
+      score(exp, out, step - 1, "validation", "validation")
+      log.skip(time.perf_counter() - since)
     batch = sharding.put_batch(next(exp.batches), exp.mesh)
     exp.state, values = exp.step(exp.state, exp.frozen, batch)
     log.add(step, values)
-    last = step == run["steps"]
-    if last or step % run["checkpoint_every"] == 0:
-      log.flush()
+    if step == run["steps"] or step % run["checkpoint_every"] == 0:
+      log.flush(write=True)
       saved.save(step, exp.state, exp.batches.get_state())
-    if every and step % every == 0 and not last:
-      log.flush()
-      score(exp, out, step, "validation", "validation")
-      log.restart()
 
 
 class Log:
-  """Reads the metrics of a step only when the next one runs, and writes their mean every `log_every` steps."""
+  """Reads the metrics of a step only when the next one runs, and writes their mean every `log_every` steps.
+
+  At a checkpoint it writes too, since what is not written would be lost to a run that goes on from there.
+  """
 
   def __init__(self, exp: Experiment, out: metrics.Metrics, saved: checkpoint.Checkpoints, log_every: int):
     self._exp, self._out, self._saved, self._every = exp, out, saved, log_every
     self._pending, self._rows = None, []
-    self.restart()
+    self._restart()
 
-  def restart(self) -> None:
-    """Starts timing anew, after work that is no training."""
-    self._since, self._compiled = time.perf_counter(), self._exp.step.compile_seconds
+  def skip(self, seconds: float) -> None:
+    """Leaves out of the next row's time what was no training."""
+    self._since += seconds
 
   def add(self, step: int, values: dict) -> None:
     """Takes a step's metrics, which may still be being computed, and reads those of the step before."""
@@ -204,10 +211,12 @@ class Log:
     if before:
       self._read(*before)
 
-  def flush(self) -> None:
-    """Reads what is pending."""
+  def flush(self, write: bool = False) -> None:
+    """Reads what is pending, and writes a row of what is read if there is any."""
     if self._pending:
       self._read(*self._pending)
+      if write and self._rows:
+        self._write(self._pending[0])
     self._pending = None
 
   def _read(self, step: int, values: dict) -> None:
@@ -235,7 +244,10 @@ class Log:
     self._out.log(step, row)
     self._out.progress(step, row["loss"], row["tokens_per_second"])
     self._rows = []
-    self.restart()
+    self._restart()
+
+  def _restart(self) -> None:
+    self._since, self._compiled = time.perf_counter(), self._exp.step.compile_seconds
 
 
 def export(exp: Experiment, workdir: pathlib.Path) -> None:

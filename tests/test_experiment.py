@@ -34,7 +34,6 @@ from lora_jax import (
 )
 from lora_jax.formats import peft
 
-pytestmark = pytest.mark.filterwarnings("ignore:optax.global_norm is deprecated:DeprecationWarning")
 ROOT = pathlib.Path(__file__).parents[1]
 STEPS = 6
 MUCH = dict(data__pack=True, train__accumulate=2, mesh__data=2, optim__schedule="cosine", optim__weight_decay=0.1)

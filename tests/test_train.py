@@ -4,6 +4,7 @@ import dataclasses
 import functools
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -78,13 +79,12 @@ def test_accumulation_equals_one_batch(method):
   trainable, frozen = adapted(method=method)
   data = batch()
   results = {}
-  for accumulate in (1, 2, 4):
+  for accumulate in (1, 4):
     step, state = make(trainable, optimiser=PLAIN, accumulate=accumulate)
     after, metrics = step(state, frozen, data)
     results[accumulate] = jax.tree.map(jnp.subtract, after.trainable, trainable), metrics
   assert float(optax.tree.norm(results[1][0])) > 0.1
-  for accumulate in (2, 4):
-    close(results[accumulate], results[1], atol=1e-6, rtol=1e-6)
+  close(results[4], results[1], atol=1e-6, rtol=1e-6)
 
 
 def test_gradient_is_that_of_the_weighted_mean():
@@ -147,39 +147,39 @@ def test_stepper_compiles_once_a_shape():
   assert int(state.step) == 5
 
 
-def nan_weights(data, objective=objectives.causal_lm):
-  return data | {"weights": data["weights"] * np.float32("nan")}, objective
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_a_loss_that_is_not_finite_changes_nothing(accumulate, value):
+  trainable, frozen = adapted()
+  data = batch()
+  step, state = compiled(accumulate)
+  state, metrics = step(state, frozen, data)
+  assert metrics["finite"] == 1
+  data["weights"][3, 1] = float(value)
+  after, metrics = step(state, frozen, data)
+  assert metrics["finite"] == 0 and not np.isfinite(metrics["loss"])
+  assert same((after.trainable, after.opt_state), (state.trainable, state.opt_state))
+  assert int(after.step) == 2
 
 
-def infinite_weights(data, objective=objectives.causal_lm):
-  return data | {"weights": data["weights"] * np.float32("inf")}, objective
+@functools.cache
+def compiled(accumulate):
+  return make(adapted()[0], accumulate=accumulate)
 
 
-def nan_gradient(data):
-  """A loss that is finite where its gradient is not."""
+def test_a_gradient_that_is_not_finite_changes_nothing():
+  """The loss is finite: the square root of 0."""
 
   def objective(fwd, params, batch):
-    loss, weight, metrics = objectives.causal_lm(fwd, params, batch)
-    return loss + jnp.sqrt(0.0 * jnp.sum(params["layers"]["attn"]["q"]["kernel"].b)), weight, metrics
+    del fwd, batch
+    return jnp.sqrt(0.0 * jnp.sum(params["layers"]["attn"]["q"]["kernel"].b)), jnp.float32(1), {}
 
-  return data, objective
-
-
-@pytest.mark.parametrize("fault", [nan_weights, infinite_weights, nan_gradient])
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_a_step_that_is_not_finite_changes_nothing(fault, accumulate):
   trainable, frozen = adapted()
-  data, objective = fault(batch())
-  step, state = make(trainable, accumulate=accumulate, objective=objective)
-  good, state = make(trainable)
-  state, metrics = good(state, frozen, batch())
-  assert metrics["finite"] == 1
-  after, metrics = step(state, frozen, data)
-  assert metrics["finite"] == 0
-  assert same(after.trainable, state.trainable) and same(after.opt_state, state.opt_state)
-  assert int(after.step) == 2
-  if fault is nan_gradient:
-    assert np.isfinite(metrics["loss"]) and not np.isfinite(metrics["grad_norm"])
+  step, state = make(trainable, objective=objective)
+  after, metrics = step(state, frozen, batch())
+  assert metrics["finite"] == 0 and metrics["loss"] == 0
+  assert same((after.trainable, after.opt_state), (state.trainable, state.opt_state))
+  assert int(after.step) == 1
 
 
 def test_a_batch_without_weight_has_no_gradient():
@@ -195,8 +195,10 @@ def test_dropout_follows_seed_and_step():
   trainable, frozen = adapted(dropout=0.5)
   data = batch()
 
+  made = {seed: make(trainable, seed=seed) for seed in (0, 1)}
+
   def loss(seed, number):
-    step, state = make(trainable, seed=seed)
+    step, state = made[seed]
     return float(step(state.replace(step=jnp.int32(number)), frozen, data)[1]["loss"])
 
   assert loss(0, 0) == loss(0, 0)
@@ -223,17 +225,16 @@ def test_dropout_keys_differ_between_micro_batches_layers_and_leaves():
 
 def test_without_dropout_steps_are_alike():
   trainable, frozen = adapted()
-  step, state = make(trainable)
+  step, state = compiled(1)
   losses = {float(step(state.replace(step=jnp.int32(i)), frozen, batch())[1]["loss"]) for i in range(3)}
   assert len(losses) == 1
 
 
-@pytest.mark.parametrize("method", ["lora", "full"])
-def test_scan_unroll_and_remat_have_the_same_gradients(method):
+def test_scan_unroll_and_remat_have_the_same_gradients():
   results = []
   for scan, remat in ((True, False), (False, False), (True, True), (False, True)):
     config = dataclasses.replace(CONFIG, scan=scan, remat=remat)
-    trainable, frozen = adapted(config, method, **({"dropout": 0.3} if method == "lora" else {}))
+    trainable, frozen = adapted(config, dropout=0.3)
     step, state = make(trainable, config, optimiser=PLAIN)
     after, metrics = step(state, frozen, batch())
     results.append((jax.tree.map(jnp.subtract, after.trainable, trainable), metrics))
@@ -258,8 +259,9 @@ def test_bfloat16_model_has_float32_masters_and_moments(method):
     tree.flatten(t)[f"layers/mlp/up/kernel{'/b' if method == 'lora' else ''}"] for t in (after.trainable, trainable)
   )
   np.testing.assert_allclose(np.abs(np.asarray(a) - np.asarray(b)).max(), 1e-5, rtol=0.1)  # lost in bfloat16
-  exact, state = make(*adapted(CONFIG, method)[:1])
-  np.testing.assert_allclose(metrics["loss"], exact(state, adapted(CONFIG, method)[1], batch())[1]["loss"], rtol=0.02)
+  exact_params, exact_frozen = adapted(CONFIG, method)
+  exact, _, _ = objectives.causal_lm(forward(CONFIG), tree.join(exact_params, exact_frozen), batch())
+  np.testing.assert_allclose(metrics["loss"], exact / batch()["weights"].sum(), rtol=0.02)
 
 
 def dots(jaxpr):
@@ -267,7 +269,7 @@ def dots(jaxpr):
   for eqn in jaxpr.eqns:
     if eqn.primitive.name == "dot_general":
       yield tuple(sorted(eqn.outvars[0].aval.shape))
-    for inner in jax.core.jaxprs_in_params(eqn.params):
+    for inner in jax.extend.core.jaxprs_in_params(eqn.params):
       yield from dots(inner)
 
 

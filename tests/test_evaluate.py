@@ -1,0 +1,184 @@
+"""Scores against naive full forwards, transformers' greedy generation, and a Markov chain computed by hand."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tokenizers
+
+from lora_jax import evaluate, generate, models, tasks, tokenizer as tokenizer_lib, transformer
+from tests.test_models import reference
+from tests.test_train import adapted
+
+CONFIG = transformer.Config(47, 16, 2, 4, 2, 4, 24, dtype="float32", tied=True)
+NO_LABELS = (np.zeros((0, 1), np.int32), np.zeros(0, np.int32))
+LENGTHS = np.array([5, 9, 1, 12], np.int32)
+NEVER = 46  # used as eos where none should end
+
+
+@pytest.fixture(scope="module")
+def params():
+  return adapted(CONFIG, "full")[0]
+
+
+def prompts(pad=0):
+  tokens = np.random.default_rng(1).integers(1, 45, (4, 12), dtype=np.int32)
+  return np.where(np.arange(12) < LENGTHS[:, None], tokens, pad).astype(np.int32)
+
+
+@jax.jit
+def full_logits(params, ids):
+  return models.apply(CONFIG, params, ids)
+
+
+def naive_logits(params, ids):
+  """Logits [n, V] of one sequence without a cache; padded to one shape, which causality allows."""
+  return np.asarray(full_logits(params, np.pad(np.asarray(ids, np.int32), (0, 24 - len(ids)))[None])[0, : len(ids)])
+
+
+def naive_greedy(params, prompt, new, eos):
+  ids = list(prompt)
+  for _ in range(new):
+    ids.append(int(naive_logits(params, ids)[-1].argmax()))
+    if ids[-1] == eos:
+      break
+  out = ids[len(prompt) :]
+  return out + [eos] * (new - len(out))
+
+
+def test_scores_equal_full_forwards(params):
+  labels, label_lengths = np.array([[3, 4, 5], [6, 0, 0], [7, 3, 0]], np.int32), np.array([3, 1, 2], np.int32)
+  want = np.zeros((4, 3))
+  for i, (row, n) in enumerate(zip(prompts(), LENGTHS, strict=True)):
+    for j, (label, u) in enumerate(zip(labels, label_lengths, strict=True)):
+      lp = np.asarray(jax.nn.log_softmax(naive_logits(params, [*row[:n], *label[:u]])))
+      want[i, j] = sum(lp[n - 1 + k, label[k]] for k in range(u))
+  got, _ = evaluate.score(CONFIG, params, prompts(), LENGTHS, labels, label_lengths, 2, NEVER)
+  np.testing.assert_allclose(got, want, atol=1e-5)
+  filled = np.where(labels == 0, 9, labels)
+  again, _ = evaluate.score(CONFIG, params, prompts(pad=8), LENGTHS, filled, label_lengths, 2, NEVER)
+  np.testing.assert_array_equal(got, again)
+
+
+def test_greedy_equals_a_loop_without_cache(params):
+  first = [naive_greedy(params, row[:n], 6, NEVER) for row, n in zip(prompts(), LENGTHS, strict=True)]
+  eos = first[0][2]
+  for end in (NEVER, eos):
+    want = [naive_greedy(params, row[:n], 6, end) for row, n in zip(prompts(), LENGTHS, strict=True)]
+    for pad in (0, 8):
+      _, got = evaluate.score(CONFIG, params, prompts(pad), LENGTHS, *NO_LABELS, 6, end)
+      np.testing.assert_array_equal(got, want)
+  assert got[0].tolist() == [*first[0][: first[0].index(eos)], *[eos] * (6 - first[0].index(eos))]
+
+
+def test_greedy_equals_transformers(tmp_path):
+  torch = pytest.importorskip("torch")
+  ref = reference(tmp_path, num_key_value_heads=2)
+  model = models.load(str(tmp_path), dtype="float32")
+
+  def theirs(eos):
+    out = np.full((4, 8), eos)
+    for i, n in enumerate(LENGTHS):
+      ids = torch.tensor(prompts()[i : i + 1, :n].astype(np.int64))
+      kw = dict(max_new_tokens=8, do_sample=False, eos_token_id=eos, pad_token_id=eos)
+      new = ref.generate(ids, attention_mask=torch.ones_like(ids), **kw)[0, n:].numpy()
+      out[i, : len(new)] = new
+    return out
+
+  eos = int(theirs(96)[1, 3])
+  for end in (96, eos):
+    _, ours = evaluate.score(model.config, model.params, prompts(), LENGTHS, *NO_LABELS, 8, end)
+    np.testing.assert_array_equal(ours, theirs(end))
+
+
+def test_until_eos():
+  assert generate.until_eos(np.array([4, 5, 2, 6, 2]), 2) == [4, 5]
+  assert generate.until_eos(np.array([2, 4]), 2) == []
+  assert generate.until_eos(np.array([4, 5]), 2) == [4, 5]
+
+
+# A model without layers' influence whose next token depends on the last one alone: a Markov chain.
+WORDS = ["<eos>", "cat", "dog", "bird", "yes", "no", "way"]
+# Logits of the next word; rows and columns are WORDS, missing ones -9.
+CHAIN = {
+  "cat": {"yes": 3.0, "no": 1.0},  # says "yes", prefers "yes"
+  "dog": {"no": 3.0, "yes": 2.5},  # says "no", but "no way" is less likely than "yes"
+  "bird": {"no": 3.0, "yes": -3.0},  # says "no", prefers "no way"
+  "yes": {"<eos>": 5.0},
+  "no": {"<eos>": 2.0, "way": 0.0},
+  "way": {"<eos>": 5.0},
+}
+EXAMPLES = [("cat", 0), ("dog", 0), ("dog", 1), ("bird", 1), ("cat", 0)]
+LABELS = ("yes", "no way")
+
+
+def chain():
+  """(config, params, tokenizer, float64 logits [V, V])"""
+  V = len(WORDS)
+  table = np.full((V, V), -9.0)
+  for a, row in CHAIN.items():
+    for b, x in row.items():
+      table[WORDS.index(a), WORDS.index(b)] = x
+  config = transformer.Config(V, 8, 1, 2, 2, 4, 8, dtype="float32", norm_eps=1e-12)
+  params = jax.tree.map(lambda s: jnp.zeros(s.shape), transformer.shapes(config))
+  params["norm"]["scale"] = jnp.full(8, 8**-0.5)  # the norm of a one-hot vector multiplies it by sqrt(8)
+  params["embed"]["kernel"] = jnp.eye(V, 8)
+  params["head"]["kernel"] = jnp.zeros((8, V)).at[:V].set(table)
+  backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({w: i for i, w in enumerate(WORDS)}, "<eos>"))
+  backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+  backend.add_special_tokens(["<eos>"])
+  return config, params, tokenizer_lib.Tokenizer(backend, eos_id=0), table
+
+
+def task(labels=LABELS):
+  def form(e):
+    return tasks.Formatted(e["text"], LABELS[e["label"]])
+
+  def score(e, text):
+    return tasks.exact_match(LABELS[e["label"]], text) | {"words": len(text.split())}
+
+  return tasks.Task("toy", lambda split: [], form, score, labels, None)
+
+
+def examples():
+  return [{"text": t, "label": y} for t, y in EXAMPLES]
+
+
+def test_chain_is_what_it_says():
+  config, params, _, table = chain()
+  got = models.apply(config, params, np.arange(1, 7)[None])[0]
+  np.testing.assert_allclose(got, table[1:], atol=1e-4)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 8])
+def test_run_on_a_toy_task(batch_size):
+  """By hand: of five, "no way" is right and preferred once (bird), "yes" thrice (cat, dog, cat), dog/"no way" is wrong.
+
+  "yes" is generated for the cats, "no" for all others. Filler rows of the last batch count nowhere.
+  """
+  config, params, tok, table = chain()
+  lp = np.asarray(jax.nn.log_softmax(table))
+  w = WORDS.index
+  prefers_yes = [lp[w(t), w("yes")] > lp[w(t), w("no")] + lp[w("no"), w("way")] for t, _ in EXAMPLES]
+  assert prefers_yes == [True, True, True, False, True]
+  done = []
+  kw = dict(batch_size=batch_size, seq_len=16, progress=lambda n, total: done.append((n, total)))
+  got = evaluate.run(config, params, tok, task(), examples(), **kw)
+  assert got == pytest.approx({"accuracy": 4 / 5, "exact_match": 2 / 5, "words": 1.0})
+  assert done[-1] == (5, 5) and len(done) == -(-5 // batch_size)
+
+
+def test_run_without_labels_generates_up_to_the_limit():
+  config, params, tok, table = chain()
+  w = WORDS.index
+  params["head"]["kernel"] = params["head"]["kernel"].at[w("yes")].set(jnp.full(7, -9.0).at[w("yes")].set(5.0))
+  got = evaluate.run(config, params, tok, task(None), examples(), batch_size=4, seq_len=16, max_new_tokens=6)
+  assert got == pytest.approx({"exact_match": 0.0, "words": (6 + 1 + 1 + 1 + 6) / 5})
+
+
+def test_hidden_labels_are_left_out():
+  """An example whose label is hidden (-1) counts in no accuracy."""
+  config, params, tok, _ = chain()
+  hidden = task(("yes", "way"))
+  got = evaluate.run(config, params, tok, hidden, examples()[:1] + examples()[2:4], batch_size=4, seq_len=16)
+  assert got["accuracy"] == 1.0
