@@ -230,6 +230,7 @@ def test_without_dropout_steps_are_alike():
   assert len(losses) == 1
 
 
+@pytest.mark.slow
 def test_scan_unroll_and_remat_have_the_same_gradients():
   results = []
   for scan, remat in ((True, False), (False, False), (True, True), (False, True)):
