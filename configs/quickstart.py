@@ -24,6 +24,8 @@ def get_config():
   config.optim.learning_rate = 4e-3
   config.optim.schedule = "cosine"
   config.train.steps = 50
+  config.train.log_every = 2
+  config.train.checkpoint_every = 25
   config.eval.examples = 400
   config.eval.batch_size = 32
   config.eval.seq_len = 64

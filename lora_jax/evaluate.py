@@ -73,15 +73,15 @@ def run(
   config = dataclasses.replace(config, scan=True)  # each prompt length compiles anew: fast compiling is worth more
   labels, label_lengths = data.label_ids(task, tokenizer)
   new = max_new_tokens or (int(label_lengths.max()) + 2 if len(labels) else 64)
-  sums, counts, done = {}, {}, 0
+  end, sums, counts, done = generate.end_id(tokenizer), {}, {}, 0
   for batch in data.eval_batches(task, examples, tokenizer, batch_size=batch_size, seq_len=seq_len):
     inputs = place({k: batch[k] for k in ("tokens", "lengths")})
-    outputs = score(config, params, inputs["tokens"], inputs["lengths"], labels, label_lengths, new, tokenizer.eos_id)
+    outputs = score(config, params, inputs["tokens"], inputs["lengths"], labels, label_lengths, new, end)
     for ll, out, index in zip(*map(np.asarray, outputs), batch["index"], strict=True):
       if index < 0:
         continue
       example = examples[int(index)]
-      values = dict(task.score(example, tokenizer.decode(generate.until_eos(out, tokenizer.eos_id))))
+      values = dict(task.score(example, tokenizer.decode(generate.until_eos(out, end))))
       if len(labels) and (right := task.label_index(example)) >= 0:
         values["accuracy"] = float(ll.argmax() == right)
       for k, v in values.items():

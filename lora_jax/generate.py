@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax import models, transformer
+from lora_jax import models, tokenizer as tokenizer_lib, transformer
 
 
 def prefill(config, params, tokens: jax.Array, lengths: jax.Array, slots: int) -> tuple[jax.Array, dict]:
@@ -55,6 +55,11 @@ def until_eos(ids: np.ndarray, eos: int) -> list[int]:
   return ids[: ids.index(eos)] if eos in ids else ids
 
 
+def end_id(tokenizer: tokenizer_lib.Tokenizer) -> int:
+  """The token that ends a text; -1, which no model predicts, where there is none."""
+  return -1 if tokenizer.eos_id is None else tokenizer.eos_id
+
+
 def generate(model: models.Model, prompts: list[str], max_new_tokens: int = 32) -> list[str]:
   """The greedy continuation of each prompt, without special tokens; all run as one batch."""
   tok = model.tokenizer
@@ -63,5 +68,6 @@ def generate(model: models.Model, prompts: list[str], max_new_tokens: int = 32) 
   tokens = np.zeros((len(ids), lengths.max()), np.int32)
   for row, i in zip(tokens, ids, strict=True):
     row[: len(i)] = i
-  out = _generate(model.config, model.params, tokens, lengths, max_new_tokens, tok.eos_id)
-  return [tok.decode(until_eos(row, tok.eos_id)) for row in np.asarray(out)]
+  end = end_id(tok)
+  out = _generate(model.config, model.params, tokens, lengths, max_new_tokens, end)
+  return [tok.decode(until_eos(row, end)) for row in np.asarray(out)]

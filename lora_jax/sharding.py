@@ -41,6 +41,8 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> jax.sharding.Me
     raise errors.UserError(
       f"config.mesh: sizes are positive, at most one is -1; got {dict(zip(AXES, sizes, strict=True))}"
     )
+  if -1 in sizes and known <= n and n % known:
+    raise errors.UserError(f"config.mesh: {known} does not divide the {n} devices that -1 shares out")
   sizes = [n // known if s == -1 else s for s in sizes]
   if math.prod(sizes) > n or 0 in sizes:
     raise errors.UserError(f"config.mesh asks for {known} devices at least, there are {n} ({jax.default_backend()})")

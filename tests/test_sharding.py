@@ -188,3 +188,8 @@ def test_scores_on_a_mesh_equal_those_of_one_device():
 def test_to_host_leaves_addressable_trees_alone():
   params = sharding.put(tree.join(*adapted(CONFIG)), sharding.placer(sharding.make_mesh(2, 2, 2)))
   assert sharding.to_host(params) is params
+
+
+def test_minus_one_needs_a_divisor():
+  with pytest.raises(errors.UserError, match="3 does not divide the 8 devices"):
+    sharding.make_mesh(-1, 3, 1)
