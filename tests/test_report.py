@@ -131,7 +131,7 @@ def test_a_bad_line_is_named(tmp_path, line):
 def test_plain_lines_off_a_terminal(tmp_path, monkeypatch):
   monkeypatch.setattr(sys, "stderr", io.StringIO())
   clock = iter(range(0, 1000, 2))
-  monkeypatch.setattr(report, "time", types.SimpleNamespace(monotonic=lambda: next(clock)))
+  monkeypatch.setattr(metrics, "time", types.SimpleNamespace(monotonic=lambda: next(clock)))
   with metrics.Metrics(tmp_path, 1200) as m:
     m.progress(1)
     m.progress(2, jnp.float32(1.25), 1234.4)
@@ -142,7 +142,7 @@ def test_plain_lines_off_a_terminal(tmp_path, monkeypatch):
 def test_silent_work_prints_a_line_every_ten_seconds(monkeypatch):
   monkeypatch.setattr(sys, "stderr", io.StringIO())
   clock = iter(range(0, 1000, 2))
-  monkeypatch.setattr(report, "time", types.SimpleNamespace(monotonic=lambda: next(clock)))
+  monkeypatch.setattr(metrics, "time", types.SimpleNamespace(monotonic=lambda: next(clock)))
   progress = metrics.Progress(20, "evaluate")
   for i in range(20):
     progress.update(i + 1)
