@@ -150,6 +150,7 @@ def write_json(path: str | pathlib.Path, obj: Any) -> None:
 
 
 def dumps(obj: Any, **kw: Any) -> str:
+  """`json.dumps` of dicts, lists and scalars, numpy's and jax's too; numbers that are not finite become null."""
   return json.dumps(_plain(obj), allow_nan=False, ensure_ascii=False, **kw)
 
 
