@@ -4,13 +4,12 @@ A config is nested dicts of plain values. What each section takes follows from t
 it is passed to; those hold the defaults too.
 """
 
-import dataclasses
 import json
 import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from lora_jax import data, errors, methods, objectives, optim, sharding, tasks, transformer
+from lora_jax import classify, data, errors, methods, objectives, optim, sharding, tasks, transformer
 from lora_jax.formats import hf
 
 SECTIONS = ("model", "method", "task", "objective", "data", "optim", "train", "mesh", "eval")
@@ -30,9 +29,8 @@ def check(config: Mapping) -> None:
       raise errors.UserError(f"config.{k} needs a name")
   objective = errors.choose(config["objective"]["name"], objectives.OBJECTIVES, "objective")
   method = methods.get(config["method"]["name"])
-  runtime = {f.name for f in dataclasses.fields(transformer.Config)} & {"scan", "remat", "attention"}
-  for k in config["model"].keys() - {"name", "dtype"}:
-    errors.choose(k, dict.fromkeys(["name", "dtype", *runtime]), "key config.model.")
+  for k in config["model"]:
+    errors.choose(k, dict.fromkeys(("name", "dtype", "head", "n_labels", *transformer.RUNTIME)), "key config.model.")
   errors.check_keywords(method.init, config["method"].keys() - {"name"}, "config.method", ("key", "params"))
   own = config["objective"].keys() - {"name", "prompt_loss_weight"}
   errors.check_keywords(objective, own, "config.objective", ("forward", "params", "batch"))
@@ -41,7 +39,8 @@ def check(config: Mapping) -> None:
   errors.check_keywords(train_settings, config["train"].keys(), "config.train")
   errors.check_keywords(eval_settings, config["eval"].keys(), "config.eval")
   given = ("examples", "tokenizer", "prompt_loss_weight", "seed", "process_index", "process_count")
-  errors.check_keywords(data.train_iterator, config["data"].keys(), "config.data", (*given, "task"))
+  batches = (classify if config["objective"]["name"] == "classification" else data).train_iterator
+  errors.check_keywords(batches, config["data"].keys(), "config.data", (*given, "task"))
 
 
 def train_settings(

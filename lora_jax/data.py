@@ -13,7 +13,6 @@ A target is always of the same example as its token, so that no loss crosses exa
 """
 
 import dataclasses
-import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -131,22 +130,13 @@ def _cut(prompt: list[int], response: list[int], length: int, keep_first: bool) 
 
 
 def pad(examples: Sequence[Batch], length: int, pad_id: int) -> Batch:
-  """A training batch with one example a row."""
-  shape = (len(examples), length)
-  batch = {
-    "tokens": np.full(shape, pad_id, np.int32),
-    "targets": np.full(shape, pad_id, np.int32),
-    "weights": np.zeros(shape, np.float32),
-    "positions": np.zeros(shape, np.int32),
-    "segment_ids": np.zeros(shape, np.int32),
-  }
-  for row, example in enumerate(examples):
-    n = len(example["tokens"])
-    for k, v in example.items():
-      batch[k][row, :n] = v
-    batch["positions"][row, :n] = np.arange(n)
-    batch["segment_ids"][row, :n] = 1
-  return batch
+  """A batch with one example a row: arrays [n] of the examples are padded, scalars stacked, positions added."""
+  real = np.arange(length) < np.array([len(e["tokens"]) for e in examples])[:, None]
+  batch = {}
+  for k, first in examples[0].items():
+    batch[k] = np.full(real.shape[: 1 + first.ndim], pad_id if k in ("tokens", "targets") else 0, first.dtype)
+    batch[k][real if first.ndim else ...] = np.hstack([e[k] for e in examples])
+  return batch | {"positions": np.arange(length, dtype=np.int32) * real, "segment_ids": real.astype(np.int32)}
 
 
 @dataclasses.dataclass
@@ -203,8 +193,16 @@ def train_iterator(
     process_index, process_count: this process gets its consecutive share of the rows of each global batch. All
       processes have to pass the same examples and seed.
   """
-  import grain
+  share = rows_of(task, examples, batch_size, seq_len, process_index, process_count)
+  encoded, truncated = encode_all(tokenizer, [task.format(e) for e in examples], seq_len, prompt_loss_weight, eos)
+  source = endless(encoded, padding_id(tokenizer), batch_size, seq_len, share, seed, pack)
+  return TrainIterator(source, len(encoded), truncated)
 
+
+def rows_of(
+  task: tasks.Task, examples: Sequence[dict], batch_size: int, seq_len: int, process_index: int, process_count: int
+) -> slice:
+  """A process's rows of each global batch; UserError for sizes that do not go together."""
   if batch_size < 1 or seq_len < 1:
     raise errors.UserError(f"config.data: batch_size={batch_size} and seq_len={seq_len} must be at least 1")
   if batch_size % process_count:
@@ -213,24 +211,25 @@ def train_iterator(
     )
   if not len(examples):
     raise errors.UserError(f"task {task.name!r} has no examples to train on")
-  formatted = [task.format(example) for example in examples]
-  encoded, truncated = encode_all(tokenizer, formatted, seq_len, prompt_loss_weight, eos)
   rows = batch_size // process_count
-  share = slice(process_index * rows, (process_index + 1) * rows)
+  return slice(process_index * rows, (process_index + 1) * rows)
+
+
+def endless(
+  encoded: Sequence[Batch], pad_id: int, batch_size: int, seq_len: int, share: slice, seed: int, pack: bool = False
+) -> Iterator[Batch]:
+  """grain's iterator over the `share` of each global batch of encoded examples."""
+  import grain
+
+  def stack(examples):
+    return pad(examples[share], bucket(max(len(e["tokens"]) for e in examples), seq_len), pad_id)
+
   # All is in memory: reading in this thread beats handing over to others.
   options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
   order = grain.MapDataset.source(encoded).seed(seed).shuffle().repeat()
   if pack:
-    dataset = _packed(order, options, batch_size, seq_len, _pad_id(tokenizer), share)
-  else:
-    batch = functools.partial(_padded, seq_len=seq_len, pad_id=_pad_id(tokenizer), share=share)
-    dataset = order.batch(batch_size, drop_remainder=True, batch_fn=batch).to_iter_dataset(options)
-  return TrainIterator(iter(dataset), len(encoded), truncated)
-
-
-def _padded(examples: Sequence[Batch], seq_len: int, pad_id: int, share: slice) -> Batch:
-  longest = max(len(e["tokens"]) for e in examples)
-  return pad(examples[share], bucket(longest, seq_len), pad_id)
+    return iter(_packed(order, options, batch_size, seq_len, pad_id, share))
+  return iter(order.batch(batch_size, drop_remainder=True, batch_fn=stack).to_iter_dataset(options))
 
 
 def _packed(order: Any, options: Any, batch_size: int, seq_len: int, pad_id: int, share: slice) -> Any:
@@ -267,33 +266,35 @@ def eval_batches(
   cut), `lengths` int32 [B] and `index` int32 [B], which example a row is. Rows that fill up the last batch have
   index -1 and length 1.
   """
-  add_bos, pad_id = tokenizer.add_bos, _pad_id(tokenizer)
+  add_bos = tokenizer.add_bos
   parts = _ids(tokenizer, [task.format(example) for example in examples], add_bos)
-  prompts = [_cut(prompt, [], seq_len, add_bos)[0] for prompt, _, _ in parts]
-  order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
-  batches = []
+  encoded = [{"tokens": np.array(_cut(prompt, [], seq_len, add_bos)[0], np.int32)} for prompt, _, _ in parts]
+  batches = longest_first(encoded, padding_id(tokenizer), batch_size, seq_len)
+  return [{k: batch[k] for k in ("tokens", "lengths", "index")} for batch in batches]
+
+
+def longest_first(encoded: Sequence[Batch], pad_id: int, batch_size: int, seq_len: int) -> Iterator[Batch]:
+  """Batches of encoded examples as `eval_batches` says; rows that fill up the last one are zeros."""
+  order = sorted(range(len(encoded)), key=lambda i: (-len(encoded[i]["tokens"]), i))
   for start in range(0, len(order), batch_size):
     index = np.full(batch_size, -1, np.int32)
     index[: len(order) - start] = order[start : start + batch_size]
-    lengths = np.array([len(prompts[i]) if i >= 0 else 1 for i in index], np.int32)
-    length = min(1 << max(5, int(lengths.max() - 1).bit_length()), seq_len)
-    tokens = np.full((batch_size, length), pad_id, np.int32)
-    for row, i in enumerate(index[index >= 0]):
-      tokens[row, : lengths[row]] = prompts[i]
-    batches.append({"tokens": tokens, "lengths": lengths, "index": index})
-  return batches
+    filler = {k: np.zeros((1,) * v.ndim, v.dtype) for k, v in encoded[0].items()}
+    rows = [encoded[i] if i >= 0 else filler for i in index]
+    batch = pad(rows, min(1 << max(5, (len(rows[0]["tokens"]) - 1).bit_length()), seq_len), pad_id)
+    yield batch | {"lengths": batch["segment_ids"].sum(1, dtype=np.int32), "index": index}
 
 
 def label_ids(task: tasks.Task, tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:
   """The task's labels as int32 ids [C, U], right-padded, and their lengths [C]; [0, 1] and [0] without labels."""
   ids = tokenizer.encode_batch(list(task.labels or ()))
   lengths = np.array([len(x) for x in ids], np.int32)
-  padded = np.full((len(ids), max(lengths, default=1)), _pad_id(tokenizer), np.int32)
+  padded = np.full((len(ids), max(lengths, default=1)), padding_id(tokenizer), np.int32)
   for row, x in enumerate(ids):
     padded[row, : len(x)] = x
   return padded, lengths
 
 
-def _pad_id(tokenizer: Any) -> int:
-  """Any token does, since padding is never attended to or learned."""
+def padding_id(tokenizer: Any) -> int:
+  """What rows are filled up with. Any token does, since padding is never attended to or learned."""
   return next((i for i in (tokenizer.pad_id, tokenizer.eos_id) if i is not None), 0)

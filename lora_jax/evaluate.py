@@ -1,15 +1,15 @@
-"""Scores of a model on a task: label log-likelihoods and greedy generation, from one pass over each prompt."""
+"""Scores of a model on a task: a head's outputs, or label log-likelihoods and greedy generation from one pass."""
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax import data, generate, transformer
+from lora_jax import classify, data, generate, tasks, transformer
 
 Place = Callable[[dict], dict]
 
@@ -35,7 +35,7 @@ def score(config, params, tokens, lengths, labels, label_lengths, new: int, eos:
     ids = jnp.broadcast_to(label[:-1], (B, U - 1))
     x, _ = transformer.hidden(config, params, ids, positions=lengths[:, None] + jnp.arange(U - 1), cache=cache)
     return jnp.take_along_axis(
-      jax.nn.log_softmax(transformer.logits(params, x)),
+      jax.nn.log_softmax(transformer.logits(config, params, x)),
       jnp.broadcast_to(label[1:], (B, U - 1))[..., None],
       axis=-1,
     )[..., 0]
@@ -62,8 +62,9 @@ def run(
 ) -> dict[str, float]:
   """Metrics of a task over `examples`.
 
-  `accuracy` (tasks with labels): how often the right label has the highest log-likelihood, summed over its tokens.
-  Others are means of what `task.score` gives for the generated text, such as `exact_match`.
+  Those of `task.metrics`, such as `accuracy`, take as the prediction the label of the highest log-likelihood, summed
+  over its tokens, or in a regression the number in the generated text (nan where there is none). Others are means of
+  what `task.score` gives for the generated text, such as `exact_match`.
 
   Args:
     max_new_tokens: length of generations; by default two more than the longest label, or 64 without labels.
@@ -73,19 +74,53 @@ def run(
   config = dataclasses.replace(config, scan=True)  # each prompt length compiles anew: fast compiling is worth more
   labels, label_lengths = data.label_ids(task, tokenizer)
   new = max_new_tokens or (int(label_lengths.max()) + 2 if len(labels) else 64)
-  end, sums, counts, done = generate.end_id(tokenizer), {}, {}, 0
+  end, scores, predictions = generate.end_id(tokenizer), {}, {}
   for batch in data.eval_batches(task, examples, tokenizer, batch_size=batch_size, seq_len=seq_len):
     inputs = place({k: batch[k] for k in ("tokens", "lengths")})
     outputs = score(config, params, inputs["tokens"], inputs["lengths"], labels, label_lengths, new, end)
     for ll, out, index in zip(*map(np.asarray, outputs), batch["index"], strict=True):
       if index < 0:
         continue
-      example = examples[int(index)]
-      values = dict(task.score(example, tokenizer.decode(generate.until_eos(out, end))))
-      if len(labels) and (right := task.label_index(example)) >= 0:
-        values["accuracy"] = float(ll.argmax() == right)
-      for k, v in values.items():
-        sums[k], counts[k] = sums.get(k, 0.0) + v, counts.get(k, 0) + 1
-      done += 1
-    progress(done, len(examples))
-  return {k: sums[k] / counts[k] for k in sorted(sums)}
+      text = tokenizer.decode(generate.until_eos(out, end))
+      predictions[int(index)] = int(ll.argmax()) if task.labels else tasks.number(text)
+      for k, v in task.score(examples[index], text).items():
+        scores.setdefault(k, []).append(v)
+    progress(len(predictions), len(examples))
+  values = {k: sum(v) / len(v) for k, v in scores.items()} | _metrics(task, examples, predictions)
+  return dict(sorted(values.items()))
+
+
+def run_classifier(
+  predict: Callable[[dict], Any],
+  tokenizer: Any,
+  task: tasks.Task,
+  examples: Sequence[dict],
+  *,
+  batch_size: int = 32,
+  seq_len: int = 256,
+  place: Place = lambda batch: batch,
+  progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, float]:
+  """`task.metrics` of a model with a head over `examples`.
+
+  Args:
+    predict: gives float32 [B, task.n_outputs] for a batch (see classify.py): scores of the labels, or the number.
+    place, progress: as in `run`.
+  """
+  predictions = {}
+  for batch in classify.eval_batches(task, examples, tokenizer, batch_size=batch_size, seq_len=seq_len):
+    index = batch.pop("index")
+    outputs = np.asarray(predict(place(batch)))
+    values = outputs.argmax(-1) if task.labels else outputs[:, 0]
+    predictions |= {int(i): v.item() for i, v in zip(index, values, strict=True) if i >= 0}
+    progress(len(predictions), len(examples))
+  return _metrics(task, examples, predictions)
+
+
+def _metrics(task: tasks.Task, examples: Sequence[dict], predictions: Mapping[int, int | float]) -> dict[str, float]:
+  """`task.metrics` of predictions by the example's index; examples whose label is hidden are left out."""
+  if not task.n_outputs:
+    return {}
+  targets = {i: task.target(examples[i]) for i in sorted(predictions)}
+  known = [i for i, target in targets.items() if not task.labels or target >= 0]
+  return task.metrics([predictions[i] for i in known], [targets[i] for i in known]) if known else {}

@@ -17,6 +17,7 @@ import numpy as np
 
 from lora_jax import (
   checkpoint,
+  classify,
   config as config_lib,
   data,
   errors,
@@ -30,7 +31,6 @@ from lora_jax import (
   sharding,
   tasks,
   train,
-  transformer,
   tree,
   weights,
 )
@@ -68,40 +68,45 @@ def build(config: Mapping) -> Experiment:
       f"config.data.batch_size={config['data']['batch_size']} is no multiple of {rows} (data * fsdp * accumulate)"
     )
   task = tasks.get(**config["task"])
+  classifies = config["objective"]["name"] == "classification"
+  if classifies and not task.n_outputs:
+    raise errors.UserError(f"task {task.name!r} has no labels or numbers for config.objective.name='classification'")
   examples = task.load("train")
   for split in scored:
     task.load(split)  # what is wrong with them is said now, not after training
   place = sharding.placer(mesh)
-  model = models.load(**config["model"], sharding=place)
+  head = {"head": "classification", "n_labels": task.n_outputs} if classifies else {}
+  model = models.load(**(head | dict(config["model"])), sharding=place)
+  if model.config.head != ("classification" if classifies else "lm"):
+    raise errors.UserError(
+      f"config.objective.name={config['objective']['name']!r} does not train a model with the head "
+      f"{model.config.head!r}: a classifier needs 'classification', a language model 'causal_lm'"
+    )
   if model.tokenizer is None:
     raise errors.UserError(f"model {model.name!r} has no tokenizer.json beside its weights")
   method = {k: v for k, v in config["method"].items() if k != "name"}
   params, mask = methods.get(config["method"]["name"]).init(jax.random.key(run["seed"]), model.params, **method)
+  if classifies:
+    params, mask = methods.train_also(params, mask, model.head_leaves)
   trainable, frozen = tree.split(sharding.put(params, place), mask)
   optimiser, rate = optim.make(steps=run["steps"], **config["optim"])
   state = sharding.put(train.init_state(trainable, optimiser), place)
   objective = {k: v for k, v in config["objective"].items() if k not in ("name", "prompt_loss_weight")}
 
-  packed = config["data"].get("pack", False)
-
-  def forward(params, tokens, *, positions, segment_ids):
-    # Padding on the right needs no mask, and without one attention can be fused.
-    segment_ids = segment_ids if packed else None
-    return transformer.hidden(model.config, params, tokens, positions=positions, segment_ids=segment_ids)[0]
-
   step = train.make_step(
-    forward,
+    train.Forward(model.config, config["data"].get("pack", False)),
     functools.partial(objectives.OBJECTIVES[config["objective"]["name"]], **objective),
     optimiser,
     rate,
     seed=run["seed"],
     accumulate=run["accumulate"],
   )
-  batches = data.train_iterator(
+  text = {} if classifies else {"prompt_loss_weight": config_lib.prompt_loss_weight(config, task)}
+  batches = (classify if classifies else data).train_iterator(
     task,
     examples,
     model.tokenizer,
-    prompt_loss_weight=config_lib.prompt_loss_weight(config, task),
+    **text,
     seed=run["seed"],
     process_index=jax.process_index(),
     process_count=jax.process_count(),
@@ -154,21 +159,31 @@ def score(exp: Experiment, out: metrics.Metrics, step: int, prefix: str, split: 
   examples = [examples[int(i)] for i in np.sort(indices)]
   start = time.perf_counter()
   bar = metrics.Progress(len(examples), f"evaluating {prefix}")
-  values = evaluate.run(
-    exp.model.config,
-    exp.params,
+  params, config = exp.params, exp.model.config
+  new_tokens = {}
+  if config.head == "classification":
+    run = functools.partial(evaluate.run_classifier, functools.partial(_predict, config, params))
+  else:
+    run = functools.partial(evaluate.run, config, params)
+    new_tokens = {"max_new_tokens": settings["max_new_tokens"]}
+  values = run(
     exp.model.tokenizer,
     exp.task,
     examples,
     batch_size=settings["batch_size"],
     seq_len=settings["seq_len"],
-    max_new_tokens=settings["max_new_tokens"],
     place=functools.partial(sharding.replicate, mesh=exp.mesh),
     progress=lambda done, _: bar.update(done),
+    **new_tokens,
   )
   bar.close()
   out.log(step, values | {"seconds": time.perf_counter() - start}, prefix)
   metrics.say(f"{prefix}: " + "  ".join(f"{k} {v:.4f}" for k, v in values.items()) + f"  ({len(examples)} examples)")
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _predict(config, params, batch):
+  return train.Forward(config).classify(params, batch)
 
 
 def fit(exp: Experiment, out: metrics.Metrics, saved: checkpoint.Checkpoints) -> None:
@@ -256,7 +271,12 @@ def export(exp: Experiment, workdir: pathlib.Path) -> None:
   if jax.process_index():
     return
   if hasattr(methods.get(exp.config["method"]["name"]), "PEFT_TYPE"):
-    peft.save(model, model.params, workdir / "adapter")
+    peft.save(
+      model,
+      model.params,
+      workdir / "adapter",
+      trained=model.head_leaves if model.config.head == "classification" else (),
+    )
   else:
     models.save(model, workdir / "model")
 

@@ -1,58 +1,20 @@
-"""Greedy generation with a key/value cache."""
+"""Text from text: `generate` for a batch of prompts, `stream` for one as it is written."""
 
-import functools
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from lora_jax import models, tokenizer as tokenizer_lib, transformer
+from lora_jax import decode, errors, models, tokenizer as tokenizer_lib
+
+prefill, greedy = decode.prefill, decode.greedy
+STOP_EVERY = 8  # tokens between looks for stop strings
 
 
-def prefill(config, params, tokens: jax.Array, lengths: jax.Array, slots: int) -> tuple[jax.Array, dict]:
-  """Runs prompts [B, T], right-padded, of `lengths` [B].
-
-  Returns:
-    (float32 logits [B, V] after each prompt's last token, cache of `slots` positions).
-  """
-  cache = transformer.init_cache(config, tokens.shape[0], slots)
-  x, cache = transformer.hidden(config, params, tokens, cache=cache)
-  last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)
-  return transformer.logits(params, last)[:, 0], cache
-
-
-def greedy(config, params, cache: dict, logits: jax.Array, lengths: jax.Array, new: int, eos: int) -> jax.Array:
-  """Continues prompts by the most likely token, `new` times or until every row has ended.
-
-  Args:
-    cache, logits: of `prefill`, whose cache has at least `max(lengths) + new` slots.
-
-  Returns:
-    int32 [B, new]; `eos` from a row's end on.
-  """
-  B = logits.shape[0]
-
-  def step(carry):
-    i, logits, cache, done, out = carry
-    token = jnp.where(done, eos, logits.argmax(-1)).astype(jnp.int32)
-    out = out.at[:, i].set(token)
-    x, cache = transformer.hidden(config, params, token[:, None], positions=(lengths + i)[:, None], cache=cache)
-    return i + 1, transformer.logits(params, x)[:, 0], cache, done | (token == eos), out
-
-  start = (0, logits, cache, jnp.zeros(B, bool), jnp.full((B, new), eos, jnp.int32))
-  return jax.lax.while_loop(lambda c: (c[0] < new) & ~c[3].all(), step, start)[-1]
-
-
-@functools.partial(jax.jit, static_argnums=(0, 4, 5))
-def _generate(config, params, tokens, lengths, new, eos):
-  logits, cache = prefill(config, params, tokens, lengths, tokens.shape[1] + new)
-  return greedy(config, params, cache, logits, lengths, new, eos)
-
-
-def until_eos(ids: np.ndarray, eos: int) -> list[int]:
-  """The tokens before the first `eos`."""
-  ids = list(map(int, ids))
-  return ids[: ids.index(eos)] if eos in ids else ids
+def until_eos(ids: np.ndarray, eos: int | Collection[int]) -> list[int]:
+  """The tokens before the first `eos`, or the first of several."""
+  ids, ends = list(map(int, ids)), {eos} if isinstance(eos, int) else set(eos)
+  return ids[: next((i for i, token in enumerate(ids) if token in ends), len(ids))]
 
 
 def end_id(tokenizer: tokenizer_lib.Tokenizer) -> int:
@@ -60,14 +22,140 @@ def end_id(tokenizer: tokenizer_lib.Tokenizer) -> int:
   return -1 if tokenizer.eos_id is None else tokenizer.eos_id
 
 
-def generate(model: models.Model, prompts: list[str], max_new_tokens: int = 32) -> list[str]:
-  """The greedy continuation of each prompt, without special tokens; all run as one batch."""
+def end_ids(model: models.Model) -> tuple[int, ...]:
+  """All tokens that end a text, those of generation_config.json first; (-1,) where there is none.
+
+  They are also the tokenizer's, and what the chat template puts after an answer.
+  """
+  found, tok = model.generation.get("eos_token_id"), model.tokenizer
+  found = [] if found is None else list(np.atleast_1d(found))
+  if tok is not None:
+    found += [i for i in (tok.eos_id, _turn_end(tok)) if i is not None]
+  return tuple(dict.fromkeys(map(int, found))) or (-1,)
+
+
+def _turn_end(tok: tokenizer_lib.Tokenizer) -> int | None:
+  mark = "answer#1"
+  try:
+    text = tok.chat([{"role": "user", "content": "question"}, {"role": "assistant", "content": mark}])
+  except errors.UserError:  # no template, or one that wants other messages
+    return None
+  ids = tok.encode(text.rpartition(mark)[2])
+  added = tok.backend.get_added_tokens_decoder()
+  return ids[0] if ids and ids[0] in added and added[ids[0]].special else None
+
+
+def complete(tokenizer: tokenizer_lib.Tokenizer, ids: Sequence[int]) -> str:
+  """Text of ids, without a character at the end of which bytes are missing."""
+  for n in range(len(ids), max(len(ids) - 4, -1), -1):
+    if not (text := tokenizer.decode(ids[:n])).endswith("\ufffd"):
+      return text
+  return tokenizer.decode(ids)
+
+
+def before(text: str, stop: Sequence[str]) -> tuple[str, bool]:
+  """The text before the stop string that is complete first, and whether there is one."""
+  found = [(i + len(s), i) for s in stop if (i := text.find(s)) >= 0]
+  return (text[: min(found)[1]], True) if found else (text, False)
+
+
+def _held(text: str, stop: Sequence[str]) -> int:
+  """How many characters at the end may be the beginning of a stop string."""
+  return max((n for s in stop for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
+
+
+def _batch(model: models.Model, prompts: Sequence[str | Sequence[int]], stop: Sequence[str]) -> dict:
+  """What `decode.continuations` needs of a model and texts: tokens, mask, end and start."""
+  if model.tokenizer is None:
+    raise errors.UserError(f"{model.name} has no tokenizer")
+  if model.config.head != "lm" or not model.config.causal:
+    raise errors.UserError(f"{model.name} writes no text: it has the head {model.config.head!r}")
+  if isinstance(stop, str) or not all(stop):
+    raise errors.UserError(f"stop={stop!r} must be a sequence of strings that are not empty")
   tok = model.tokenizer
-  ids = [tok.encode(p, add_special_tokens=True) for p in prompts]
-  lengths = np.array([len(i) for i in ids], np.int32)
-  tokens = np.zeros((len(ids), lengths.max()), np.int32)
-  for row, i in zip(tokens, ids, strict=True):
-    row[: len(i)] = i
-  end = end_id(tok)
-  out = _generate(model.config, model.params, tokens, lengths, max_new_tokens, end)
-  return [tok.decode(until_eos(row, end)) for row in np.asarray(out)]
+  first = tok.bos_id if tok.bos_id is not None else tok.eos_id
+  rows = [tok.encode(p, add_special_tokens=True) if isinstance(p, str) else list(p) for p in prompts]
+  rows = [row or ([] if first is None else [first]) for row in rows]
+  mask = np.arange(max(map(len, rows))) < np.array([len(row) for row in rows])[:, None]
+  tokens = np.zeros(mask.shape, np.int32)
+  tokens[mask] = np.concatenate([np.array(row, np.int32) for row in rows])
+  names = ("decoder_start_token_id", "bos_token_id", "pad_token_id")
+  known = [t[k] for k in names for t in (model.generation, model.hf_config) if t.get(k) is not None]
+  return dict(tokens=tokens, mask=mask, end=end_ids(model), start=known[0] if model.config.encoder_layers else None)
+
+
+def generate(
+  model: models.Model,
+  prompts: Sequence[str | Sequence[int]],
+  *,
+  max_new_tokens: int = 32,
+  temperature: float = 0.0,
+  top_k: int = 0,
+  top_p: float = 1.0,
+  beams: int = 1,
+  length_penalty: float = 1.0,
+  no_repeat_ngram: int = 0,
+  early_stopping: bool | str = False,
+  stop: Sequence[str] = (),
+  seed: int = 0,
+  params: dict | None = None,
+) -> list[str]:
+  """The continuation of each prompt, without special tokens; all run as one batch.
+
+  Args:
+    prompts: texts, or ids that are taken as they are, such as those of a chat.
+    temperature, top_k, top_p, no_repeat_ngram, seed: as in `decode.continuations`; greedy by default.
+    beams, length_penalty, early_stopping: as in `beam.search`, if `beams` is more than one.
+    stop: a text ends before the first of these strings.
+    params: in place of the model's own, such as with an adapter.
+  """
+  if not prompts:
+    return []
+  decode.check(max_new_tokens, temperature, top_k, top_p, no_repeat_ngram, beams, early_stopping)
+  batch, params, tok = _batch(model, prompts, stop), model.params if params is None else params, model.tokenizer
+  batch |= dict(max_new_tokens=max_new_tokens, no_repeat_ngram=no_repeat_ngram)
+
+  def texts(rows):
+    return [before(complete(tok, until_eos(row, batch["end"])), stop) for row in rows]
+
+  if beams > 1:
+    how = dict(beams=beams, length_penalty=length_penalty, early_stopping=early_stopping)
+    rows = decode.beam_search(model.config, params, **batch, **how)[0][:, 0]
+  else:
+    how = dict(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    if stop:
+      how |= dict(every=STOP_EVERY, ended=lambda rows: np.array([hit for _, hit in texts(rows)]))
+    *_, rows = decode.continuations(model.config, params, **batch, **how)
+  return [text for text, _ in texts(rows)]
+
+
+def stream(
+  model: models.Model,
+  prompt: str | Sequence[int],
+  *,
+  max_new_tokens: int = 32,
+  stop: Sequence[str] = (),
+  params: dict | None = None,
+  progress: Callable[[int], None] = lambda n: None,
+  **how: Any,
+) -> Iterator[str]:
+  """The text that `generate` gives for one prompt, in pieces as they are known.
+
+  A piece ends with a whole character, and holds nothing that may yet become a stop string.
+
+  Args:
+    progress: called with the number of tokens after each.
+    **how: `temperature`, `top_k`, `top_p`, `no_repeat_ngram`, `seed`.
+  """
+  batch, params, given, text = _batch(model, [prompt], stop), model.params if params is None else params, "", ""
+  for rows in decode.continuations(model.config, params, **batch, max_new_tokens=max_new_tokens, every=1, **how):
+    progress(rows.shape[1])
+    text, stopped = before(complete(model.tokenizer, until_eos(rows[0], batch["end"])), stop)
+    known = text if stopped else text[: len(text) - _held(text, stop)]
+    if len(known) > len(given) and known.startswith(given):
+      yield known[len(given) :]
+      given = known
+    if stopped:
+      return
+  if text.startswith(given) and text != given:
+    yield text[len(given) :]

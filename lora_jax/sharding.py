@@ -25,6 +25,8 @@ RULES = (
   (r"attn/o/kernel(/base)?$", P(None, "tensor", None, "fsdp")),
   (r"mlp/(gate|up)/kernel(/base)?$", P(None, "fsdp", "tensor")),
   (r"mlp/down/kernel(/base)?$", P(None, "tensor", "fsdp")),
+  (r"moe/(gate|up)/kernel(/base)?$", P(None, None, "fsdp", "tensor")),
+  (r"moe/down/kernel(/base)?$", P(None, None, "tensor", "fsdp")),
   (r"(attn/[qkv]|mlp/(gate|up))/kernel/a$", P(None, "fsdp", None)),
   (r"(attn/[qkv]|mlp/(gate|up))/kernel/b$", P(None, None, "tensor")),
   (r"(attn/o|mlp/down)/kernel/a$", P(None, "tensor")),

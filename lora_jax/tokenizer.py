@@ -10,7 +10,7 @@ import functools
 import json
 import os
 import pathlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jinja2
@@ -18,27 +18,16 @@ import jinja2.ext
 import jinja2.nodes
 import jinja2.sandbox
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, processors
 
 from lora_jax import errors
-from lora_jax.formats import hf
+from lora_jax.formats import _gguf_tokenizer, hf
 
-# How text is cut before merging, by the values of tokenizer.ggml.pre: the expressions that the models were
-# trained with; None is GPT-2's.
-LLAMA3 = (
-  r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-  r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-QWEN2 = LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
-SPLITS = {
-  # smollm as transformers does; SmolLM2's own tokenizer isolates digits too: other ids for "\n\n1" or "  1".
-  **dict.fromkeys(("default", "gpt-2", "smollm")),
-  **dict.fromkeys(("llama-bpe", "llama3", "llama-v3"), LLAMA3),
-  **dict.fromkeys(("qwen2", "deepseek-r1-qwen"), QWEN2),
-}
-CONTROL, USER_DEFINED = 3, 4  # tokenizer.ggml.token_type
-SPACE = "\u2581"  # stands for a blank in SentencePiece vocabularies
-SPECIAL = ("bos", "eos", "pad")
+SPECIAL = ("bos", "eos", "pad", "cls", "sep", "mask")
+# Names that a directory may leave to its tokenizer_class, in lower case, or to the model_type of its config.json.
+BERT = {"pad": "[PAD]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
+ROBERTA = {"bos": "<s>", "eos": "</s>", "pad": "<pad>", "cls": "<s>", "sep": "</s>", "mask": "<mask>"}
+GPT2 = {"bos": "<|endoftext|>", "eos": "<|endoftext|>"}
+DEFAULTS = {"bert": BERT, "distilbert": BERT, "roberta": ROBERTA, "gpt2": GPT2}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +37,7 @@ class Tokenizer:
   Fields:
     backend: the `tokenizers.Tokenizer`, without truncation or padding.
     chat_template: Jinja source, or None.
-    bos_id, eos_id, pad_id: ids, or None where the model has no such token.
+    bos_id, eos_id, pad_id, cls_id, sep_id, mask_id: ids, or None where the model has no such token.
   """
 
   backend: tokenizers.Tokenizer = dataclasses.field(repr=False)
@@ -56,6 +45,9 @@ class Tokenizer:
   bos_id: int | None = None
   eos_id: int | None = None
   pad_id: int | None = None
+  cls_id: int | None = None
+  sep_id: int | None = None
+  mask_id: int | None = None
 
   @property
   def vocab_size(self) -> int:
@@ -135,6 +127,7 @@ def from_directory(directory: str | os.PathLike) -> Tokenizer:
     if (directory / name).exists():
       config |= hf.read_json(directory / name)
   tokens = {k: v.get("content") if isinstance(v := config.get(f"{k}_token"), dict) else v for k in SPECIAL}
+  tokens |= {k: v for k, v in _defaults(directory, config).items() if backend.token_to_id(v) is not None}
   if missing := {k: v for k, v in tokens.items() if v is not None and backend.token_to_id(v) is None}:
     raise errors.UserError(f"{directory}: tokens that tokenizer.json does not have: {missing}")
   known = {t.content for t in backend.get_added_tokens_decoder().values() if t.special}
@@ -146,90 +139,22 @@ def from_directory(directory: str | os.PathLike) -> Tokenizer:
 def from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
   """The tokenizer that a GGUF file describes in its metadata (`tokenizer.ggml.*`, `tokenizer.chat_template`).
 
-  Byte-level BPE ("gpt2") and SentencePiece BPE with byte fallback ("llama"). Control tokens and those named
-  bos, eos, unknown or padding become special tokens, user-defined ones plain added tokens.
+  Byte-level BPE ("gpt2"), SentencePiece BPE with byte fallback ("llama"), WordPiece ("bert") and Unigram ("t5").
+  Control tokens and those that have a role, such as bos, become special tokens, user-defined ones plain added tokens.
 
   Raises:
     UserError: another kind of tokenizer, or fields that are missing or inconsistent.
   """
-  get = functools.partial(_field, metadata)
-  build = errors.choose(get("model"), {"gpt2": _byte_level, "llama": _sentencepiece}, "GGUF tokenizer")
-  tokens, types = get("tokens"), get("token_type")
-  if not isinstance(tokens, list) or not isinstance(types, list) or len(types) != len(tokens):
-    raise errors.UserError("GGUF tokenizer: expected as many tokenizer.ggml.token_type as tokenizer.ggml.tokens")
-  names = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
-  ids = {k: get(f"{name}_token_id", None) for k, name in names.items()}
-  if bad := {k: i for k, i in ids.items() if i is not None and not 0 <= i < len(tokens)}:
-    raise errors.UserError(f"GGUF tokenizer: {bad} outside of a vocabulary of {len(tokens)}")
-  special = {i for i, kind in enumerate(types) if kind == CONTROL or i in ids.values()}
-  plain = {i for i, kind in enumerate(types) if kind == USER_DEFINED} - special
-  bos = ids["bos"] if get("add_bos_token", get("model") == "llama") else None
-  eos = ids["eos"] if get("add_eos_token", False) else None
-  try:
-    backend = build(get, tokens, special | plain)
-    for group, is_special in ((special, True), (plain, False)):
-      added = (tokenizers.AddedToken(tokens[i], normalized=False, special=is_special) for i in sorted(group))
-      backend.add_tokens(list(added))
-    _frame(backend, *(None if i is None else tokens[i] for i in (bos, eos)))
-  except errors.UserError:
-    raise
-  except Exception as e:  # `tokenizers` raises nothing narrower.
-    raise errors.UserError(f"GGUF tokenizer is damaged: {' '.join(str(e).split())}") from e
-  return Tokenizer(backend, metadata.get("tokenizer.chat_template"), *(ids[k] for k in SPECIAL))
+  backend, ids = _gguf_tokenizer.build(metadata)
+  return Tokenizer(backend, metadata.get("tokenizer.chat_template"), **{f"{k}_id": i for k, i in ids.items()})
 
 
-_REQUIRED = object()
-
-
-def _field(metadata: Mapping[str, Any], name: str, default: Any = _REQUIRED) -> Any:
-  value = metadata.get(f"tokenizer.ggml.{name}", default)
-  if value is _REQUIRED:
-    raise errors.UserError(f"GGUF tokenizer: no metadata tokenizer.ggml.{name}")
-  return value
-
-
-def _byte_level(get: Callable, tokens: list[str], added: set[int]) -> tokenizers.Tokenizer:
-  pre = get("pre", "default")
-  split = errors.choose(pre, SPLITS, "tokenizer.ggml.pre")
-  merges = [tuple(m.split(" ")) for m in get("merges")]
-  spell = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-  alphabet = frozenset(spell.alphabet())
-  # The text of an added token is literal; other words that are not in the alphabet of bytes are put in it.
-  words = (t if i in added or alphabet.issuperset(t) else spell.pre_tokenize_str(t)[0][0] for i, t in enumerate(tokens))
-  backend = tokenizers.Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(words)}, merges=merges))
-  cut = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split is None)
-  if split is not None:
-    cut = pre_tokenizers.Sequence([pre_tokenizers.Split(tokenizers.Regex(split), "isolated"), cut])
-  backend.pre_tokenizer = cut
-  backend.decoder = decoders.ByteLevel()
-  return backend
-
-
-def _sentencepiece(get: Callable, tokens: list[str], added: set[int]) -> tokenizers.Tokenizer:
-  vocab = {t: i for i, t in enumerate(tokens)}
-  merges = [tuple(m.split(" ")) for m in get("merges", [])] or _merges(tokens, vocab, get("scores"))
-  backend = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges, fuse_unk=True, byte_fallback=True))
-  backend.pre_tokenizer = pre_tokenizers.Metaspace(replacement=SPACE, prepend_scheme="first", split=False)
-  steps = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1)]
-  backend.decoder = decoders.Sequence(steps)
-  return backend
-
-
-def _merges(tokens: list[str], vocab: dict[str, int], scores: Sequence[float]) -> list[tuple[str, str]]:
-  # SentencePiece stores no merges: any two tokens that make a third, best score first, then longest parts.
-  rows = []
-  for i, token in enumerate(tokens):
-    parts = ((token[:n], token[n:]) for n in range(1, len(token)))
-    rows += [(-scores[i], -len(a), -len(b), i, vocab[a], vocab[b]) for a, b in parts if a in vocab and b in vocab]
-  return [(tokens[a], tokens[b]) for *_, a, b in sorted(rows)]
-
-
-def _frame(backend: tokenizers.Tokenizer, bos: str | None, eos: str | None) -> None:
-  # What `add_special_tokens` puts around a text.
-  single = [f"{bos}:0"] * (bos is not None) + ["$A:0"] + [f"{eos}:0"] * (eos is not None)
-  pair = single + [x.replace("$A", "$B").removesuffix("0") + "1" for x in single]
-  special = [(t, backend.token_to_id(t)) for t in dict.fromkeys((bos, eos)) if t is not None]
-  backend.post_processor = processors.TemplateProcessing(single=single, pair=pair, special_tokens=special)
+def _defaults(directory: pathlib.Path, config: Mapping[str, Any]) -> dict[str, str]:
+  """Special tokens that the files beside tokenizer.json do not speak of."""
+  file = directory / "config.json"
+  model_type = hf.read_json(file).get("model_type") if file.exists() else None
+  kind = str(config.get("tokenizer_class") or model_type).lower().removesuffix("fast").removesuffix("tokenizer")
+  return {k: v for k, v in DEFAULTS.get(kind, {}).items() if f"{k}_token" not in config}
 
 
 def _chat_template(directory: pathlib.Path, value: Any) -> str | None:

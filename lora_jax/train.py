@@ -1,5 +1,6 @@
 """The training step: jitted, donated, over a split tree."""
 
+import dataclasses
 import time
 from collections.abc import Callable
 from typing import Any
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
-from lora_jax import tree, weights
+from lora_jax import transformer, tree, weights
 
 
 @struct.dataclass
@@ -19,6 +20,36 @@ class State:
   step: jax.Array
   trainable: Any
   opt_state: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Forward:
+  """A model's forward on a training batch, for objectives.
+
+  Fields:
+    config: of the model.
+    packed: whether rows hold several examples. Without, padding on the right of a causal model needs no mask, so that
+      attention can be fused.
+  """
+
+  config: transformer.Config
+  packed: bool = False
+
+  def __call__(self, params: Any, batch: dict) -> jax.Array:
+    """The states before the head, [B, T, D]."""
+    keys = ["token_types"] if self.config.n_types else []
+    if self.packed or not self.config.causal:
+      keys += ["positions", "segment_ids"]
+    given = {k: batch[k] for k in keys if k in batch}
+    return transformer.hidden(self.config, params, batch["tokens"], **given)[0]
+
+  def logits(self, head: dict, x: jax.Array, dtype: Any = jnp.float32) -> jax.Array:
+    """Logits [B, T, V] of states; `head` is what `transformer.head` gives."""
+    return transformer.logits(self.config, head, x, dtype)
+
+  def classify(self, params: Any, batch: dict) -> jax.Array:
+    """float32 outputs [B, C] of the classifier."""
+    return transformer.classify(self.config, params, self(params, batch), batch["lengths"])
 
 
 def init_state(trainable: Any, optimiser: optax.GradientTransformation) -> State:

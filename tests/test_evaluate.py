@@ -1,5 +1,8 @@
 """Scores against naive full forwards, transformers' greedy generation, and a Markov chain computed by hand."""
 
+import dataclasses
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -137,7 +140,12 @@ def task(labels=LABELS):
   def score(e, text):
     return tasks.exact_match(LABELS[e["label"]], text) | {"words": len(text.split())}
 
-  return tasks.Task("toy", lambda split: [], form, score, labels, None)
+  def target(e):
+    return labels.index(LABELS[e["label"]]) if LABELS[e["label"]] in labels else -1
+
+  found = target if labels else None
+  metrics = tasks.accuracy if labels else lambda p, r: {}
+  return tasks.Task("toy", lambda split: [], form, score, labels, None, lambda e: (e["text"],), found, metrics)
 
 
 def examples():
@@ -182,3 +190,47 @@ def test_hidden_labels_are_left_out():
   hidden = task(("yes", "way"))
   got = evaluate.run(config, params, tok, hidden, examples()[:1] + examples()[2:4], batch_size=4, seq_len=16)
   assert got["accuracy"] == 1.0
+
+
+def test_run_gives_the_metrics_of_all_examples_at_once():
+  """The prediction of a regression is the number in the text: none in "yes", and 3 once "no" is spelled so."""
+  config, params, tok, _ = chain()
+  seen = []
+  metrics = lambda *args: seen.append(args) or {"n": 1.0}
+  labelled = dataclasses.replace(task(), metrics=metrics)
+  got = evaluate.run(config, params, tok, labelled, examples(), batch_size=2, seq_len=16)
+  assert seen.pop() == ([0, 0, 0, 1, 0], [0, 0, 1, 1, 0]) and got["n"] == 1.0 and list(got) == sorted(got)
+  backend = tokenizers.Tokenizer.from_str(tok.backend.to_str().replace('"no"', '"3.5"'))
+  regression = dataclasses.replace(task(None), target=lambda e: e["label"] - 1.5, metrics=metrics)
+  evaluate.run(config, params, tokenizer_lib.Tokenizer(backend, eos_id=0), regression, examples()[:2], batch_size=2)
+  predictions, references = seen.pop()
+  assert math.isnan(predictions[0]) and predictions[1] == 3.5 and references == [-1.5, -1.5]
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+def test_run_classifier(batch_size):
+  """The head's outputs are read off a table by the word of the row; row -1 is a filler's."""
+  _, _, tok, _ = chain()
+  prefers = np.array([[0, 9]] + [[0, 1], [1, 0], [0, 2], [0, 0], [0, 0], [0, 0]], np.float32)  # cat 1, dog 0, bird 1
+  done, placed = [], []
+
+  def predict(batch):
+    assert set(batch) >= {"tokens", "segment_ids", "token_types", "positions", "lengths", "labels", "weights"}
+    return jnp.asarray(prefers[batch["tokens"][:, 0]])
+
+  kw = dict(batch_size=batch_size, seq_len=16, progress=lambda n, total: done.append((n, total)))
+  kw["place"] = lambda batch: placed.append(1) or batch
+  assert evaluate.run_classifier(predict, tok, task(), examples(), **kw) == {"accuracy": 2 / 5}
+  assert done[-1] == (5, 5) and len(done) == len(placed) == -(-5 // batch_size)
+  hidden = dataclasses.replace(task(), target=lambda e: -1 if e["text"] == "cat" else e["label"])
+  assert evaluate.run_classifier(predict, tok, hidden, examples(), **kw) == {"accuracy": 2 / 3}
+  assert evaluate.run_classifier(predict, tok, hidden, examples()[:1], **kw) == {}
+
+
+def test_run_classifier_on_a_regression():
+  _, _, tok, _ = chain()
+  stsb = tasks.get("glue", subset="stsb")
+  pairs = [{"sentence1": w, "sentence2": "no way", "label": y} for w, y in (("cat", 1.0), ("dog", 5.0), ("bird", 3.0))]
+  predict = lambda batch: jnp.float32(batch["tokens"][:, :1] * np.float32([1, 2]))[:, :1]
+  got = evaluate.run_classifier(predict, tok, stsb, pairs, batch_size=2, seq_len=16)
+  assert got == pytest.approx({"pearson": 0.5, "spearman": 0.5})  # of (1, 2, 3) and (1, 5, 3)

@@ -108,14 +108,14 @@ def edit(path, fn):
   "change, message",
   [
     (dict(model_type="lama"), "did you mean 'llama'"),
-    (dict(attention_bias=True), "attention_bias"),
+    (dict(attention_bias=True), "q_proj.bias"),
     (dict(sliding_windows=7), "sliding_windows"),
     (dict(hidden_act="swoosh"), "swoosh"),
     (dict(num_hidden_layers=4), "layers.3"),
     (dict(num_hidden_layers=2), "unexpected tensors"),
     (dict(intermediate_size=50), "shape"),
     (dict(num_attention_heads=3, num_key_value_heads=3, head_dim=7), "shape"),
-    (dict(rope_parameters=dict(rope_type="yarn")), "yarn"),
+    (dict(rope_parameters=dict(rope_type="dynamic")), "dynamic"),
   ],
 )
 def test_bad_config_is_refused(tmp_path, change, message):
@@ -194,7 +194,7 @@ def test_cache_equals_full_forward():
       CONFIG, params, tokens[:, t : t + 1], positions=jax.numpy.full((2, 1), t), cache=cache
     )
     steps.append(x)
-  ours = transformer.logits(params, jax.numpy.concatenate(steps, axis=1))
+  ours = transformer.logits(CONFIG, params, jax.numpy.concatenate(steps, axis=1))
   np.testing.assert_allclose(ours, full, atol=1e-6)
 
 

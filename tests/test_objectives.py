@@ -5,9 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lora_jax import objectives, transformer, weights
+from lora_jax import objectives, train, transformer, weights
 
 B, T, D, V, R = 3, 21, 8, 40, 2
+
+
+def project(spec):
+  return lambda w, x, dtype: weights.dot(spec, x, w, dtype)
 
 
 def plain(spec, x, w, targets, loss_weights):
@@ -30,7 +34,7 @@ def inputs(fill=0.6, seed=0):
 def test_equals_plain_cross_entropy(chunk, fill):
   x, head, targets, w = inputs(fill)
   spec = "BTD,DV->BTV"
-  ours = lambda x, head: objectives.cross_entropy(spec, chunk, x, head, targets, w)[0]
+  ours = lambda x, head: objectives.cross_entropy(project(spec), chunk, x, head, targets, w)[0]
   want, grads = jax.value_and_grad(lambda *a: plain(spec, *a, targets, w), (0, 1))(x, head)
   got, ours_grads = jax.jit(jax.value_and_grad(ours, (0, 1)))(x, head)
   np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-6)
@@ -44,7 +48,7 @@ def test_counts_correct_targets():
   logits = jnp.einsum("BTD,DV->BTV", x, head)
   best = logits.argmax(-1)
   targets = jnp.where(jax.random.bernoulli(jax.random.key(9), 0.5, (B, T)), best, targets)
-  _, correct = objectives.cross_entropy("BTD,DV->BTV", 8, x, head, targets, w)
+  _, correct = objectives.cross_entropy(project("BTD,DV->BTV"), 8, x, head, targets, w)
   np.testing.assert_allclose(correct, (w * (targets == best)).sum(), rtol=1e-6)
 
 
@@ -57,11 +61,13 @@ def test_gradient_through_a_lora_head_and_a_tied_head():
     node = weights.LoRA(head, a, b, jnp.float32(0.5), jnp.int32(R))
     return fn("BTD,DV->BTV", x, node)
 
-  ours = jax.grad(lambda *p: loss(lambda s, x, n: objectives.cross_entropy(s, 8, x, n, targets, w)[0], *p), (0, 1, 2))
+  ours = jax.grad(
+    lambda *p: loss(lambda s, x, n: objectives.cross_entropy(project(s), 8, x, n, targets, w)[0], *p), (0, 1, 2)
+  )
   want = jax.grad(lambda *p: loss(lambda s, x, n: plain(s, x, n, targets, w), *p), (0, 1, 2))
   for g, h in zip(ours(a, b, x), want(a, b, x), strict=True):
     np.testing.assert_allclose(g, h, atol=5e-6)
-  tied = jax.grad(lambda h: objectives.cross_entropy("BTD,VD->BTV", 8, x, h, targets, w)[0])(head.T)
+  tied = jax.grad(lambda h: objectives.cross_entropy(project("BTD,VD->BTV"), 8, x, h, targets, w)[0])(head.T)
   np.testing.assert_allclose(tied, jax.grad(lambda h: plain("BTD,VD->BTV", x, h, targets, w))(head.T), atol=5e-6)
 
 
@@ -69,12 +75,12 @@ def test_frozen_head_gets_no_gradient_buffer():
   """Neither an accumulator of the head's shape nor the logits of the whole batch exist in the compiled program."""
   x, head, targets, w = inputs()
   x, targets, w = (jnp.concatenate([a] * 8, axis=1) for a in (x, targets, w))
-  fn = jax.grad(lambda x, head: objectives.cross_entropy("BTD,DV->BTV", 8, x, head, targets, w)[0])
+  fn = jax.grad(lambda x, head: objectives.cross_entropy(project("BTD,DV->BTV"), 8, x, head, targets, w)[0])
   text = jax.jit(fn).lower(x, head).as_text()
   assert f"tensor<{B}x{8}x{V}xf32>" in text
   assert f"tensor<{B}x{8 * T}x{V}xf32>" not in text
   assert text.count(f"tensor<{D}x{V}xf32>") and "dot_general" in text
-  trained = jax.jit(jax.grad(lambda h: objectives.cross_entropy("BTD,DV->BTV", 8, x, h, targets, w)[0]))
+  trained = jax.jit(jax.grad(lambda h: objectives.cross_entropy(project("BTD,DV->BTV"), 8, x, h, targets, w)[0]))
   zeros = f"stablehlo.broadcast_in_dim %cst, dims = [] : (tensor<f32>) -> tensor<{D}x{V}xf32>"
   assert zeros not in text
   assert f"-> tensor<{D}x{V}xf32>" in trained.lower(head).as_text()
@@ -84,7 +90,7 @@ def test_padding_and_row_order_do_not_matter():
   """Sums over micro-batches equal the sum over the batch, and padded columns add nothing."""
   config = transformer.Config(50, 16, 2, 4, 2, 4, 24, dtype="float32")
   params = transformer.init(config, jax.random.key(0))
-  forward = lambda *a, **k: transformer.hidden(config, *a, **k)[0]
+  forward = train.Forward(config, packed=True)
   rng = np.random.default_rng(0)
   batch = {
     "tokens": rng.integers(0, 50, (4, 12)),

@@ -3,6 +3,7 @@
 import collections
 import importlib.util
 import json
+import math
 import multiprocessing
 import os
 import pathlib
@@ -11,6 +12,7 @@ import signal
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from lora_jax import errors, tasks
@@ -180,19 +182,23 @@ def test_labelled_task(name):
   seen = set()
   for example in parts["test"]:
     formatted = task.format(example)
-    seen.add(task.label_index(example))
+    seen.add(task.target(example))
     assert task.labels[example["label"]] == formatted.response
     assert formatted.response[0] == " " and formatted.prompt.endswith(":")
     assert task.score(example, formatted.response.strip() + "\n") == {"exact_match": 1.0}
     assert task.score(example, "nonsense") == {"exact_match": 0.0}
+    (text,) = task.texts(example)
+    assert text in formatted.prompt and text.split() == example["text"].split()[:150]
   assert seen == set(range(len(task.labels)))
-  assert task.prompt_loss_weight == 0
+  assert task.prompt_loss_weight == 0 and task.n_outputs == len(task.labels)
+  assert task.metrics([0, 1, 1, 0], [0, 1, 0, 0]) == {"accuracy": 0.75}
 
 
 def test_bbc_news_max_words():
   package("bbc_news")
   example = {"text": "one two\n\nthree", "label": 4}
   assert tasks.get("bbc_news", max_words=2).format(example).prompt == "Article: one two\nTopic:"
+  assert tasks.get("bbc_news", max_words=2).texts(example) == ("one two",)
   assert tasks.get("bbc_news", max_words=None).format(example).prompt == "Article: one two three\nTopic:"
 
 
@@ -213,6 +219,65 @@ def test_get_refuses_what_it_does_not_know():
     tasks.get("rotten_tomatoes", source="imbd").load("test")
 
 
+# As in Hugging Face's run_glue.
+GLUE_ORDER = {
+  "cola": ("sentence",),
+  "sst2": ("sentence",),
+  "mrpc": ("sentence1", "sentence2"),
+  "stsb": ("sentence1", "sentence2"),
+  "qqp": ("question1", "question2"),
+  "mnli": ("premise", "hypothesis"),
+  "mnli_mismatched": ("premise", "hypothesis"),
+  "qnli": ("question", "sentence"),
+  "rte": ("sentence1", "sentence2"),
+  "wnli": ("sentence1", "sentence2"),
+  "ax": ("premise", "hypothesis"),
+}
+
+
+def test_glue_metrics_by_hand():
+  """On a confusion of 2 hits, 1 miss, 1 false alarm, 4 right rejections."""
+  predictions, references = [1, 1, 0, 1, 0, 0, 0, 0], [1, 1, 1, 0, 0, 0, 0, 0]
+  matthews = (2 * 4 - 1 * 1) / math.sqrt(3 * 3 * 5 * 5)
+  f1 = 2 * 2 / (2 * 2 + 1 + 1)
+  want = {"cola": {"matthews": matthews}} | dict.fromkeys(("mrpc", "qqp"), {"accuracy": 6 / 8, "f1": f1})
+  for subset in set(glue.SUBSETS) - {"stsb"}:
+    got = tasks.get("glue", subset=subset).metrics(predictions, references)
+    assert got == pytest.approx(want.get(subset, {"accuracy": 6 / 8})), subset
+  x, y = [1.0, 2.0, 4.5, 3.0], [0.5, 3.0, 4.0, 2.0]
+  rank = np.corrcoef([0, 1, 3, 2], [0, 2, 3, 1])[0, 1]
+  want = {"pearson": np.corrcoef(x, y)[0, 1], "spearman": rank}
+  stsb = tasks.get("glue", subset="stsb")
+  assert stsb.metrics(x, y) == pytest.approx(want)
+  assert stsb.metrics([math.nan, *x[1:]], y) == pytest.approx(stsb.metrics([2.5, *x[1:]], y)), "the middle of the scale"
+  assert stsb.metrics([math.inf, *x[1:]], y) == pytest.approx(stsb.metrics([5.0, *x[1:]], y))
+
+
+@pytest.mark.parametrize("n", [1, 2, 5])
+@pytest.mark.parametrize("value", [0, 1])
+def test_constant_predictions_or_references_score_zero(n, value):
+  """And warn of nothing: warnings are errors here."""
+  cola, mrpc, stsb = (tasks.get("glue", subset=s) for s in ("cola", "mrpc", "stsb"))
+  for references in ([0] * n, [1] * n, [0, 1, 1, 0, 1][:n]):
+    assert cola.metrics([value] * n, references) == {"matthews": 0.0}
+    right = sum(r == value for r in references)
+    f1 = 2 * right / (n + sum(references)) if value else 0.0
+    assert mrpc.metrics([value] * n, references) == pytest.approx({"accuracy": right / n, "f1": f1})
+    for predictions in ([float(value)] * n, [math.nan] * n, [math.inf] * n):
+      assert stsb.metrics(predictions, [r / 3 for r in references]) == {"pearson": 0.0, "spearman": 0.0}
+  assert cola.metrics([0, 1, 1], [value] * 3) == {"matthews": 0.0}
+  assert stsb.metrics([0.0, 1.0, 1.5], [value] * 3) == {"pearson": 0.0, "spearman": 0.0}
+
+
+@pytest.mark.parametrize(
+  "text, value",
+  [(" 3.4", 3.4), ("3", 3.0), (".5", 0.5), ("3.", 3.0), ("about -1.25 or 2", -1.25), ("9" * 400, math.inf)],
+)
+def test_number_in_a_text(text, value):
+  assert tasks.number(text) == value
+  assert all(math.isnan(tasks.number(t)) for t in ("", "much", "-.", "\u00b2"))
+
+
 def test_glue_table_is_that_of_tfds():
   text = pytest.importorskip("tensorflow_datasets.text")
   configs = {c.name: c for c in text.Glue.BUILDER_CONFIGS}
@@ -220,6 +285,7 @@ def test_glue_table_is_that_of_tfds():
   for name, (prompt, labels) in glue.SUBSETS.items():
     prompt.format(**dict.fromkeys(configs[name].text_features, ""))
     assert all("{" + f + "}" in prompt for f in configs[name].text_features)
+    assert tasks.get("glue", subset=name).texts({f: f for f in configs[name].text_features}) == GLUE_ORDER[name]
     classes = configs[name].label_classes
     assert (labels is None) == (classes is None)
     if labels:
@@ -285,12 +351,12 @@ def test_glue_splits(fake_glue, subset, test):
   response = task.format(example).response
   assert task.score(example, response)["exact_match"] == 1.0
   if subset == "stsb":
-    assert task.labels is None
+    assert task.labels is None and task.n_outputs == 1 and task.target({"label": 3.35}) == 3.35
     assert task.score({**example, "label": 3.5}, "3.0") == {"exact_match": 0.0, "absolute_error": 0.5}
     assert task.score({**example, "label": 3.0}, "much") == {"exact_match": 0.0, "absolute_error": 5.0}
     assert task.format({**example, "label": 3.35}).response == " 3.4"
   else:
-    assert task.labels[task.label_index(example)] == response
+    assert task.labels[task.target(example)] == response
 
 
 def test_glue_reads_what_the_user_prepared(fake_glue, tmp_path):
@@ -323,7 +389,7 @@ def test_glue_errors(monkeypatch, tmp_path):
     tasks.get("glue", subset="ax").load("train")
   hidden = {"premise": "p", "hypothesis": "h", "label": -1}
   task = tasks.get("glue", subset="ax")
-  assert task.format(hidden).response == "" and task.score(hidden, "neutral") == {} and task.label_index(hidden) == -1
+  assert task.format(hidden).response == "" and task.score(hidden, "neutral") == {} and task.target(hidden) == -1
 
 
 def write(path, lines):
@@ -355,11 +421,27 @@ def test_jsonl_splits(tmp_path):
     tasks.get("jsonl", path=own).load("test")
 
 
+def test_jsonl_labels(tmp_path):
+  path = write(tmp_path / "a.jsonl", [{"prompt": "p", "response": r} for r in ("yes", "no", "maybe")])
+  task = tasks.get("jsonl", path=path, test_path=path, labels=["no", "yes"])
+  assert task.labels == ("no", "yes") and task.n_outputs == 2
+  assert [task.target(e) for e in task.load("test")] == [1, 0, -1]
+  assert task.texts(task.load("test")[0]) == ("p",) and task.metrics([1, 0], [1, 1]) == {"accuracy": 0.5}
+  for labels in ("yes", ["yes"], ["yes", "yes"]):
+    with pytest.raises(errors.UserError, match="config.task.labels=.*two or more different responses"):
+      tasks.get("jsonl", path=path, labels=labels)
+  text = tasks.get("jsonl", path=path)
+  assert text.n_outputs == 0 and text.target is None and text.metrics([1], [1]) == {}
+
+
 def test_jsonl_chat(tmp_path):
   messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
   path = write(tmp_path / "a.jsonl", [{"messages": messages}, "", pair(1)])
   chat, formatted = map(jsonl.format, jsonl.read(path))
   assert chat == tasks.Chat(tuple(messages)) and chat.response == "hello"
+  assert tasks.get("jsonl", path=path).texts({"messages": [{"role": "system", "content": "Be"}, *messages]}) == (
+    "Be\nhi",
+  )
   assert formatted == tasks.Formatted("question 1", " answer 1")
   assert jsonl.score({"messages": messages}, " hello ") == {"exact_match": 1.0}
 

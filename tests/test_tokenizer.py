@@ -78,7 +78,8 @@ def check_equal(ours, theirs, texts=TEXTS):
       assert ours.decode(ids, skip_special_tokens=skip) == theirs.decode(ids, skip_special_tokens=skip)
   assert ours.encode_batch(texts) == [ours.encode(t) for t in texts]
   assert ours.encode_batch(texts, True) == [ours.encode(t, True) for t in texts]
-  assert (ours.bos_id, ours.eos_id, ours.pad_id) == (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id)
+  for k in tokenizer.SPECIAL:
+    assert getattr(ours, f"{k}_id") == getattr(theirs, f"{k}_token_id"), k
   assert ours.vocab_size == len(theirs)
   if theirs.chat_template is not None:
     for m in MESSAGES:
@@ -257,6 +258,82 @@ def test_directory_of_transformers(ours, tmp_path):
   assert tokenizer.from_directory(tmp_path).add_bos
 
 
+def wordpiece():
+  """A small tokenizer as BERT's."""
+  backend = tokenizers.Tokenizer(tokenizers.models.WordPiece(unk_token="[UNK]"))
+  backend.normalizer = tokenizers.normalizers.BertNormalizer()
+  backend.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+  special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+  trainer = tokenizers.trainers.WordPieceTrainer(vocab_size=300, special_tokens=special, show_progress=False)
+  backend.train_from_iterator([*TEXTS, " ".join(map(str, range(100)))], trainer)
+  backend.post_processor = tokenizers.processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+  backend.decoder = tokenizers.decoders.WordPiece()
+  return backend
+
+
+def template():
+  """`wordpiece` framed by a template, as newer files of BERT are."""
+  backend = wordpiece()
+  backend.post_processor = tokenizers.processors.TemplateProcessing(
+    single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+  )
+  return backend
+
+
+def bytes_bpe():
+  """A small tokenizer as RoBERTa's."""
+  backend = tokenizers.Tokenizer(tokenizers.models.BPE())
+  backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+  trainer = tokenizers.trainers.BpeTrainer(
+    vocab_size=400,
+    special_tokens=["<s>", "<pad>", "</s>", "<unk>", "<mask>"],
+    initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+    show_progress=False,
+  )
+  backend.train_from_iterator(TEXTS, trainer)
+  backend.post_processor = tokenizers.processors.RobertaProcessing(("</s>", 2), ("<s>", 0), add_prefix_space=False)
+  backend.decoder = tokenizers.decoders.ByteLevel()
+  return backend
+
+
+def encoder_directory(path, backend, model_type, config=None):
+  """tokenizer.json and config.json of an encoder, whose class has to tell the special tokens."""
+  path.mkdir(exist_ok=True)
+  backend.save(str(path / "tokenizer.json"))
+  (path / "config.json").write_text(json.dumps({"model_type": model_type}))
+  if config is not None:
+    (path / "tokenizer_config.json").write_text(json.dumps(config))
+  return path
+
+
+ENCODERS = [
+  (wordpiece, "bert", None),
+  (template, "distilbert", {"model_max_length": 512}),
+  (wordpiece, "llama", {"tokenizer_class": "BertTokenizerFast"}),
+  (bytes_bpe, "roberta", None),
+  (bytes_bpe, "llama", {"tokenizer_class": "RobertaTokenizer"}),
+]
+
+
+@pytest.mark.parametrize("build, model_type, config", ENCODERS)
+def test_encoders_equal_transformers(build, model_type, config, tmp_path):
+  transformers = pytest.importorskip("transformers")
+  path = encoder_directory(tmp_path / "a", build(), model_type, config)
+  ours, theirs = tokenizer.from_directory(path), transformers.AutoTokenizer.from_pretrained(path)
+  check_equal(ours, theirs, [t for t in TEXTS if t.strip()])
+  assert None not in (ours.pad_id, ours.cls_id, ours.sep_id, ours.mask_id)
+  ours.save(tmp_path / "b")
+  check_equal(tokenizer.from_directory(tmp_path / "b"), theirs, [t for t in TEXTS if t.strip()])
+
+
+def test_files_go_before_what_the_class_says(tmp_path):
+  config = {"tokenizer_class": "RobertaTokenizer", "mask_token": None, "cls_token": "</s>"}
+  tok = tokenizer.from_directory(encoder_directory(tmp_path, bytes_bpe(), "roberta", config))
+  assert (tok.mask_id, tok.cls_id, tok.sep_id, tok.bos_id) == (None, 2, 2, 0)
+  gpt2 = tokenizer.from_directory(encoder_directory(tmp_path / "gpt2", bytes_bpe(), "gpt2"))
+  assert gpt2.eos_id is None, "not in this vocabulary"
+
+
 def test_tokenizer_json_says_what_frames_a_text(tmp_path):
   transformers = pytest.importorskip("transformers")
   for in_json, in_config in ((True, False), (False, True)):
@@ -313,8 +390,8 @@ def test_bad_directories(ours, tmp_path):
 
 def test_bad_metadata():
   refused(tokenizer.from_gguf, {}, match="tokenizer.ggml.model")
-  refused(tokenizer.from_gguf, sentencepiece(**{"tokenizer.ggml.model": "rwkv"}), match="'rwkv'; valid: gpt2, llama")
-  refused(tokenizer.from_gguf, byte_level("tekken"), match="tokenizer.ggml.pre 'tekken'")
+  refused(tokenizer.from_gguf, sentencepiece(**{"tokenizer.ggml.model": "rwkv"}), match="'rwkv'; valid: bert, gpt2, llama, t5")
+  refused(tokenizer.from_gguf, byte_level("poro-chat"), match="tokenizer.ggml.pre 'poro-chat'")
   refused(tokenizer.from_gguf, byte_level("qwen22"), match="did you mean 'qwen2'")
   refused(tokenizer.from_gguf, byte_level("qwen2", **{"tokenizer.ggml.merges": ["a b c"]}), match="damaged")
   refused(tokenizer.from_gguf, byte_level("qwen2", **{"tokenizer.ggml.merges": ["xyz abc"]}), match="damaged")

@@ -33,7 +33,7 @@ def batch(rows=8, length=12, seed=0):
 
 
 def forward(config):
-  return lambda *args, **kw: transformer.hidden(config, *args, **kw)[0]
+  return train.Forward(config, packed=True)
 
 
 @functools.cache
@@ -93,8 +93,10 @@ def test_gradient_is_that_of_the_weighted_mean():
 
   def loss(trainable):
     params = tree.join(trainable, frozen)
-    x = forward(CONFIG)(params, data["tokens"], segment_ids=data["segment_ids"])
-    ll = jnp.take_along_axis(jax.nn.log_softmax(transformer.logits(params, x)), data["targets"][..., None], axis=-1)
+    x = forward(CONFIG)(params, data)
+    ll = jnp.take_along_axis(
+      jax.nn.log_softmax(transformer.logits(CONFIG, params, x)), data["targets"][..., None], axis=-1
+    )
     return -(data["weights"] * ll[..., 0]).sum() / data["weights"].sum()
 
   value, grads = jax.value_and_grad(loss)(trainable)
@@ -249,7 +251,7 @@ def test_bfloat16_model_has_float32_masters_and_moments(method):
   trainable, frozen = adapted(config, method)
   step, state = make(trainable, config, optimiser=ADAM | {"learning_rate": 1e-5})
   after, metrics = step(state, frozen, batch())
-  assert forward(config)(tree.join(trainable, frozen), batch()["tokens"]).dtype == "bfloat16"
+  assert forward(config)(tree.join(trainable, frozen), batch()).dtype == "bfloat16"
   for name in ("trainable", "opt_state"):
     floats = [x for x in jax.tree.leaves(getattr(after, name)) if jnp.issubdtype(x.dtype, jnp.floating)]
     assert floats and all(x.dtype == "float32" for x in floats), name

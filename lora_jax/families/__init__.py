@@ -1,15 +1,27 @@
 """Model families: each module maps a Hugging Face config to `transformer.Config` and names to names.
 
-A family module has `config(hf: dict) -> transformer.Config` and `KEYS`, a tuple of `Key`s used for import and export.
+A family module is named by its `model_type` and has
+
+  config(hf: dict) -> transformer.Config
+  KEYS            a tuple of `Key`s, used for import and export
+  ARCHITECTURES   {head: class name in transformers}, the first being what a config without `architectures` means
+  PREFIX          what the names of a model with a head begin with, and those of a bare model lack, such as "model."
+  IGNORED         a regular expression of tensors that hold nothing to import
+  ALIASES         optional: {class name: head} of further classes, of which the rest is not imported
 """
 
 import dataclasses
 import importlib
 import pkgutil
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import ModuleType
+from typing import Any
 
-from lora_jax import errors
+import einops
+import numpy as np
+
+from lora_jax import errors, layers, transformer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,13 +30,18 @@ class Key:
 
   Fields:
     path: name of the leaf in our tree; under `layers/` it is stacked and `hf` has a `{}` for the layer.
-    hf: name of the tensor in Hugging Face's layout.
-    pattern: einops pattern from their axes to ours for one layer, `out in -> ...`; `h` is the head size.
+    hf: name of the tensor in Hugging Face's layout; a second `{}` stands for the expert.
+    pattern: einops pattern from their axes to ours for one layer (and expert), such as `(n h) d -> d n h`. `h` is the
+      head size, `c` is 2 where it is gate and up, 3 where it is q, k and v.
+    head: the row is for models with this head alone; "" is any.
+    gated: the row is for models with, or without, a gated feed-forward layer alone; None is any.
   """
 
   path: str
   hf: str
   pattern: str
+  head: str = ""
+  gated: bool | None = None
 
   @property
   def reverse(self) -> str:
@@ -32,11 +49,90 @@ class Key:
     left, right = self.pattern.split("->")
     return f"{right.strip()} -> {left.strip()}"
 
+  @property
+  def module(self) -> str:
+    """Name of the torch module that has the tensor."""
+    return self.hf.rpartition(".")[0]
+
+  @property
+  def transposed(self) -> bool:
+    """Whether their matrix is [in, out], as in GPT-2's Conv1D, rather than [out, in]."""
+    left, (inner, _) = self._axes[0], self._axes[1]
+    return set(left[0].strip("()").split()) == set(_letters(inner))
+
+  def low_rank(self) -> tuple[str, str]:
+    """einops patterns from factors [r, in] and [out, r] of their matrix to [*in, r] and [r, *out] of ours."""
+    left, (inner, outer) = self._axes
+    theirs_in, theirs_out = left if self.transposed else left[::-1]
+    return f"r {theirs_in} -> {' '.join(inner)} r", f"{theirs_out} r -> r {' '.join(outer)}"
+
+  def sizes(self, shape: Sequence[int]) -> dict[str, int]:
+    """The axis lengths that einops needs to know, given our shape of one layer."""
+    right = re.findall(r"\([^)]*\)|\w+", self.pattern.split("->")[1])
+    known = {a: n for a, n in zip(right, shape, strict=True) if len(a) == 1}
+    return known | ({"c": 2 if "mlp" in self.path else 3} if "(c " in self.pattern else {})
+
+  def to_hf(self, x: np.ndarray) -> np.ndarray:
+    """One layer's array in the axes of Hugging Face's tensor."""
+    return einops.rearrange(x, self.reverse, **self.sizes(x.shape))
+
+  def from_hf(self, x: Any, shape: Sequence[int]) -> Any:
+    """Their tensor in our axes, given our shape of one layer."""
+    return einops.rearrange(x, self.pattern, **self.sizes(shape))
+
+  def hf_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+    """Shape of their tensor, given our shape of one layer."""
+    return self.to_hf(np.broadcast_to(np.int8(0), shape)).shape
+
+  @property
+  def _axes(self) -> tuple[list[str], tuple[list[str], list[str]]]:
+    left, right = (re.findall(r"\([^)]*\)|\w+", side) for side in self.pattern.split("->"))
+    n = transformer.in_axes(self.path)
+    return left, (right[:n], right[n:])
+
+
+def _letters(groups: Sequence[str]) -> list[str]:
+  return " ".join(groups).replace("(", "").replace(")", "").split()
+
+
+def names() -> list[str]:
+  """Names of all families."""
+  return [m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_")]
+
 
 def get(model_type: str) -> ModuleType:
   """The module of a family by the `model_type` of its Hugging Face config."""
-  table = {m.name: m.name for m in pkgutil.iter_modules(__path__)}
-  return importlib.import_module(f"{__name__}.{errors.choose(model_type, table, 'model family')}")
+  return importlib.import_module(f"{__name__}.{errors.choose(model_type, {k: k for k in names()}, 'model family')}")
+
+
+def head(family: ModuleType, hf: Mapping) -> str:
+  """Which head a checkpoint has, from `architectures`; UserError for one that is not supported."""
+  named = (hf.get("architectures") or [next(iter(family.ARCHITECTURES.values()))])[0]
+  table = {name: k for k, name in family.ARCHITECTURES.items()} | getattr(family, "ALIASES", {})
+  return errors.choose(named, table, f"architecture of a {hf['model_type']} model")
+
+
+def keys(family: ModuleType, head: str, bare: bool, gated: bool | None = None) -> tuple[Key, ...]:
+  """The family's table for a head and, unless None, a kind of feed-forward layer.
+
+  `bare` is for a checkpoint whose names lack the prefix.
+  """
+  strip = lambda name: name.removeprefix(family.PREFIX) if bare else name
+  rows = [k for k in family.KEYS if k.head in ("", head) and (gated is None or k.gated in (None, gated))]
+  return tuple(dataclasses.replace(k, hf=strip(k.hf)) for k in rows)
+
+
+def linear(path: str, hf: str, pattern: str, head: str = "") -> tuple[Key, Key]:
+  """The rows of a matrix and its bias, whose axes are those of the output."""
+  kernel = Key(f"{path}/kernel", f"{hf}.weight", pattern, head)
+  left, (_, outer) = kernel._axes
+  theirs = left[1 if kernel.transposed else 0]
+  return kernel, Key(f"{path}/bias", f"{hf}.bias", f"{theirs} -> {' '.join(outer)}", head)
+
+
+def norm(path: str, hf: str) -> tuple[Key, Key]:
+  """The rows of a norm."""
+  return Key(f"{path}/scale", f"{hf}.weight", "d -> d"), Key(f"{path}/bias", f"{hf}.bias", "d -> d")
 
 
 def check_config(hf: Mapping, handled: Iterable[str], default: Mapping, ignored: Iterable[str]) -> None:
@@ -54,11 +150,67 @@ def check_config(hf: Mapping, handled: Iterable[str], default: Mapping, ignored:
     raise errors.UserError(f"config.json of a {hf.get('model_type')} model: " + "; ".join(bad))
 
 
-# Keys of any config.json that say how a model was saved or is served, not what it computes.
+def require(hf: Mapping, needed: Iterable[str], activation: str) -> None:
+  """Raises UserError for keys that a config lacks, and for an unknown activation."""
+  missing = [k for k in needed if hf.get(k) is None]
+  if missing:
+    raise errors.UserError(f"config.json of a {hf.get('model_type')} model lacks {', '.join(missing)}")
+  errors.choose(activation, layers.ACTIVATIONS, "activation")
+
+
+def labels(hf: Mapping) -> int:
+  """How many outputs a classifier has."""
+  return len(hf.get("id2label") or ()) or hf.get("num_labels") or 2
+
+
+def windows(hf: Mapping, window: int | None, local: Callable[[int], bool]) -> dict[str, Any]:
+  """`window` and `local` of `transformer.Config`; UserError for `layer_types` that are not understood.
+
+  Args:
+    window: of local layers; None where there are none.
+    local: whether a layer is, for a config without `layer_types`.
+  """
+  table, n = {"full_attention": False, "sliding_attention": True}, hf.get("num_hidden_layers") or 0
+  kinds = hf.get("layer_types")
+  flags = [local(i) for i in range(n)] if kinds is None else [errors.choose(k, table, "layer type") for k in kinds]
+  if len(flags) != n:
+    raise errors.UserError(f"config.json has {len(flags)} layer_types for {n} layers")
+  return {"window": window, "local": tuple(flags)} if window and any(flags) else {"window": None, "local": ()}
+
+
+def rope(hf: Mapping, given: Mapping | None = None, theta: float = 10_000.0) -> dict[str, Any]:
+  """`rope_theta` and `rope_scaling` of `transformer.Config`.
+
+  From `rope_theta` and `rope_scaling`, or from the newer `rope_parameters`; `given` replaces those.
+  """
+  given = dict(given or hf.get("rope_parameters") or hf.get("rope_scaling") or {})
+  theta = float(given.pop("rope_theta", None) or hf.get("rope_theta") or theta)
+  given.pop("partial_rotary_factor", None)
+  kind = given.pop("type", None)  # the older spelling of rope_type
+  kind = given.pop("rope_type", kind) or "default"
+  kind = "longrope" if kind == "su" else kind
+  if kind == "default":
+    return {"rope_theta": theta, "rope_scaling": None}
+  if kind in ("longrope", "yarn"):
+    length = hf.get("max_position_embeddings", 2048)
+    original = given.get("original_max_position_embeddings") or hf.get("original_max_position_embeddings") or length
+    given |= {"original_max_position_embeddings": original, "factor": given.get("factor") or length / original}
+  scaling = {"rope_type": kind} | {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
+  try:
+    layers.rope_frequencies(2, theta, {k: v[:1] if isinstance(v, tuple) else v for k, v in scaling.items()})
+  except KeyError as e:
+    raise errors.UserError(f"rope scaling {kind!r} needs {e}; it has {given}") from None
+  return {"rope_theta": theta, "rope_scaling": tuple(sorted(scaling.items()))}
+
+
+# Keys of any config.json that say how a model was saved, trained or is served, not what it computes.
 BOOKKEEPING = frozenset(
   (
     "_name_or_path architectures attention_dropout bos_token_id eos_token_id pad_token_id dtype torch_dtype "
     "initializer_range model_type transformers_version transformers.js_config use_cache name_or_path "
-    "is_llama_config rope_interleaved unsloth_version unsloth_fixed auto_map"
+    "is_llama_config rope_interleaved unsloth_version unsloth_fixed auto_map id2label label2id num_labels "
+    "problem_type classifier_dropout _attn_implementation _attn_implementation_autoset gradient_checkpointing "
+    "output_attentions output_hidden_states output_past return_dict task_specific_params sep_token_id cls_token_id "
+    "decoder_start_token_id finetuning_task torchscript prefix"
   ).split()
 )

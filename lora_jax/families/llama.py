@@ -4,42 +4,55 @@ Touvron et al. 2023 (https://arxiv.org/abs/2307.09288); Grattafiori et al. 2024 
 """
 
 from collections.abc import Mapping
+from typing import Any
 
-from lora_jax import errors, families, layers, transformer
-from lora_jax.families import Key
+from lora_jax import families, transformer
+from lora_jax.families import Key, linear, norm
 
+ARCHITECTURES = {"lm": "LlamaForCausalLM", "classification": "LlamaForSequenceClassification", "none": "LlamaModel"}
+PREFIX = "model."
+IGNORED = r"rotary_emb\.inv_freq$"
 KEYS = (
   Key("embed/kernel", "model.embed_tokens.weight", "v d -> v d"),
-  Key("layers/attn_norm/scale", "model.layers.{}.input_layernorm.weight", "d -> d"),
-  Key("layers/attn/q/kernel", "model.layers.{}.self_attn.q_proj.weight", "(n h) d -> d n h"),
-  Key("layers/attn/k/kernel", "model.layers.{}.self_attn.k_proj.weight", "(n h) d -> d n h"),
-  Key("layers/attn/v/kernel", "model.layers.{}.self_attn.v_proj.weight", "(n h) d -> d n h"),
-  Key("layers/attn/o/kernel", "model.layers.{}.self_attn.o_proj.weight", "d (n h) -> n h d"),
-  Key("layers/mlp_norm/scale", "model.layers.{}.post_attention_layernorm.weight", "d -> d"),
-  Key("layers/mlp/gate/kernel", "model.layers.{}.mlp.gate_proj.weight", "f d -> d f"),
-  Key("layers/mlp/up/kernel", "model.layers.{}.mlp.up_proj.weight", "f d -> d f"),
-  Key("layers/mlp/down/kernel", "model.layers.{}.mlp.down_proj.weight", "d f -> f d"),
-  Key("norm/scale", "model.norm.weight", "d -> d"),
+  *norm("layers/attn_norm", "model.layers.{}.input_layernorm"),
+  *linear("layers/attn/q", "model.layers.{}.self_attn.q_proj", "(n h) d -> d n h"),
+  *linear("layers/attn/k", "model.layers.{}.self_attn.k_proj", "(n h) d -> d n h"),
+  *linear("layers/attn/v", "model.layers.{}.self_attn.v_proj", "(n h) d -> d n h"),
+  *linear("layers/attn/o", "model.layers.{}.self_attn.o_proj", "d (n h) -> n h d"),
+  *norm("layers/mlp_norm", "model.layers.{}.post_attention_layernorm"),
+  *linear("layers/mlp/gate", "model.layers.{}.mlp.gate_proj", "f d -> d f"),
+  *linear("layers/mlp/up", "model.layers.{}.mlp.up_proj", "f d -> d f"),
+  *linear("layers/mlp/down", "model.layers.{}.mlp.down_proj", "d f -> f d"),
+  *norm("norm", "model.norm"),
   Key("head/kernel", "lm_head.weight", "v d -> d v"),
+  Key("classifier/kernel", "score.weight", "c d -> d c"),
 )
 
 HANDLED = (
   "vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim intermediate_size "
   "rms_norm_eps hidden_act rope_theta rope_scaling rope_parameters max_position_embeddings tie_word_embeddings"
 ).split()
-DEFAULT = {"attention_bias": False, "mlp_bias": False, "pretraining_tp": 1, "quantization_config": None}
+DEFAULT = {"pretraining_tp": 1, "quantization_config": None}
 
 
 def config(hf: Mapping) -> transformer.Config:
   """`transformer.Config` of a `LlamaConfig` as a dict; UserError for what it does not support."""
-  families.check_config(hf, HANDLED, DEFAULT, families.BOOKKEEPING)
-  missing = [k for k in HANDLED[:4] + ["intermediate_size"] if k not in hf]
-  if missing:
-    raise errors.UserError(f"config.json of a llama model lacks {', '.join(missing)}")
-  errors.choose(hf.get("hidden_act", "silu"), layers.ACTIVATIONS, "hidden_act")
+  bias = {"attn_bias": "all" if hf.get("attention_bias") else "none", "mlp_bias": bool(hf.get("mlp_bias"))}
+  return decoder(hf, ["attention_bias", "mlp_bias"], **bias)
+
+
+def decoder(hf: Mapping, handled: list[str], default: Mapping = DEFAULT, **choices: Any) -> transformer.Config:
+  """The config of a decoder of Llama's shape.
+
+  Args:
+    handled: further keys that the caller has read.
+    default: keys that are supported only at that value.
+    choices: further fields of the config, or other values of those that are set here.
+  """
+  families.check_config(hf, [*HANDLED, *handled], default, families.BOOKKEEPING)
+  families.require(hf, [*HANDLED[:4], "intermediate_size"], hf.get("hidden_act", "silu"))
   heads = hf["num_attention_heads"]
-  theta, scaling = rope(hf)
-  return transformer.Config(
+  fields = dict(
     vocab_size=hf["vocab_size"],
     d_model=hf["hidden_size"],
     n_layers=hf["num_hidden_layers"],
@@ -49,21 +62,9 @@ def config(hf: Mapping) -> transformer.Config:
     d_ff=hf["intermediate_size"],
     norm_eps=hf.get("rms_norm_eps", 1e-6),
     activation=hf.get("hidden_act", "silu"),
-    rope_theta=theta,
-    rope_scaling=scaling,
     max_seq_len=hf.get("max_position_embeddings", 2048),
     tied=hf.get("tie_word_embeddings", False),
+    pool="last",
+    n_labels=families.labels(hf),
   )
-
-
-def rope(hf: Mapping) -> tuple[float, tuple | None]:
-  """(theta, scaling items or None) from `rope_theta` and `rope_scaling`, or from the newer `rope_parameters`."""
-  given = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
-  theta = float(given.pop("rope_theta", None) or hf.get("rope_theta") or 10_000.0)
-  kind = given.pop("type", None)  # the older spelling of rope_type
-  kind = given.pop("rope_type", kind) or "default"
-  if kind == "default":
-    return theta, None
-  scaling = {"rope_type": kind} | {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
-  layers.rope_frequencies(2, theta, scaling)
-  return theta, tuple(sorted(scaling.items()))
+  return transformer.Config(**(fields | families.rope(hf) | choices))

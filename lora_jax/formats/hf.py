@@ -1,10 +1,13 @@
 """Hugging Face model directories: config.json and safetensors, single or sharded."""
 
+import builtins
 import json
 import os
 import pathlib
+import re
 from collections.abc import Iterable
 
+import ml_dtypes
 import numpy as np
 import safetensors
 import safetensors.numpy
@@ -12,6 +15,15 @@ import safetensors.numpy
 from lora_jax import errors
 
 SHARD_BYTES = 4 * 2**30
+DTYPES = {
+  **{f"F{n}": np.dtype(f"float{n}") for n in (16, 32, 64)},
+  **{f"I{n}": np.dtype(f"int{n}") for n in (8, 16, 32, 64)},
+  **{f"U{n}": np.dtype(f"uint{n}") for n in (8, 16, 32, 64)},
+  "BOOL": np.dtype(bool),
+  "BF16": np.dtype(ml_dtypes.bfloat16),
+  "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+  "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+}
 
 
 def read_json(path: str | os.PathLike) -> dict:
@@ -28,54 +40,85 @@ def read_json(path: str | os.PathLike) -> dict:
   return value
 
 
+def write_json(path: str | os.PathLike, value: dict) -> None:
+  """A JSON object to a file, whole or not at all."""
+  temporary = pathlib.Path(f"{path}.tmp")
+  temporary.write_text(json.dumps(value, indent=2, sort_keys=True), encoding="utf-8")
+  os.replace(temporary, path)
+
+
 class Tensors:
-  """The tensors of one or more safetensors files, read one at a time.
+  """The tensors of one or more safetensors files, mapped one at a time.
 
   Raises UserError, naming the file, for one that is missing, truncated or no safetensors.
   """
 
   def __init__(self, paths: Iterable[str | os.PathLike]):
-    self._files = {}
+    self._where = {}
     for path in map(str, paths):
       if not os.path.exists(path):
         raise errors.UserError(f"{path} does not exist")
-      try:
-        file = safetensors.safe_open(path, framework="numpy")
-      except (safetensors.SafetensorError, OSError) as e:
-        raise errors.UserError(f"{path} is no complete safetensors file: {e}") from e
-      for k in file.keys():  # noqa: SIM118, no mapping
-        if k in self._files:
+      for stored, where in _header(path).items():
+        k = stored.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
+        if k in self._where:
           raise errors.UserError(f"tensor {k} stands twice, last in {path}")
-        self._files[k] = file
+        self._where[k] = where
 
   def names(self) -> list[str]:
     """All tensor names."""
-    return list(self._files)
+    return list(self._where)
 
   def shape(self, k: str) -> tuple[int, ...]:
     """Shape of a tensor, without reading it."""
-    return tuple(self._files[k].get_slice(k).get_shape())
+    return self._where[k]["shape"]
 
   def read(self, k: str) -> np.ndarray:
-    """The tensor in its stored dtype (bfloat16 through ml_dtypes)."""
-    return self._files[k].get_tensor(k)
+    """The tensor in its stored dtype (bfloat16 through ml_dtypes): a view of the file, whose pages go with it."""
+    return np.memmap(mode="r", **self._where[k])
+
+
+def _header(path: str) -> dict[str, dict]:
+  """What `np.memmap` needs for each tensor of a safetensors file, which the library has found to be whole."""
+  try:
+    with safetensors.safe_open(path, framework="numpy"), builtins.open(path, "rb") as f:
+      size = int.from_bytes(f.read(8), "little")
+      header = json.loads(f.read(size))
+  except (safetensors.SafetensorError, OSError) as e:
+    raise errors.UserError(f"{path} is no complete safetensors file: {e}") from e
+  header.pop("__metadata__", None)
+  unknown = sorted({v["dtype"] for v in header.values()} - DTYPES.keys())
+  if unknown:
+    raise errors.UserError(f"{path} has tensors of a type that is not read: {', '.join(unknown)}")
+  return {
+    k: dict(
+      filename=path, dtype=DTYPES[v["dtype"]], shape=tuple(v["shape"]), offset=8 + size + v["data_offsets"][0]
+    )
+    for k, v in header.items()
+  }
+
+
+def weight_files(directory: pathlib.Path) -> list[str]:
+  """Names of the safetensors that make up the model in a directory, whether or not they are there."""
+  index = directory / "model.safetensors.index.json"
+  if not index.exists():
+    return ["model.safetensors"]
+  weight_map = read_json(index).get("weight_map")
+  shards = list(weight_map.values()) if isinstance(weight_map, dict) else []
+  if not shards or not all(isinstance(s, str) and re.fullmatch(r"[\w.-]+\.safetensors", s) for s in shards):
+    shown = f"{weight_map!r:.200}"
+    raise errors.UserError(f"{index}: 'weight_map' should name safetensors files of that directory, not {shown}")
+  return sorted(set(shards))
 
 
 def open(directory: str | os.PathLike) -> tuple[dict, Tensors]:  # noqa: A001
   """(config.json, tensors) of a model directory."""
   directory = pathlib.Path(directory)
   config = read_json(directory / "config.json")
-  index = directory / "model.safetensors.index.json"
-  if index.exists():
-    shards = sorted(set(read_json(index).get("weight_map", {}).values()))
-    bad = [s for s in shards if os.path.basename(s) != s]
-    if bad or not shards:
-      raise errors.UserError(f"{index}: 'weight_map' should name files of that directory, not {bad or 'nothing'}")
-    return config, Tensors(directory / s for s in shards)
-  if not (directory / "model.safetensors").exists():
+  files = weight_files(directory)
+  if not (directory / files[0]).exists() and len(files) == 1:
     found = sorted(p.name for p in directory.iterdir())[:10]
     raise errors.UserError(f"{directory} has no model.safetensors (pickled .bin files are not read); it holds {found}")
-  return config, Tensors([directory / "model.safetensors"])
+  return config, Tensors(directory / f for f in files)
 
 
 def save(directory: str | os.PathLike, config: dict, tensors: Iterable[tuple[str, np.ndarray]]) -> None:
@@ -105,5 +148,5 @@ def save(directory: str | os.PathLike, config: dict, tensors: Iterable[tuple[str
     os.replace(temporary, directory / k)
   if len(files) > 1:
     index = {"metadata": {}, "weight_map": {k: final[i] for k, i in weight_map.items()}}
-    (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
-  (directory / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
+    write_json(directory / "model.safetensors.index.json", index)
+  write_json(directory / "config.json", config)

@@ -9,20 +9,25 @@ Hugging Face name + a suffix. What stands in them is each method's own: a method
 import json
 import os
 import pathlib
+from collections.abc import Collection, Mapping
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
-from lora_jax import errors, methods, models
+from lora_jax import errors, families, methods, models, transformer, tree, weights
 from lora_jax.formats import hf
 
 PREFIX = "base_model.model."
 METHODS = {m.PEFT_TYPE: m for m in map(methods.get, methods.names()) if hasattr(m, "PEFT_TYPE")}
 
 
-def save(model: models.Model, params: Any, directory: str | os.PathLike) -> None:
+def save(model: models.Model, params: Any, directory: str | os.PathLike, trained: Collection[str] = ()) -> None:
   """Writes the adapter in `params` as a directory that `peft.PeftModel.from_pretrained` loads.
+
+  Args:
+    trained: names of leaves that were trained whole, such as a classifier's; they become `modules_to_save`.
 
   Raises:
     UserError: `params` holds no adapter that has a PEFT form.
@@ -32,9 +37,15 @@ def save(model: models.Model, params: Any, directory: str | os.PathLike) -> None
   if len(forms) != 1:
     raise errors.UserError(f"the parameters hold {len(forms)} kinds of adapters with a PEFT form; one can be saved")
   config, tensors = forms[0]
+  flat = tree.flatten(params, is_leaf=weights.is_node)
+  whole = [key for key in model.keys if key.path in trained]
+  tensors |= {key.hf: key.to_hf(np.asarray(flat[key.path], np.float32)) for key in whole}
+  prefix = model.family.PREFIX
   config = {
-    "task_type": "CAUSAL_LM",
+    "task_type": _task_type(model.config),
+    "modules_to_save": sorted({key.hf.removeprefix(prefix).split(".")[0] for key in whole}) or None,
     "base_model_name_or_path": model.hub_name,
+    "revision": model.revision,
     "inference_mode": True,
     **config,
   }
@@ -46,6 +57,26 @@ def save(model: models.Model, params: Any, directory: str | os.PathLike) -> None
   os.replace(directory / ".tensors.tmp", directory / "adapter_model.safetensors")
   (directory / ".config.tmp").write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
   os.replace(directory / ".config.tmp", directory / "adapter_config.json")
+
+
+def _task_type(config: transformer.Config) -> str:
+  if config.encoder_layers:
+    return "SEQ_2_SEQ_LM"
+  return {"lm": "CAUSAL_LM", "classification": "SEQ_CLS"}.get(config.head, "FEATURE_EXTRACTION")
+
+
+def _replace(params: Any, whole: Mapping[str, tuple[families.Key, np.ndarray]]) -> Any:
+  """`params` with whole leaves of an adapter in place of the base's; UserError for a wrong shape."""
+
+  def leaf(k, x):
+    if k not in whole:
+      return x
+    key, tensor = whole[k]
+    if tensor.shape != key.hf_shape(x.shape):
+      raise errors.UserError(f"{key.hf} is {tensor.shape}, expected {key.hf_shape(x.shape)}")
+    return jnp.asarray(key.from_hf(tensor, x.shape))
+
+  return tree.map_named(leaf, params)
 
 
 def load(model: models.Model, directory: str | os.PathLike) -> Any:
@@ -63,7 +94,13 @@ def load(model: models.Model, directory: str | os.PathLike) -> Any:
   if foreign:
     raise errors.UserError(f"{directory}: keys without the prefix {PREFIX!r}: {foreign[:5]}")
   tensors = {k.removeprefix(PREFIX): source.read(k) for k in source.names()}
+  saved = config.get("modules_to_save") or []
+  whole = {
+    key.path: (key, tensors.pop(key.hf)) for key in model.keys if saved and "{}" not in key.hf and key.hf in tensors
+  }
+  config = {k: v for k, v in config.items() if k != "modules_to_save" or not whole}
   try:
-    return method.from_peft(model.params, model.keys, config, tensors)
+    params = _replace(model.params, whole)
+    return method.from_peft(params, model.keys, config, tensors)
   except errors.UserError as e:
     raise errors.UserError(f"{directory}: {e}") from None

@@ -85,7 +85,7 @@ def trainable(params: Any) -> Any:
 def target_layers(targets: str | Sequence[str], linear: Mapping[str, Any], what: str) -> dict[str, np.ndarray]:
   """{leaf name: bool [L], or [] where not stacked} for the matrices that `targets` names; see `init`."""
   patterns = [p for t in ([targets] if isinstance(targets, str) else targets) for p in _expand(t, linear, what)]
-  hits = {k: np.zeros(n.shape[:1] if k.startswith("layers/") else (), bool) for k, n in linear.items()}
+  hits = {k: np.zeros(n.shape[:1] if transformer.stacked(k) else (), bool) for k, n in linear.items()}
   for p in patterns:
     found = False
     for k in linear:
@@ -100,7 +100,7 @@ def target_layers(targets: str | Sequence[str], linear: Mapping[str, Any], what:
 def _expand(target: str, linear: Mapping[str, Any], what: str) -> list[str]:
   """Regexes for one target: short names and `all-linear` are spelled out, regexes are taken as they are."""
   if target == "all-linear":
-    return ["^layers/.*kernel$"]
+    return ["(^|/)layers/.*kernel$"]
   if not re.fullmatch(r"[\w\s,-]+", target):
     return [target]
   short = {k.split("/")[-2] for k in linear} | {"all-linear"}
@@ -121,7 +121,7 @@ def _hits(pattern: str, k: str, stack: tuple[int, ...]) -> np.ndarray:
 
 def _values(pattern: Mapping | None, default: float, linear: Mapping, what: str) -> dict[str, np.ndarray]:
   """{leaf name: value per layer} from an ordered {target: value}."""
-  values = {k: np.full(w.shape[:1] if k.startswith("layers/") else (), default, float) for k, w in linear.items()}
+  values = {k: np.full(w.shape[:1] if transformer.stacked(k) else (), default, float) for k, w in linear.items()}
   for target, value in reversed(dict(pattern or {}).items()):
     for k, hit in target_layers(target, linear, what).items():
       values[k] = np.where(hit, value, values[k])
@@ -161,8 +161,7 @@ PEFT_TYPE = "LORA"
 # Features of PEFT's LoraConfig that change the forward pass and that this module does not have.
 UNSUPPORTED = (
   "use_dora lora_bias modules_to_save layer_replication trainable_token_indices target_parameters use_qalora "
-  "use_bdlora alora_invocation_tokens arrow_config kasa_config monteclora_config velora_config megatron_config "
-  "fan_in_fan_out"
+  "use_bdlora alora_invocation_tokens arrow_config kasa_config monteclora_config velora_config megatron_config"
 ).split()
 # Initialisations that leave the base as it is; the others of PEFT subtract their start from it.
 PLAIN_INITS = (True, False, None, "gaussian", "orthogonal", "eva")
@@ -178,22 +177,22 @@ def to_peft(params: Any, keys: Sequence[families.Key]) -> tuple[dict, dict[str, 
   nodes = {key: flat[key.path] for key in keys if isinstance(flat[key.path], weights.LoRA)}
   if not nodes:
     return None
-  tensors, ranks, alphas, targets = {}, {}, {}, []
+  tensors, ranks, alphas = {}, {}, {}
   for key, node in nodes.items():
-    pattern_a, pattern_b = _patterns(key)
+    pattern_a, pattern_b = key.low_rank()
     scale, rank, a, b = (
       np.atleast_1d(x) if x.ndim == 0 else np.asarray(x) for x in (node.scale, node.rank, node.a, node.b)
     )
     if not node.scale.ndim:
       a, b = a[None], b[None]
-    modules = [key.hf.removesuffix(".weight").format(i) for i in range(len(rank))]
+    modules = [key.module.format(i) for i in range(len(rank))]
+    sizes = key.sizes(node.shape[node.scale.ndim :])
     for i, module in enumerate(modules):
       if r := int(rank[i]):
-        tensors[f"{module}.lora_A.weight"] = einops.rearrange(a[i, ..., :r], _reverse(pattern_a))
-        tensors[f"{module}.lora_B.weight"] = einops.rearrange(b[i, :r], _reverse(pattern_b))
+        tensors[f"{module}.lora_A.weight"] = _rearrange(a[i, ..., :r], _reverse(pattern_a), sizes)
+        tensors[f"{module}.lora_B.weight"] = _rearrange(b[i, :r], _reverse(pattern_b), sizes)
         ranks[module] = r
         alphas[module] = float(f"{scale[i] * (math.sqrt(r) if node.rslora else r):.6g}")
-    targets += [modules[0].rpartition(".")[2]] if rank.all() else [m for m in modules if m in ranks]
   rank, rank_pattern = _commonest(ranks)
   alpha, alpha_pattern = _commonest(alphas)
   first = next(iter(nodes.values()))
@@ -202,15 +201,24 @@ def to_peft(params: Any, keys: Sequence[families.Key]) -> tuple[dict, dict[str, 
     "r": rank,
     "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
     "lora_dropout": first.dropout,
-    "target_modules": targets,
+    "target_modules": _target_modules(ranks, keys, flat),
     "rank_pattern": rank_pattern,
     "alpha_pattern": alpha_pattern,
     "use_rslora": first.rslora,
     "bias": "none",
     "init_lora_weights": True,
-    "fan_in_fan_out": False,
+    "fan_in_fan_out": any(key.transposed for key in nodes),
   }
   return config, tensors
+
+
+def _target_modules(adapted: Mapping[str, int], keys: Sequence[families.Key], flat: Mapping[str, Any]) -> list[str]:
+  """Last parts of the names of adapted modules, which PEFT matches from the end; whole names where others end alike."""
+  stacks = {key: flat[key.path].shape[: key.hf.count("{}")] for key in keys}
+  every = {key.module.format(*index) for key, stack in stacks.items() for index in np.ndindex(stack)}
+  short = lambda module: module.rpartition(".")[2]
+  taken = {short(module) for module in every - adapted.keys()}
+  return list(dict.fromkeys(m if short(m) in taken else short(m) for m in adapted))
 
 
 def from_peft(params: Any, keys: Sequence[families.Key], config: Mapping, tensors: Mapping[str, np.ndarray]) -> Any:
@@ -225,7 +233,7 @@ def from_peft(params: Any, keys: Sequence[families.Key], config: Mapping, tensor
   for key in keys:
     w, in_axes = flat[key.path], transformer.in_axes(key.path)
     layers = w.shape[0] if "{}" in key.hf else 1
-    modules = [key.hf.removesuffix(".weight").format(i) for i in range(layers)]
+    modules = [key.module.format(i) for i in range(layers)]
     pairs = [[left.pop(f"{m}.lora_{c}.weight", None) for c in "AB"] for m in modules] if in_axes else []
     if not any(x is not None for pair in pairs for x in pair):
       continue
@@ -234,14 +242,13 @@ def from_peft(params: Any, keys: Sequence[families.Key], config: Mapping, tensor
     a = np.zeros((layers, *shape[:in_axes], max(rank)), np.float32)
     b = np.zeros((layers, max(rank), *shape[in_axes:]), np.float32)
     for i, (pair, r) in enumerate(zip(pairs, rank, strict=True)):
-      views = zip(pair, (a[i, ..., :r], b[i, :r]), _patterns(key), "AB", strict=True)
+      views = zip(pair, (a[i, ..., :r], b[i, :r]), key.low_rank(), "AB", strict=True)
       for x, view, pattern, c in views:
-        expected = einops.rearrange(view, _reverse(pattern)).shape
+        expected = _rearrange(view, _reverse(pattern), key.sizes(shape)).shape
         if (x is None and r) or (x is not None and x.shape != expected):
           wrong.append(f"{modules[i]}.lora_{c}.weight is {None if x is None else x.shape}, expected {expected}")
         elif r:
-          sizes = {k: n for k, n in zip(pattern.split("->")[1].split(), view.shape, strict=True) if k != "r"}
-          view[...] = einops.rearrange(x.astype(np.float32), pattern, **sizes)
+          view[...] = _rearrange(x.astype(np.float32), pattern, key.sizes(shape))
     scale = [_peft_scale(config, m, r) for m, r in zip(modules, rank, strict=True)]
     stack = slice(None) if "{}" in key.hf else 0
     flat[key.path] = weights.LoRA(
@@ -259,10 +266,9 @@ def from_peft(params: Any, keys: Sequence[families.Key], config: Mapping, tensor
   return tree.map_named(lambda k, _: flat[k], params, is_leaf=weights.is_node)
 
 
-def _patterns(key: families.Key) -> tuple[str, str]:
-  """einops patterns from PEFT's lora_A [r, in] and lora_B [out, r] to our a [*in, R] and b [R, *out]."""
-  out, inner = re.findall(r"\([^)]*\)|\w+", key.pattern.split("->")[0])
-  return f"r {inner} -> {inner.strip('()')} r", f"{out} r -> r {out.strip('()')}"
+def _rearrange(x: np.ndarray, pattern: str, sizes: Mapping[str, int]) -> np.ndarray:
+  """`einops.rearrange` with the sizes of the axes that the pattern has."""
+  return einops.rearrange(x, pattern, **{k: n for k, n in sizes.items() if k in pattern})
 
 
 def _reverse(pattern: str) -> str:

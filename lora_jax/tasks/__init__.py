@@ -8,21 +8,32 @@ A task module has three functions and two constants:
   LABELS                                     all responses of a classification task, in label order, or None
   PROMPT_LOSS_WEIGHT                         what suits the task, or None for the objective's own default
 
-Where the labels depend on keywords the module has a function `labels(**kw)` instead of LABELS. Keywords are
-keyword-only parameters; one that several functions take is given to each of them.
+Where the labels depend on keywords the module has a function `labels(**kw)` instead of LABELS. It may have
+
+  texts(example, **kw) -> tuple[str, ...]    the sentence, or two, for a model with a head; by default the prompt
+  target(example, **kw) -> int | float       what the head learns; by default the index of the response in the labels,
+                                             -1 where it is none of them. Without labels it is a number: regression
+  metrics(predictions, references, **kw)     {name: value} of all examples at once, from label indices, or from floats
+                                             in a regression, where nan is a generated text without a number; by
+                                             default the `accuracy` of a task with labels
+
+Keywords are keyword-only parameters; one that several functions take is given to each of them.
 """
 
 import dataclasses
 import functools
 import importlib
 import inspect
+import math
 import pkgutil
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from lora_jax import errors
 
 SPLITS = ("train", "validation", "test")
+FUNCTIONS = ("load", "format", "score", "labels", "texts", "target", "metrics")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +51,11 @@ class Chat:
   messages: tuple[Mapping[str, str], ...]
 
   @property
+  def prompt(self) -> str:
+    """What is said before the response, a message a line."""
+    return "\n".join(m["content"] for m in self.messages[:-1])
+
+  @property
   def response(self) -> str:
     """What the assistant says last."""
     return self.messages[-1]["content"]
@@ -55,11 +71,14 @@ class Task:
   score: Callable[[dict, str], dict[str, float]]
   labels: tuple[str, ...] | None
   prompt_loss_weight: float | None
+  texts: Callable[[dict], tuple[str, ...]]
+  target: Callable[[dict], int | float] | None
+  metrics: Callable[[Sequence, Sequence], dict[str, float]]
 
-  def label_index(self, example: dict) -> int:
-    """Which of `labels` is the response of `example`; -1 where it is hidden."""
-    response = self.format(example).response
-    return self.labels.index(response) if response in self.labels else -1
+  @property
+  def n_outputs(self) -> int:
+    """What a head has to give: a score for each label, one number in a regression, or 0 where the task is text."""
+    return len(self.labels) if self.labels else int(self.target is not None)
 
 
 def names() -> list[str]:
@@ -71,20 +90,31 @@ def get(name: str, **keywords: Any) -> Task:
   """The task `name`; UserError for an unknown name, an unknown keyword or a missing one."""
   name = errors.choose(name, {k: k for k in names()}, "task")
   module = importlib.import_module(f"{__name__}.{name}")
-  functions = [module.load, module.format, module.score]
-  if hasattr(module, "labels"):
-    functions.append(module.labels)
-  errors.check_keywords(_union(functions), keywords, "config.task")
-  load, format, score, *labels = [_bind(f, keywords) for f in functions]
-  choices = labels[0]() if labels else module.LABELS
+  functions = {k: getattr(module, k) for k in FUNCTIONS if hasattr(module, k)}
+  errors.check_keywords(_union(functions.values()), keywords, "config.task")
+  bound = {k: _bind(f, keywords) for k, f in functions.items()}
+  load, format = bound.pop("load"), bound["format"]
+  labels = bound.pop("labels")() if "labels" in bound else module.LABELS
+  labels = None if labels is None else tuple(labels)
   return Task(
     name=name,
     load=lambda split: load(errors.choose(split, {s: s for s in SPLITS}, "split")),
-    format=format,
-    score=score,
-    labels=None if choices is None else tuple(choices),
+    labels=labels,
     prompt_loss_weight=module.PROMPT_LOSS_WEIGHT,
+    **(_defaults(format, labels) | bound),
   )
+
+
+def accuracy(predictions: Sequence[int], references: Sequence[int]) -> dict[str, float]:
+  """How often a prediction is the reference."""
+  right = sum(int(p) == int(r) for p, r in zip(predictions, references, strict=True))
+  return {"accuracy": right / len(references)}
+
+
+def number(text: str) -> float:
+  """The first decimal number in a text; nan where there is none."""
+  found = re.search(r"-?[0-9]*\.?[0-9]+", text)
+  return float(found[0]) if found else math.nan
 
 
 def exact_match(example_response: str, text: str) -> dict[str, float]:
@@ -92,12 +122,26 @@ def exact_match(example_response: str, text: str) -> dict[str, float]:
   return {"exact_match": float(text.strip() == example_response.strip())}
 
 
+def _defaults(format: Callable, labels: tuple[str, ...] | None) -> dict[str, Callable | None]:
+  """What a module without `texts`, `target` or `metrics` does."""
+
+  def index(example):
+    response = format(example).response
+    return labels.index(response) if response in labels else -1
+
+  return {
+    "texts": lambda example: (format(example).prompt,),
+    "target": index if labels else None,
+    "metrics": accuracy if labels else lambda predictions, references: {},
+  }
+
+
 def _keyword_only(function: Callable) -> dict[str, inspect.Parameter]:
   parameters = inspect.signature(function).parameters
   return {k: p for k, p in parameters.items() if p.kind is p.KEYWORD_ONLY}
 
 
-def _union(functions: Sequence[Callable]) -> Callable:
+def _union(functions: Iterable[Callable]) -> Callable:
   """A function whose signature has the keywords of all."""
 
   def union():

@@ -28,8 +28,13 @@ def load(split: str) -> Sequence[dict]:
 
 def format(example: dict, *, max_words: int | None = 150) -> tasks.Formatted:
   """`Article: <the first max_words words>`, then the topic; None keeps all words."""
-  words = example["text"].split()
-  return tasks.Formatted(f"Article: {' '.join(words[:max_words])}\nTopic:", LABELS[example["label"]])
+  (text,) = texts(example, max_words=max_words)
+  return tasks.Formatted(f"Article: {text}\nTopic:", LABELS[example["label"]])
+
+
+def texts(example: dict, *, max_words: int | None = 150) -> tuple[str]:
+  """The first `max_words` words."""
+  return (" ".join(example["text"].split()[:max_words]),)
 
 
 def score(example: dict, text: str) -> dict[str, float]:

@@ -4,12 +4,14 @@ Wang et al. 2019, https://arxiv.org/abs/1804.07461. Labels of GLUE's test sets a
 official validation set and `validation` is a tenth of the training set. Training examples whose text is in the
 official validation set are dropped. `mnli` and `mnli_mismatched` train on the same examples and are tested on
 matched and mismatched genres. `ax` is for models trained on MNLI: a test set whose labels are hidden, so its
-responses and scores are empty.
+responses and scores are empty. Metrics are those of the paper's table 1.
 """
 
 import pathlib
 import string
 from collections.abc import Iterator, Sequence
+
+import numpy as np
 
 from lora_jax import errors, tasks
 from lora_jax.tasks import _packaged
@@ -52,7 +54,7 @@ def load(split: str, *, subset: str, data_dir: str | None = None) -> Sequence[di
   found = sorted(root.glob(f"glue/{config}/*/dataset_info.json"))
   if not found:
     raise errors.UserError(f"no glue/{config}/<version> in {root}, where tfds prepares it; {_HOW.format(config)}")
-  fields = [name for _, name, _, _ in string.Formatter().parse(prompt) if name]
+  fields = _fields(prompt)
   return _packaged.load(
     f"glue_{subset}",
     split,
@@ -68,6 +70,16 @@ def format(example: dict, *, subset: str) -> tasks.Formatted:
   return tasks.Formatted(prompt.format(**example), _response(example["label"], subset))
 
 
+def texts(example: dict, *, subset: str) -> tuple[str, ...]:
+  """The sentence or the two sentences, in GLUE's order."""
+  return tuple(example[k] for k in _fields(_subset(subset)[0]))
+
+
+def target(example: dict, *, subset: str) -> int | float:
+  """The label's index, -1 if it is hidden; STS-B's number from 0 to 5."""
+  return example["label"]
+
+
 def labels(*, subset: str) -> tuple[str, ...] | None:
   """Responses in label order; None for STS-B."""
   return _subset(subset)[1]
@@ -78,11 +90,31 @@ def score(example: dict, text: str, *, subset: str) -> dict[str, float]:
   label = example["label"]
   if label < 0:
     return {}
-  metrics = tasks.exact_match(_response(label, subset), text)
+  values = tasks.exact_match(_response(label, subset), text)
   if subset == "stsb":
-    number = text.strip().replace(".", "", 1).isdecimal()
-    metrics["absolute_error"] = min(abs(float(text) - label), 5.0) if number else 5.0
-  return metrics
+    error = abs(tasks.number(text) - label)
+    values["absolute_error"] = error if error < 5 else 5.0
+  return values
+
+
+def metrics(predictions: Sequence, references: Sequence, *, subset: str) -> dict[str, float]:
+  """`matthews` for CoLA, `accuracy` and `f1` for MRPC and QQP, `pearson` and `spearman` for STS-B, else `accuracy`.
+
+  Predictions that are all the same have a correlation of 0. In STS-B one that is no number counts as the middle, 2.5.
+  """
+  if subset == "stsb":
+    return _correlations(np.nan_to_num(np.array(predictions, float), nan=2.5, posinf=5, neginf=0), references)
+  if subset == "cola":
+    from sklearn.metrics import matthews_corrcoef
+
+    constant = len(set(predictions)) < 2  # which scikit-learn warns of
+    return {"matthews": 0.0 if constant else float(matthews_corrcoef(references, predictions))}
+  values = tasks.accuracy(predictions, references)
+  if subset in ("mrpc", "qqp"):
+    from sklearn.metrics import f1_score
+
+    values["f1"] = float(f1_score(references, predictions, zero_division=0))
+  return values
 
 
 _HOST = "https://dl.fbaipublicfiles.com"
@@ -95,6 +127,20 @@ _HOW = (
 
 def _subset(name: str) -> tuple[str, tuple[str, ...] | None]:
   return errors.choose(name, SUBSETS, "glue subset")
+
+
+def _fields(prompt: str) -> list[str]:
+  """Names of the text features, in GLUE's order."""
+  return [name for _, name, _, _ in string.Formatter().parse(prompt) if name]
+
+
+def _correlations(predictions: np.ndarray, references: Sequence[float]) -> dict[str, float]:
+  from scipy import stats
+
+  if np.ptp(predictions) == 0 or np.ptp(references) == 0:
+    return {"pearson": 0.0, "spearman": 0.0}
+  found = {"pearson": stats.pearsonr, "spearman": stats.spearmanr}
+  return {k: float(f(predictions, references).statistic) for k, f in found.items()}
 
 
 def _response(label: int | float, subset: str) -> str:

@@ -2,7 +2,8 @@
 
 Each line is `{"prompt": str, "response": str}` or `{"messages": [{"role": str, "content": str}, ...]}`. The last
 message is the assistant's: the response that is generated and scored. In training every assistant message of a
-conversation carries the loss of a response, the other messages that of a prompt.
+conversation carries the loss of a response, the other messages that of a prompt. With `labels`, which lists all
+responses, it is a classification task.
 """
 
 import json
@@ -12,7 +13,6 @@ from collections.abc import Sequence
 from lora_jax import errors, tasks
 from lora_jax.tasks import _packaged
 
-LABELS = None
 PROMPT_LOSS_WEIGHT = None
 ROLES = ("system", "user", "assistant", "tool")
 
@@ -46,6 +46,13 @@ def format(example: dict) -> tasks.Formatted | tasks.Chat:
   if "messages" in example:
     return tasks.Chat(tuple(example["messages"]))
   return tasks.Formatted(example["prompt"], example["response"])
+
+
+def labels(*, labels: Sequence[str] | None = None) -> Sequence[str] | None:
+  """The responses to choose from, as they are in the file; None for free text."""
+  if labels is not None and (isinstance(labels, str) or len(set(labels)) != len(labels) or len(labels) < 2):
+    raise errors.UserError(f"config.task.labels={labels!r}: expected a list of two or more different responses")
+  return labels
 
 
 def score(example: dict, text: str) -> dict[str, float]:

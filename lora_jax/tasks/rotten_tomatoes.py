@@ -34,6 +34,11 @@ def format(example: dict) -> tasks.Formatted:
   return tasks.Formatted(f"Review: {example['text']}\nSentiment:", LABELS[example["label"]])
 
 
+def texts(example: dict) -> tuple[str]:
+  """The sentence, or the review."""
+  return (example["text"],)
+
+
 def score(example: dict, text: str) -> dict[str, float]:
   """`exact_match` of the generated word."""
   return tasks.exact_match(LABELS[example["label"]], text)

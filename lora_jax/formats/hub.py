@@ -1,0 +1,183 @@
+"""Models of the Hugging Face hub, fetched by its own client into its own cache.
+
+What the client reads from the environment holds here too: HF_HOME or HF_HUB_CACHE (where the cache is), HF_TOKEN (or
+`hf auth login`), HF_HUB_OFFLINE, HF_ENDPOINT (a mirror).
+"""
+
+import contextlib
+import errno
+import pathlib
+import re
+from collections.abc import Callable
+from typing import Any
+
+from lora_jax import errors
+from lora_jax.formats import hf
+
+NAME = re.compile(
+  r"(?P<repo>\w[\w.-]*(?:/[\w.-]+)?)(?:/(?P<file>[^@\s]+\.gguf))?(?:@(?P<revision>\w[^@\s]*))?", re.ASCII
+)
+
+
+def download(name: str) -> pathlib.Path:
+  """The local copy of a model: a directory with config.json and safetensors, or one GGUF file.
+
+  Of a directory come the JSON and template files at its top and the safetensors that `model.safetensors.index.json`
+  names (or `model.safetensors`); other copies of the weights stay where they are. A revision is resolved to a commit
+  first and every file is of that commit, whose hash is the directory's name. What the cache holds is not fetched
+  again. When the hub cannot be reached, the commit that the revision last stood for is used if it is there complete;
+  a copy that misses files never is.
+
+  Args:
+    name: `org/name` or `org/name/file.gguf`, and `@revision` behind it for a branch, tag or commit other than `main`.
+
+  Raises:
+    UserError: a malformed name; what the hub does not have or not give to this user; a repository without
+      safetensors; no connection, no space; offline and not in the cache.
+  """
+  match = NAME.fullmatch(name)
+  if match is None or ".." in name:
+    raise errors.UserError(
+      f"hf:{name} is no name of a model on the Hugging Face hub; "
+      "write hf:org/name, hf:org/name@revision or hf:org/name/file.gguf"
+    )
+  return _file(name, match) if match["file"] else _snapshot(name, match)
+
+
+def _missing(directory: pathlib.Path) -> list[str]:
+  return [f for f in ["config.json", *hf.weight_files(directory)] if not (directory / f).exists()]
+
+
+def _snapshot(name: str, match: re.Match) -> pathlib.Path:
+  import huggingface_hub
+
+  repo = match["repo"]
+
+  def fetch(**kw):
+    return _call(huggingface_hub.snapshot_download, name, repo_id=repo, **kw)
+
+  # The weights come last and by exact name: without them nothing here passes for a model.
+  small = dict(allow_patterns=["*.json", "*.jinja"], ignore_patterns=["*/*"])
+  root = pathlib.Path(fetch(revision=match["revision"], **small))
+  if (root / "config.json").exists():
+    fetch(revision=root.name, allow_patterns=hf.weight_files(root))
+  if missing := _missing(root):
+    listing = _call(huggingface_hub.list_repo_files, name, repo_id=repo, revision=root.name)
+    raise errors.UserError(_lacking(match, missing, listing))
+  return root
+
+
+def _file(name: str, match: re.Match) -> pathlib.Path:
+  import huggingface_hub
+  from huggingface_hub import errors as hub
+
+  repo, file, revision = match.group("repo", "file", "revision")
+  try:
+    path = _call(huggingface_hub.hf_hub_download, name, repo_id=repo, filename=file, revision=revision)
+    return pathlib.Path(path)
+  except errors.UserError as e:
+    absent = isinstance(e.__cause__, hub.EntryNotFoundError)
+    if not absent or isinstance(e.__cause__, hub.LocalEntryNotFoundError):  # the latter: not in the cache
+      raise
+    listing = _call(huggingface_hub.list_repo_files, name, repo_id=repo, revision=revision)
+    have = [f for f in listing if f.endswith(".gguf")]
+    raise errors.UserError(f"{_spell(repo, revision)} has no file {file}; {errors.nearest(file, have)}") from e
+
+
+def _lacking(match: re.Match, missing: list[str], listing: list[str]) -> str:
+  """What to say of a repository that is no model which can be read."""
+  repo, revision = match.group("repo", "revision")
+  hint = ""
+  if gguf := [f for f in listing if f.endswith(".gguf")]:
+    hint = f"; for one of its GGUF files write {_spell(f'{repo}/{gguf[0]}', revision)}"
+  elif "adapter_config.json" in listing:
+    hint = "; it is an adapter: load the model that its adapter_config.json names, then the adapter"
+  elif any(f.endswith((".bin", ".pt", ".pth", ".ckpt")) for f in listing):
+    hint = "; pickled weights (.bin, .pt) are not read, as they can run code: look for a revision with safetensors"
+  shown = ", ".join(sorted(listing)[:15]) + (f" and {len(listing) - 15} more" if len(listing) > 15 else "")
+  return f"{_spell(repo, revision)} lacks {', '.join(missing)}{hint}; it holds: {shown or 'nothing'}"
+
+
+def _call(fn: Callable, name: str, **kw: Any) -> Any:
+  """`fn(**kw)`, a function of the hub's client, whose errors become UserError."""
+  from huggingface_hub import errors as hub
+
+  try:
+    return fn(**kw)
+  except Exception as e:  # its own errors, those of the HTTP library below, and the system's
+    if isinstance(e, hub.LocalEntryNotFoundError) and isinstance(e.__cause__, hub.HfHubHTTPError):
+      e = e.__cause__
+    raise errors.UserError(f"hf:{name}: {_reason(e, name)}") from e
+
+
+def _reason(e: Exception, name: str) -> str:
+  """What went wrong and what to do about it."""
+  import huggingface_hub
+  from huggingface_hub import constants, errors as hub
+
+  repo, revision = NAME.fullmatch(name).group("repo", "revision")
+  first = next(iter(str(e).strip().splitlines()), "")
+  page = f"{constants.ENDPOINT}/{repo}"
+  status = getattr(getattr(e, "response", None), "status_code", None)
+  token = huggingface_hub.get_token()
+  log_in = "log in with `hf auth login` or set HF_TOKEN"
+  if isinstance(e, hub.HFValidationError):
+    return f"no name of a repository ({first}); write hf:org/name"
+  if constants.HF_HUB_OFFLINE and isinstance(e, hub.LocalEntryNotFoundError | hub.OfflineModeIsEnabled):
+    return (
+      f"HF_HUB_OFFLINE is set and {_cached(repo)}; unset it, or fetch the model first where there is a network: "
+      f"python -c \"from lora_jax.formats import hub; hub.download('{name}')\""
+    )
+  if status == 401 and "nvalid credentials" in str(e):
+    return f"the hub does not accept the token that was sent; {log_in} with a new one"
+  if isinstance(e, hub.GatedRepoError):
+    return f"the repository is gated; accept its conditions on {page}" + (
+      " with the account of your token" if token else f", then {log_in}"
+    )
+  if isinstance(e, hub.RepositoryNotFoundError) or status == 401:
+    return f"the hub has no such repository, or it is private; check the name on {page}; for a private one " + (
+      "use a token that may read it (the one that was sent may not)" if token else log_in
+    )
+  if status == 403:
+    return f"access is denied ({first}); use a token that may read {page}"
+  if isinstance(e, hub.RevisionNotFoundError):
+    return f"the repository has no branch, tag or commit {revision or 'main'}; {errors.nearest(revision, _refs(repo))}"
+  if getattr(e, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(e):
+    return (
+      f"no space left in {constants.HF_HUB_CACHE}; `hf cache` shows what can go, "
+      "or set HF_HOME to a directory on a larger disk"
+    )
+  if isinstance(e, PermissionError) or getattr(e, "errno", None) == errno.EROFS:
+    return f"cannot write to the cache ({first}); set HF_HOME to a directory of yours"
+  if status is not None:
+    return f"the hub answered {status} ({first}); try again later"
+  if isinstance(e, hub.LocalEntryNotFoundError) or "Connect" in type(e).__name__:
+    return f"{constants.ENDPOINT} cannot be reached and {_cached(repo)}; run the same again when there is a network"
+  return (
+    f"the download broke off ({type(e).__name__}: {first}); "
+    "files that arrived complete are kept, run the same again to go on"
+  )
+
+
+def _refs(repo: str) -> list[str]:
+  """Names of a repository's branches and tags, as far as the hub tells them."""
+  import huggingface_hub
+
+  with contextlib.suppress(Exception):  # not every mirror knows them; the error to report is another one
+    refs = huggingface_hub.list_repo_refs(repo)
+    return [r.name for r in refs.branches + refs.tags]
+  return []
+
+
+def _spell(repo: str, revision: str | None) -> str:
+  return f"hf:{repo}@{revision}" if revision else f"hf:{repo}"
+
+
+def _cached(repo: str) -> str:
+  """A clause that says which commits of a repository the cache holds complete."""
+  from huggingface_hub import constants
+
+  folder = pathlib.Path(constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}" / "snapshots"
+  complete = [p.name for p in sorted(folder.glob("*")) if not _missing(p)]
+  what = ", ".join(_spell(repo, c) for c in complete) if complete else "no complete copy of it"
+  return f"the cache {constants.HF_HUB_CACHE} holds {'only ' if complete else ''}{what}"
