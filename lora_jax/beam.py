@@ -41,6 +41,7 @@ class Beams:
 
   Fields:
     cache: of W rows for each of B.
+    logits: float32 [B, W, V] after the texts that go on.
     ids, scores: int32 [B, W, S] and float32 [B, W], texts that go on, and the sums of their log-probabilities.
     parent: int32 [B, W], the row of the cache, within its W, that each of them continues.
     best_ids, best_scores, best_new: texts that have ended, best first, their scores with length penalty, and how many
@@ -51,6 +52,7 @@ class Beams:
   """
 
   cache: dict
+  logits: jax.Array
   ids: jax.Array
   scores: jax.Array
   parent: jax.Array
@@ -67,12 +69,12 @@ def _take(x: jax.Array, index: jax.Array) -> jax.Array:
   return jnp.take_along_axis(x, index.reshape(index.shape + (1,) * (x.ndim - 2)), axis=1)
 
 
-def _extend(s: Beams, logits, end, limit, length_penalty, ngram, early) -> Beams:
-  """The search one token later, given logits [B, W, V] after the texts that go on."""
-  (B, W, V), S = logits.shape, s.ids.shape[2]
+def _extend(s: Beams, end, limit, length_penalty, ngram, early) -> Beams:
+  """The search one token later; the model has not run it yet."""
+  (B, W, V), S = s.logits.shape, s.ids.shape[2]
   at = jnp.broadcast_to(s.start[:, None], (B, W)) + s.count
   allowed = ban_repeats(
-    jax.nn.log_softmax(logits).reshape(B * W, V), s.ids.reshape(B * W, S), at.reshape(-1), ngram
+    jax.nn.log_softmax(s.logits).reshape(B * W, V), s.ids.reshape(B * W, S), at.reshape(-1), ngram
   ).reshape(B, W, V)
   # Enough candidates for W to go on even if the best ones all end.
   C = max(2, 1 + len(end)) * W
@@ -109,8 +111,8 @@ def _extend(s: Beams, logits, end, limit, length_penalty, ngram, early) -> Beams
   )
 
 
-def _forward(config, params, s: Beams) -> tuple[Beams, jax.Array]:
-  """Reorders the cache by parents and runs the last tokens: logits [B, W, V]."""
+def _forward(config, params, s: Beams) -> Beams:
+  """Reorders the cache by parents and runs the last tokens."""
   B, W, S = s.ids.shape
   rows = (jnp.arange(B)[:, None] * W + s.parent).reshape(-1)
   # The beams of a row share its source, so that what is attended to across needs no reordering.
@@ -118,7 +120,7 @@ def _forward(config, params, s: Beams) -> tuple[Beams, jax.Array]:
   at = jnp.repeat(s.start + s.count - 1, W)[:, None]
   token = jnp.take_along_axis(s.ids.reshape(B * W, S), at, axis=1)
   x, cache = transformer.hidden(config, params, token, positions=at, cache=s.cache | {"layers": reordered})
-  return s.replace(cache=cache), transformer.logits(config, params, x).reshape(B, W, -1)
+  return s.replace(cache=cache, logits=transformer.logits(config, params, x).reshape(B, W, -1))
 
 
 @functools.partial(jax.jit, static_argnames=("config", "beams", "ngram", "early"))
@@ -127,6 +129,7 @@ def _search(config, params, cache, logits, ids, lengths, end, limit, length_pena
   every = jnp.repeat(ids[:, None], W, axis=1)
   start = Beams(
     cache={k: jax.tree.map(lambda x: jnp.repeat(x, W, axis=int(k == "layers")), v) for k, v in cache.items()},
+    logits=jnp.repeat(logits[:, None], W, axis=1),
     ids=every,
     scores=jnp.full((B, W), NEVER).at[:, 0].set(0.0),  # all are the same text: only one counts
     parent=jnp.zeros((B, W), jnp.int32),
@@ -143,8 +146,7 @@ def _search(config, params, cache, logits, ids, lengths, end, limit, length_pena
     complete = (s.best_new > 0).all() if early is True else False
     return (s.count < limit) & s.open.any() & ~jnp.asarray(complete)
 
-  first = extend(start, jnp.repeat(logits[:, None], W, axis=1))
-  s = jax.lax.while_loop(more, lambda s: extend(*_forward(config, params, s)), first)
+  s = jax.lax.while_loop(more, lambda s: _forward(config, params, extend(s)), start)
   return s.best_ids, s.best_new, s.best_scores
 
 

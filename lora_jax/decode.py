@@ -23,7 +23,8 @@ class State:
   """A batch of texts under way.
 
   Fields:
-    cache: of `transformer.init_cache`; it lacks the last token.
+    cache: of `transformer.init_cache`.
+    logits: float32 [B, V] after the texts.
     ids: int32 [B, S], prompts and what followed.
     start: int32 [B], lengths of the prompts.
     count: int32 [], tokens after them.
@@ -31,6 +32,7 @@ class State:
   """
 
   cache: dict
+  logits: jax.Array
   ids: jax.Array
   start: jax.Array
   count: jax.Array
@@ -68,13 +70,11 @@ def run_prompts(config, params, tokens: jax.Array, lengths: jax.Array, *, slots:
   return logits, cache, jnp.zeros((B, slots), jnp.int32).at[:, : tokens.shape[1]].set(tokens), lengths
 
 
-def append(
-  state: State, logits: jax.Array, sampling: sampling_lib.Sampling | None, end: jax.Array, ngram: int = 0
-) -> State:
-  """The state with one more token, given logits [B, V] after its texts."""
+def append(state: State, sampling: sampling_lib.Sampling | None, end: jax.Array, ngram: int = 0) -> State:
+  """The state with one more token, which the model has not run yet."""
   at = state.start + state.count
-  token = sampling_lib.choose(sampling_lib.ban_repeats(logits, state.ids, at, ngram), sampling, state.count)
-  token = jnp.where(state.done, end[0], token)
+  logits = sampling_lib.ban_repeats(state.logits, state.ids, at, ngram)
+  token = jnp.where(state.done, end[0], sampling_lib.choose(logits, sampling, state.count))
   return state.replace(
     ids=state.ids.at[jnp.arange(len(at)), at].set(token),
     count=state.count + 1,
@@ -86,20 +86,20 @@ def advance(config, params, state: State, sampling: sampling_lib.Sampling | None
   """Adds tokens until there are `limit` or every text has ended."""
 
   def step(s):
+    s = append(s, sampling, end, ngram)
     at = (s.start + s.count - 1)[:, None]
     token = jnp.take_along_axis(s.ids, at, axis=1)
     x, cache = transformer.hidden(config, params, token, positions=at, cache=s.cache)
-    return append(s.replace(cache=cache), transformer.logits(config, params, x)[:, 0], sampling, end, ngram)
+    return s.replace(cache=cache, logits=transformer.logits(config, params, x)[:, 0])
 
   return jax.lax.while_loop(lambda s: (s.count < limit) & ~s.done.all(), step, state)
 
 
-_append = jax.jit(append, static_argnames="ngram", donate_argnames="state")
 _advance = jax.jit(advance, static_argnames=("config", "ngram"), donate_argnames="state")
 
 
-def _begin(cache: dict, ids: jax.Array, lengths: jax.Array) -> State:
-  return State(cache, ids, lengths, jnp.int32(0), jnp.zeros(len(ids), bool))
+def _begin(logits: jax.Array, cache: dict, ids: jax.Array, lengths: jax.Array) -> State:
+  return State(cache, logits, ids, lengths, jnp.int32(0), jnp.zeros(len(ids), bool))
 
 
 def greedy(config, params, cache: dict, logits: jax.Array, lengths: jax.Array, new: int, eos: Any) -> jax.Array:
@@ -113,8 +113,8 @@ def greedy(config, params, cache: dict, logits: jax.Array, lengths: jax.Array, n
     int32 [B, new]; `eos`, or the first of them, after a row's end.
   """
   end = jnp.atleast_1d(jnp.asarray(eos, jnp.int32))
-  state = _begin(cache, jnp.zeros((len(lengths), cache["layers"]["k"].shape[2]), jnp.int32), lengths)
-  state = advance(config, params, append(state, logits, None, end), None, end, new)
+  ids = jnp.zeros((len(lengths), cache["layers"]["k"].shape[2]), jnp.int32)
+  state = advance(config, params, _begin(logits, cache, ids, lengths), None, end, new)
   out = jnp.take_along_axis(state.ids, lengths[:, None] + jnp.arange(new), axis=1)
   return jnp.where(jnp.arange(new) < state.count, out, end[0])
 
@@ -203,9 +203,8 @@ def continuations(
   keys = sampling_lib.keys(seed, [row[:n] for row, n in zip(tokens, lengths, strict=True)])
   sampling = sampling_lib.Sampling(np.float32(temperature), np.int32(top_k), np.float32(top_p), keys)
   end = np.asarray(end, np.int32)
-  logits, cache, ids, lengths = run_prompts(config, params, tokens, lengths, slots=slots, start=start)
-  offsets, every = np.array(lengths)[:, None], every or max_new_tokens
-  state = _append(_begin(cache, ids, lengths), logits, sampling, end, ngram=no_repeat_ngram)
+  state = _begin(*run_prompts(config, params, tokens, lengths, slots=slots, start=start))
+  offsets, every = np.array(state.start)[:, None], every or max_new_tokens
   for limit in (*range(every, max_new_tokens, every), max_new_tokens):
     state = _advance(config, params, state, sampling, end, np.int32(limit), ngram=no_repeat_ngram)
     new = np.take_along_axis(np.asarray(state.ids), offsets + np.arange(int(state.count)), axis=1)

@@ -74,23 +74,7 @@ def build(config: Mapping) -> Experiment:
   examples = task.load("train")
   for split in scored:
     task.load(split)  # what is wrong with them is said now, not after training
-  place = sharding.placer(mesh)
-  head = {"head": "classification", "n_labels": task.n_outputs} if classifies else {}
-  model = models.load(**(head | dict(config["model"])), sharding=place)
-  if model.config.head != ("classification" if classifies else "lm"):
-    raise errors.UserError(
-      f"config.objective.name={config['objective']['name']!r} does not train a model with the head "
-      f"{model.config.head!r}: a classifier needs 'classification', a language model 'causal_lm'"
-    )
-  if model.tokenizer is None:
-    raise errors.UserError(f"model {model.name!r} has no tokenizer.json beside its weights")
-  method = {k: v for k, v in config["method"].items() if k != "name"}
-  params, mask = methods.get(config["method"]["name"]).init(jax.random.key(run["seed"]), model.params, **method)
-  if classifies:
-    params, mask = methods.train_also(params, mask, model.head_leaves)
-  trainable, frozen = tree.split(sharding.put(params, place), mask)
-  optimiser, rate = optim.make(steps=run["steps"], **config["optim"])
-  state = sharding.put(train.init_state(trainable, optimiser), place)
+  model, state, frozen, optimiser, rate = _adapted(config, task, mesh)
   objective = {k: v for k, v in config["objective"].items() if k not in ("name", "prompt_loss_weight")}
 
   step = train.make_step(
@@ -114,6 +98,44 @@ def build(config: Mapping) -> Experiment:
   )
   model = dataclasses.replace(model, params=None)  # the state and the frozen tree own the arrays now
   return Experiment(config, mesh, model, task, state, frozen, train.Stepper(step, state), batches)
+
+
+def _adapted(config: Mapping, task: tasks.Task, mesh: jax.sharding.Mesh) -> tuple:
+  """(model, state before the first step, frozen tree, optimiser, its learning rate) of a config."""
+  place, run = sharding.placer(mesh), config_lib.train_settings(**config["train"])
+  classifies = config["objective"]["name"] == "classification"
+  head = {"head": "classification", "n_labels": task.n_outputs} if classifies else {}
+  model = models.load(**(head | dict(config["model"])), sharding=place)
+  if model.config.head != ("classification" if classifies else "lm"):
+    raise errors.UserError(
+      f"config.objective.name={config['objective']['name']!r} does not train a model with the head "
+      f"{model.config.head!r}: a classifier needs 'classification', a language model 'causal_lm'"
+    )
+  if model.tokenizer is None:
+    raise errors.UserError(f"model {model.name!r} has no tokenizer.json beside its weights")
+  method = {k: v for k, v in config["method"].items() if k != "name"}
+  params, mask = methods.get(config["method"]["name"]).init(jax.random.key(run["seed"]), model.params, **method)
+  if classifies:
+    params, mask = methods.train_also(params, mask, model.head_leaves)
+  trainable, frozen = tree.split(sharding.put(params, place), mask)
+  optimiser, rate = optim.make(steps=run["steps"], **config["optim"])
+  return model, sharding.put(train.init_state(trainable, optimiser), place), frozen, optimiser, rate
+
+
+def trained(workdir: str | os.PathLike, step: int | None = None) -> models.Model:
+  """The model of a run, finished or not, with its adapters, from the checkpoint of `step` (None: the newest)."""
+  workdir = pathlib.Path(workdir)
+  config = hf.read_json(workdir / "config.json")
+  config_lib.check(config)
+  if not (workdir / "checkpoints").is_dir():
+    raise errors.UserError(f"{workdir} has no checkpoints")
+  model, state, frozen, *_ = _adapted(config, tasks.get(**config["task"]), sharding.make_mesh())
+  with checkpoint.Checkpoints(workdir / "checkpoints") as saved:
+    step = saved.latest_step() if step is None else step
+    if step is None:
+      raise errors.UserError(f"{workdir} has no checkpoint yet")
+    state, _ = saved.restore(step, state)
+  return dataclasses.replace(model, params=tree.join(state.trainable, frozen))
 
 
 def run(config: Mapping, workdir: str | os.PathLike, command: str = "") -> dict:
@@ -275,7 +297,7 @@ def export(exp: Experiment, workdir: pathlib.Path) -> None:
       model,
       model.params,
       workdir / "adapter",
-      trained=model.head_leaves if model.config.head == "classification" else (),
+      trained=model.head_leaves,
     )
   else:
     models.save(model, workdir / "model")

@@ -46,11 +46,12 @@ def _turn_end(tok: tokenizer_lib.Tokenizer) -> int | None:
 
 
 def complete(tokenizer: tokenizer_lib.Tokenizer, ids: Sequence[int]) -> str:
-  """Text of ids, without a character at the end of which bytes are missing."""
+  """Text of ids, without a character at the end of which bytes are missing; more ids only add to it."""
   for n in range(len(ids), max(len(ids) - 4, -1), -1):
     if not (text := tokenizer.decode(ids[:n])).endswith("\ufffd"):
       return text
-  return tokenizer.decode(ids)
+  text = tokenizer.decode(ids)
+  return text[:-3] + text[-3:].rstrip("\ufffd")
 
 
 def before(text: str, stop: Sequence[str]) -> tuple[str, bool]:

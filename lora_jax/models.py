@@ -19,10 +19,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax import errors, families, tokenizer as tokenizer_lib, transformer, tree, weights
+from lora_jax import checkpoint, errors, families, tokenizer as tokenizer_lib, transformer, tree, weights
 from lora_jax.formats import archive, gguf, hf, hub
 
 apply = transformer.apply
+OWN = "lora_jax.json"  # the `transformer.Config` of a directory whose weights are our tree
 
 # name -> (import name, distribution, GGUF file or zipped directory in it, the same model on the Hugging Face hub)
 PACKAGES = {
@@ -86,8 +87,8 @@ class Model:
   def keys(self) -> tuple[families.Key, ...]:
     """The family's name table, without rows for leaves that this model lacks."""
     have = set(tree.names(self.params, is_leaf=weights.is_node))
-    head = self.config.head
-    return tuple(k for k in families.keys(self.family, head, bare=head == "none") if k.path in have)
+    c = self.config
+    return tuple(k for k in families.keys(self.family, c, bare=c.head == "none") if k.path in have)
 
   @property
   def head_leaves(self) -> tuple[str, ...]:
@@ -124,7 +125,7 @@ def load(
   path = resolve(name)
   generation = {}
   if path.is_dir():
-    hf_config, tensors = hf.open(path)
+    hf_config, tensors = (hf.read_json(path / "config.json"), None) if (path / OWN).exists() else hf.open(path)
     tok = tokenizer_lib.from_directory(path) if (path / "tokenizer.json").exists() else None
     if (path / "generation_config.json").exists():
       generation = hf.read_json(path / "generation_config.json")
@@ -134,17 +135,19 @@ def load(
   if "model_type" not in hf_config:
     raise errors.UserError(f"{path}: config.json has no model_type")
   family = families.get(hf_config["model_type"])
-  config = family.config(hf_config)
   if head is not None:
     errors.choose(head, family.ARCHITECTURES, f"head of a {hf_config['model_type']} model")
-  config = dataclasses.replace(
-    config,
-    dtype=dtype,
-    head=head or families.head(family, hf_config),
-    n_labels=n_labels or config.n_labels,
-    **choices,
-  )
-  config, params, fresh = _build(config, family, tensors, sharding, str(path), new_head=head is not None)
+  head, chosen = head or families.head(family, hf_config), head is not None
+  if tensors is None:
+    config, params = _restore(path, sharding)
+    if (head, n_labels or config.n_labels) != (config.head, config.n_labels):
+      raise errors.UserError(f"{path} was saved with the head {config.head!r}; convert it to 'hf' to change that")
+    config, fresh = dataclasses.replace(config, dtype=dtype, **choices), ()
+    params = jax.tree.map(lambda x, s: x.astype(s.dtype), params, transformer.shapes(config))
+  else:
+    config = family.config(hf_config)
+    config = dataclasses.replace(config, dtype=dtype, head=head, n_labels=n_labels or config.n_labels, **choices)
+    config, params, fresh = _build(config, family, tensors, sharding, str(path), chosen)
   return Model(name, config, params, tok, hf_config, str(path), fresh, generation)
 
 
@@ -180,9 +183,12 @@ NEW = ("pooler/", "classifier/")
 
 def _build(config, family, tensors, sharding, where, new_head) -> tuple[transformer.Config, dict, tuple[str, ...]]:
   """The parameter tree from a tensor source; refuses missing, unused and misshapen tensors, all in one message."""
+  tensors = family.view(tensors) if hasattr(family, "view") else tensors
   have = {n for n in tensors.names() if not re.search(family.IGNORED, n)}
   bare = bool(family.PREFIX) and not any(n.startswith(family.PREFIX) for n in have)
-  table = families.keys(family, config.head, bare)
+  table = families.keys(family, config, bare)
+  if config.tied and _untied(table, tensors, have):
+    config = dataclasses.replace(config, tied=False)
   if config.head == "none" and not any(k.hf in have for k in table if k.path.startswith("pooler/")):
     config = dataclasses.replace(config, pooler="")
   want = tree.flatten(transformer.shapes(config))
@@ -191,7 +197,8 @@ def _build(config, family, tensors, sharding, where, new_head) -> tuple[transfor
   expected = {
     n: k.hf_shape(want[p].shape[k.hf.count("{}") :]) for p, (k, r) in rows.items() if p not in fresh for _, n in r
   }
-  other = {k.hf for h in family.ARCHITECTURES for k in families.keys(family, h, bare) if k.path.startswith(HEADS)}
+  heads = [dataclasses.replace(config, head=h) for h in family.ARCHITECTURES]
+  other = {k.hf for c in heads for k in families.keys(family, c, bare) if k.path.startswith(HEADS)}
   unused = have - expected.keys() - other
   unmapped = sorted(want.keys() - rows.keys())
   wrong = [
@@ -217,6 +224,23 @@ def _build(config, family, tensors, sharding, where, new_head) -> tuple[transfor
     return buffer
 
   return config, tree.unflatten(transformer.shapes(config), {p: leaf(p) for p in want}), tuple(fresh)
+
+
+def _untied(table, tensors, have) -> bool:
+  """Whether a checkpoint whose config ties the head to the embedding has another head all the same."""
+  hf = {k.path: k.hf for k in table}
+  embed, head = hf["embed/kernel"], hf.get("head/kernel")
+  both = head in have and embed in have and tensors.shape(embed) == tensors.shape(head)
+  return both and not np.array_equal(tensors.read(embed), tensors.read(head))
+
+
+def _restore(path: pathlib.Path, sharding) -> tuple[transformer.Config, dict]:
+  """The config and the tree of a directory that `save(form="orbax")` wrote."""
+  tuples = lambda x: tuple(map(tuples, x)) if isinstance(x, list) else x
+  config = transformer.Config(**{k: tuples(v) for k, v in hf.read_json(path / OWN).items()})
+  place = lambda k, s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding(k, s.shape))
+  with checkpoint.Checkpoints(path / "params") as saved:
+    return config, saved.restore(0, tree.map_named(place, transformer.shapes(config)))[0]
 
 
 def _tensors(key: families.Key, shape: tuple[int, ...]) -> list[tuple[tuple[int, ...], str]]:
@@ -252,20 +276,32 @@ def export(model: Model) -> Iterator[tuple[str, np.ndarray]]:
       yield name, key.to_hf(x)
 
 
-def save(model: Model, directory: str | os.PathLike) -> None:
-  """Writes a Hugging Face directory that transformers loads.
+def save(model: Model, directory: str | os.PathLike, form: str = "hf") -> None:
+  """Writes a directory that `load` reads: config.json, the weights, generation_config.json and the tokenizer.
 
-  config.json, safetensors, generation_config.json and the tokenizer.
+  Args:
+    form: of the weights, adapters merged. "hf" is safetensors as transformers loads them; "orbax" is our own tree,
+      which is read without transposing and by each process only what it holds.
   """
+  errors.choose(form, dict.fromkeys(("hf", "orbax")), "form of weights")
   config = {k: v for k, v in model.hf_config.items() if k != "dtype"}
   config |= {"architectures": [model.family.ARCHITECTURES[model.config.head]], "torch_dtype": model.config.dtype}
+  if model.family.config(model.hf_config).tied != model.config.tied:
+    config["tie_word_embeddings"] = model.config.tied
   if model.config.head == "classification" and families.labels(config) != model.config.n_labels:
     config["id2label"] = {str(i): f"LABEL_{i}" for i in range(model.config.n_labels)}
     config["label2id"] = {v: int(k) for k, v in config["id2label"].items()}
-  hf.save(directory, config, export(model))
+  directory = pathlib.Path(directory)
+  if form == "hf":
+    hf.save(directory, config, export(model))
+  else:
+    with checkpoint.Checkpoints(directory / "params") as saved:
+      saved.save(0, weights.merge(model.params))
+    hf.write_json(directory / OWN, dataclasses.asdict(model.config))
+    hf.write_json(directory / "config.json", config)
   tokens = {k: config[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id") if config.get(k) is not None}
   generation = model.generation or tokens
   if model.config.head == "lm" and generation:
-    hf.write_json(pathlib.Path(directory) / "generation_config.json", generation)
+    hf.write_json(directory / "generation_config.json", generation)
   if model.tokenizer is not None:
     model.tokenizer.save(directory)

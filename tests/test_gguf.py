@@ -235,7 +235,7 @@ def test_what_is_not_understood(tmp_path):
   refused(write(path, weights() | {"raw:x": np.zeros(3, np.float32)}), " x")
   refused(write(path, weights() | {"lm_head.weight": np.zeros((0, D), np.float32)}), "output.weight is empty")
   refused(write(path, arch="mamba"), "'mamba'", "llama")
-  refused(write(path, **{"llama.logit_scale": 2.0, "llama.expert_count": 8}), "llama.expert_count", "llama.logit_scale")
+  refused(write(path, **{"llama.logit_scale": 2.0, "llama.swin_norm": 8}), "llama.logit_scale, llama.swin_norm")
   gguf.open(write(path, **{"llama.expert_count": 0}))
   refused(write(path, drop=["llama.block_count", "llama.context_length"]), "llama.block_count", "llama.context_length")
   refused(write(path, **{"llama.attention.head_count_kv": [1, 2]}), "head_count_kv")

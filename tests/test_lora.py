@@ -11,6 +11,8 @@ import pytest
 from lora_jax import errors, models, transformer, tree, weights
 from lora_jax.formats import peft as peft_format
 from lora_jax.methods import lora
+from tests import test_families
+from tests.test_families import outputs
 from tests.test_models import reference, torch_logits
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
@@ -247,6 +249,84 @@ def test_load_is_the_inverse_of_save(tmp_path, name):
   again = peft_format.load(model, tmp_path / "adapter")
   assert tree.names(again) == tree.names(params)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), params, again)
+
+
+# Matrices that PEFT adapts in families whose names or layouts are not Llama's: (class, config, target_modules).
+FAMILIES = {
+  "qwen2": ("Qwen2ForCausalLM", test_families.SMALL, ["q_proj", "v_proj", "o_proj", "down_proj"]),
+  "phi3": ("Phi3ForCausalLM", test_families.PHI3, ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]),
+  "gpt2": ("GPT2LMHeadModel", test_families.GPT2, ["c_attn", "c_proj", "c_fc"]),
+  "neox": ("GPTNeoXForCausalLM", test_families.NEOX, ["query_key_value", "dense", "dense_4h_to_h"]),
+  "opt": ("OPTForCausalLM", test_families.OPT_350M, ["q_proj", "out_proj", "fc1", "project_in", "project_out"]),
+  "bert": ("BertForMaskedLM", test_families.BERT, ["query", "value"]),
+  "bert-bare": ("BertModel", test_families.BERT, ["key", "dense"]),
+  "distilbert": ("DistilBertForMaskedLM", test_families.DISTILBERT, ["q_lin", "out_lin", "lin2"]),
+}
+
+
+def load_family(directory, name):
+  """(transformers model, ours, target_modules) of a family, random."""
+  torch = pytest.importorskip("torch")
+  cls, config, targets = FAMILIES[name]
+  cls = getattr(pytest.importorskip("transformers"), cls)
+  torch.manual_seed(0)
+  ref = cls(cls.config_class(**config, attn_implementation="eager")).eval()
+  ref.save_pretrained(directory)
+  return ref, models.load(str(directory), dtype="float32"), targets
+
+
+def first_output(model):
+  """Logits of a transformers model, or states of a bare one."""
+  import torch
+
+  with torch.no_grad():
+    return model(input_ids=torch.tensor(TOKENS))[0].numpy()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_peft_loads_what_we_save_of_a_family(tmp_path, name):
+  peft = pytest.importorskip("peft")
+  ref, model, targets = load_family(tmp_path / "base", name)
+  modules = {k.path: k.module.rpartition(".")[2] for k in model.keys}
+  paths = [path for path, module in modules.items() if module in targets and path.endswith("kernel")]
+  params, _ = adapted(model.params, targets=paths, rank=3)
+  peft_format.save(model, params, tmp_path / "adapter")
+  assert set(json.loads((tmp_path / "adapter/adapter_config.json").read_text())["target_modules"]) == set(targets)
+  theirs = peft.PeftModel.from_pretrained(ref, str(tmp_path / "adapter")).eval()
+  ours = outputs(model.config, params, TOKENS)
+  np.testing.assert_allclose(ours, first_output(theirs), atol=1e-4, rtol=1e-4)
+  assert np.abs(ours - outputs(model.config, model.params, TOKENS)).max() > 1e-2
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_we_load_what_peft_saves_of_a_family(tmp_path, name):
+  peft = pytest.importorskip("peft")
+  import torch
+
+  ref, model, targets = load_family(tmp_path / "base", name)
+  theirs = peft.get_peft_model(ref, peft.LoraConfig(target_modules=targets, fan_in_fan_out=name == "gpt2")).eval()
+  with torch.no_grad():
+    for k, p in theirs.named_parameters():
+      if "lora_B" in k:
+        p.add_(0.1 * torch.randn_like(p))
+  theirs.save_pretrained(str(tmp_path / "adapter"))
+  params = peft_format.load(model, tmp_path / "adapter")
+  ours = outputs(model.config, params, TOKENS)
+  np.testing.assert_allclose(ours, first_output(theirs), atol=1e-4, rtol=1e-4)
+  assert np.abs(ours - outputs(model.config, model.params, TOKENS)).max() > 1e-2
+
+
+@pytest.mark.parametrize("name, targets", [("gpt2", "attn/o/"), ("bert-bare", ["mlp/up", "layers/1/mlp/down"])])
+def test_modules_that_share_a_name(tmp_path, name, targets):
+  """`c_proj` and `dense` end the names of several modules; those that are not adapted must stay plain in PEFT."""
+  peft = pytest.importorskip("peft")
+  ref, model, _ = load_family(tmp_path / "base", name)
+  params, _ = adapted(model.params, targets=targets, rank=3)
+  peft_format.save(model, params, tmp_path / "adapter")
+  theirs = peft.PeftModel.from_pretrained(ref, str(tmp_path / "adapter")).eval()
+  wrapped = {k for k, module in theirs.named_modules() if hasattr(module, "lora_A")}
+  assert len(wrapped) == (3 if name == "gpt2" else 4)
+  np.testing.assert_allclose(outputs(model.config, params, TOKENS), first_output(theirs), atol=1e-4, rtol=1e-4)
 
 
 def broken(config=None, tensors=None):

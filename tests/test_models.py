@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from lora_jax import errors, models, transformer, tree
+from lora_jax import errors, models, sharding, transformer, tree
 
 BASE = dict(
   vocab_size=97,
@@ -203,3 +203,41 @@ def test_initial_values_depend_on_names_alone():
   b = tree.flatten(transformer.init(CONFIG, jax.random.key(0))["layers"]["attn"])
   assert set(b) == {"q/kernel", "k/kernel", "v/kernel", "o/kernel"}
   np.testing.assert_array_equal(a["layers/attn/q/kernel"], b["q/kernel"])
+
+
+def test_our_own_tree_is_saved_and_loaded(tmp_path):
+  """On another mesh, in another dtype; a head that it was not saved with is refused."""
+  reference(tmp_path / "a", num_key_value_heads=2, rope_parameters=LLAMA3)
+  model = models.load(str(tmp_path / "a"), dtype="float32")
+  models.save(model, tmp_path / "b", form="orbax")
+  place = sharding.placer(sharding.make_mesh(data=2, fsdp=2, tensor=2))
+  again = models.load(str(tmp_path / "b"), dtype="float32", sharding=place)
+  assert again.config == model.config
+  assert again.params["layers"]["mlp"]["up"]["kernel"].sharding.spec == jax.P(None, "fsdp", "tensor")
+  jax.tree.map(np.testing.assert_array_equal, model.params, again.params)
+  half = models.load(str(tmp_path / "b"), dtype="bfloat16").params["layers"]
+  assert half["mlp"]["up"]["kernel"].dtype == "bfloat16" and half["mlp_norm"]["scale"].dtype == "float32"
+  models.save(again, tmp_path / "c")
+  exported = models.load(str(tmp_path / "c"), dtype="float32")
+  jax.tree.map(np.testing.assert_array_equal, model.params, exported.params)
+  with pytest.raises(errors.UserError, match="head 'lm'"):
+    models.load(str(tmp_path / "b"), head="classification")
+
+
+def test_a_head_that_is_not_the_embedding_is_kept(tmp_path):
+  """Though the config ties them."""
+  ref = reference(tmp_path / "a")
+  edit(tmp_path / "a" / "config.json", lambda c: c | dict(tie_word_embeddings=True))
+  model = models.load(str(tmp_path / "a"), dtype="float32")
+  tokens = np.arange(30)[None]
+  np.testing.assert_allclose(models.apply(model.config, model.params, tokens), torch_logits(ref, tokens), atol=1e-4)
+  models.save(model, tmp_path / "b")
+  assert not json.loads((tmp_path / "b" / "config.json").read_text())["tie_word_embeddings"]
+
+
+def test_export_keeps_the_dtype(tmp_path):
+  """All in bfloat16, norms too, which are float32 in the tree."""
+  reference(tmp_path / "a")
+  models.save(models.load(str(tmp_path / "a"), dtype="bfloat16"), tmp_path / "b")
+  tensors = models.hf.open(tmp_path / "b")[1]
+  assert {tensors.read(n).dtype for n in tensors.names()} == {np.dtype("bfloat16")}

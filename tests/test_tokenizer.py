@@ -116,6 +116,9 @@ def test_smollm2_saved_equals_transformers(ours, tmp_path):
   assert again.chat_template == ours.chat_template
 
 
+TOKENS, KINDS = "tokenizer.ggml.tokens", "tokenizer.ggml.token_type"
+
+
 def byte_level(pre, **more):
   """Metadata of a small byte-level vocabulary, trained on `TEXTS`."""
   backend = tokenizers.Tokenizer(tokenizers.models.BPE())
@@ -161,12 +164,45 @@ def sentencepiece(**more):
   } | more
 
 
+def gemma():
+  """`sentencepiece` as files of Gemma have it: no blank in front, and runs of blanks spelt literally."""
+  metadata = sentencepiece(**{"general.architecture": "gemma2", "tokenizer.ggml.add_space_prefix": False})
+  tokens = [t.replace("\u2581", " ") if set(t) == {"\u2581"} and len(t) > 1 else t for t in metadata[TOKENS]]
+  kinds = [4 if t.isspace() and len(t) > 1 else k for t, k in zip(tokens, metadata[KINDS], strict=True)]
+  tokens[1:3], scores, n = ["<bos>", "<eos>"], metadata["tokenizer.ggml.scores"], len(tokens)
+  metadata |= {
+    TOKENS: [*tokens, "<pad>", "<mask>"],
+    KINDS: [*kinds, 3, 3],
+    "tokenizer.ggml.scores": [*scores, 0.0, 0.0],
+  }
+  return metadata | {"tokenizer.ggml.padding_token_id": n, "tokenizer.ggml.mask_token_id": n + 1}
+
+
+def unigram(**more):
+  """Metadata of a small vocabulary as T5's, with rows beyond it."""
+  space = "\u2581"
+  pieces = [space, space + "the", "he", space + "Hello", "wor", "ld", space + "two", "12", "e", "s", "."]
+  pieces += [chr(i) for i in range(33, 127) if chr(i) not in pieces]
+  tokens = ["<pad>", "</s>", "<unk>", *pieces, *(f"[PAD{i}]" for i in range(110))]
+  return {
+    "general.architecture": "t5",
+    "tokenizer.ggml.model": "t5",
+    TOKENS: tokens,
+    KINDS: [3, 3, 2] + [1] * len(pieces) + [5] * 110,
+    "tokenizer.ggml.scores": [0.0] * 3 + [-2.0 - 0.1 * i for i in range(len(pieces))] + [-1e4] * 110,
+    "tokenizer.ggml.eos_token_id": 1,
+    "tokenizer.ggml.unknown_token_id": 2,
+    "tokenizer.ggml.padding_token_id": 0,
+  } | more
+
+
 def write(path, metadata):
   """A GGUF file without tensors; transformers needs the sizes of a model too."""
-  w = ggml.GGUFWriter(path, "llama")
+  metadata = dict(metadata)
+  w = ggml.GGUFWriter(path, arch := metadata.pop("general.architecture", "llama"))
   sizes = ("block_count", "context_length", "embedding_length", "feed_forward_length", "attention.head_count")
   for k in sizes:
-    w.add_uint32(f"llama.{k}", 8)
+    w.add_uint32(f"{arch}.{k}", 8)
   add = {bool: w.add_bool, int: w.add_uint32, str: w.add_string, list: w.add_array}
   for k, v in metadata.items():
     add[type(v)](k, v)
@@ -184,13 +220,15 @@ TEMPLATE = """{% for m in messages %}
 {%- endfor %}{% generation %}{% set y = 1 %}{% endgeneration %}
 {{ y is defined }}{{ strftime_now('%Y') }}{% if add_generation_prompt %}[model]{% endif %}"""
 
-BYTE_LEVEL = [byte_level(pre) for pre in ("default", "gpt-2", "smollm", "llama-bpe", "qwen2")]
+BYTE_LEVEL = [byte_level(k) for k in ("default", "gpt-2", "smollm", "olmo", "llama-bpe", "qwen2", "tekken", "gpt-4o")]
 BYTE_LEVEL += [byte_level("llama-bpe", **{f"tokenizer.ggml.add_{k}_token": True}) for k in ("bos", "eos")]
 BYTE_LEVEL += [byte_level("qwen2", **{"tokenizer.chat_template": TEMPLATE, "tokenizer.ggml.padding_token_id": 0})]
 SENTENCEPIECE = [
   sentencepiece(),
   sentencepiece(**{"tokenizer.ggml.add_bos_token": False}),
   sentencepiece(**{"tokenizer.ggml.add_eos_token": True, "tokenizer.chat_template": TEMPLATE}),
+  sentencepiece(**{"general.architecture": "phi3"}),
+  gemma(),
 ]
 
 
@@ -206,6 +244,42 @@ def test_every_kind_equals_transformers(metadata, tmp_path):
   ours.save(tmp_path / "saved")
   check_equal(ours, transformers.AutoTokenizer.from_pretrained(tmp_path / "saved"))
   check_equal(tokenizer.from_directory(tmp_path / "saved"), theirs)
+
+
+@pytest.mark.parametrize("cased", [False, True])
+def test_wordpiece_equals_what_it_was_written_from(cased):
+  theirs = template()
+  theirs.normalizer = tokenizers.normalizers.BertNormalizer(lowercase=not cased)
+  vocab = theirs.get_vocab()
+  if cased:
+    vocab |= {"Hello": len(vocab)}
+    theirs.model = tokenizers.models.WordPiece(vocab, unk_token="[UNK]")
+  tokens = sorted(vocab, key=vocab.get)
+  kinds = [3] * 5 + [1] * (len(tokens) - 5)
+  # llama.cpp marks where words begin.
+  spelt = [t if k == 3 else t[2:] if t.startswith("##") else "\u2581" + t for t, k in zip(tokens, kinds, strict=True)]
+  metadata = {"tokenizer.ggml.model": "bert", TOKENS: spelt, KINDS: kinds, "tokenizer.ggml.seperator_token_id": 3}
+  ours = tokenizer.from_gguf(metadata)
+  for t in TEXTS:
+    for special in (False, True):
+      ids = ours.encode(t, add_special_tokens=special)
+      assert ids == theirs.encode(t, add_special_tokens=special).ids
+      assert ours.decode(ids) == theirs.decode(ids)
+  pair = ours.backend.encode("a b", "c")
+  assert (pair.ids, pair.type_ids) == ((want := theirs.encode("a b", "c")).ids, want.type_ids)
+  assert (ours.pad_id, ours.cls_id, ours.sep_id, ours.mask_id, ours.bos_id, ours.eos_id) == (0, 2, 3, 4, None, None)
+
+
+def test_unigram_equals_transformers(tmp_path):
+  transformers = pytest.importorskip("transformers")
+  write(tmp_path / "x.gguf", unigram())
+  theirs = transformers.AutoTokenizer.from_pretrained(tmp_path, gguf_file="x.gguf").backend_tokenizer
+  ours = tokenizer.from_gguf(gguf.metadata(tmp_path / "x.gguf"))
+  for t in [*TEXTS, "a<extra_id_0> b <extra_id_99>"]:
+    for special in (False, True):
+      assert ours.encode(t, add_special_tokens=special) == theirs.encode(t, add_special_tokens=special).ids
+    assert ours.decode(ours.encode(t)) == theirs.decode(theirs.encode(t, add_special_tokens=False).ids)
+  assert ours.encode("<extra_id_0>", add_special_tokens=True) == [ours.vocab_size - 11, 1]
 
 
 def test_add_bos():
@@ -390,7 +464,9 @@ def test_bad_directories(ours, tmp_path):
 
 def test_bad_metadata():
   refused(tokenizer.from_gguf, {}, match="tokenizer.ggml.model")
-  refused(tokenizer.from_gguf, sentencepiece(**{"tokenizer.ggml.model": "rwkv"}), match="'rwkv'; valid: bert, gpt2, llama, t5")
+  refused(
+    tokenizer.from_gguf, sentencepiece(**{"tokenizer.ggml.model": "rwkv"}), match="'rwkv'; valid: bert, gpt2, llama, t5"
+  )
   refused(tokenizer.from_gguf, byte_level("poro-chat"), match="tokenizer.ggml.pre 'poro-chat'")
   refused(tokenizer.from_gguf, byte_level("qwen22"), match="did you mean 'qwen2'")
   refused(tokenizer.from_gguf, byte_level("qwen2", **{"tokenizer.ggml.merges": ["a b c"]}), match="damaged")

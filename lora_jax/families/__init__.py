@@ -7,7 +7,8 @@ A family module is named by its `model_type` and has
   ARCHITECTURES   {head: class name in transformers}, the first being what a config without `architectures` means
   PREFIX          what the names of a model with a head begin with, and those of a bare model lack, such as "model."
   IGNORED         a regular expression of tensors that hold nothing to import
-  ALIASES         optional: {class name: head} of further classes, of which the rest is not imported
+  ALIASES         optional: {class name: head} of further classes; what else they have is left out
+  view            optional: a function from a file's tensors to the same under the names of KEYS
 """
 
 import dataclasses
@@ -33,15 +34,13 @@ class Key:
     hf: name of the tensor in Hugging Face's layout; a second `{}` stands for the expert.
     pattern: einops pattern from their axes to ours for one layer (and expert), such as `(n h) d -> d n h`. `h` is the
       head size, `c` is 2 where it is gate and up, 3 where it is q, k and v.
-    head: the row is for models with this head alone; "" is any.
-    gated: the row is for models with, or without, a gated feed-forward layer alone; None is any.
+    only: (field, value) of the configs that the row is for, such as ("head", "none"); () is all.
   """
 
   path: str
   hf: str
   pattern: str
-  head: str = ""
-  gated: bool | None = None
+  only: tuple[str, Any] | tuple[()] = ()
 
   @property
   def reverse(self) -> str:
@@ -112,22 +111,19 @@ def head(family: ModuleType, hf: Mapping) -> str:
   return errors.choose(named, table, f"architecture of a {hf['model_type']} model")
 
 
-def keys(family: ModuleType, head: str, bare: bool, gated: bool | None = None) -> tuple[Key, ...]:
-  """The family's table for a head and, unless None, a kind of feed-forward layer.
-
-  `bare` is for a checkpoint whose names lack the prefix.
-  """
+def keys(family: ModuleType, config: transformer.Config, bare: bool) -> tuple[Key, ...]:
+  """The family's table for a config; `bare` is for a checkpoint whose names lack the prefix."""
   strip = lambda name: name.removeprefix(family.PREFIX) if bare else name
-  rows = [k for k in family.KEYS if k.head in ("", head) and (gated is None or k.gated in (None, gated))]
+  rows = [k for k in family.KEYS if not k.only or getattr(config, k.only[0]) == k.only[1]]
   return tuple(dataclasses.replace(k, hf=strip(k.hf)) for k in rows)
 
 
-def linear(path: str, hf: str, pattern: str, head: str = "") -> tuple[Key, Key]:
+def linear(path: str, hf: str, pattern: str, only: tuple = ()) -> tuple[Key, Key]:
   """The rows of a matrix and its bias, whose axes are those of the output."""
-  kernel = Key(f"{path}/kernel", f"{hf}.weight", pattern, head)
+  kernel = Key(f"{path}/kernel", f"{hf}.weight", pattern, only)
   left, (_, outer) = kernel._axes
   theirs = left[1 if kernel.transposed else 0]
-  return kernel, Key(f"{path}/bias", f"{hf}.bias", f"{theirs} -> {' '.join(outer)}", head)
+  return kernel, Key(f"{path}/bias", f"{hf}.bias", f"{theirs} -> {' '.join(outer)}", only)
 
 
 def norm(path: str, hf: str) -> tuple[Key, Key]:
@@ -211,6 +207,6 @@ BOOKKEEPING = frozenset(
     "is_llama_config rope_interleaved unsloth_version unsloth_fixed auto_map id2label label2id num_labels "
     "problem_type classifier_dropout _attn_implementation _attn_implementation_autoset gradient_checkpointing "
     "output_attentions output_hidden_states output_past return_dict task_specific_params sep_token_id cls_token_id "
-    "decoder_start_token_id finetuning_task torchscript prefix"
+    "decoder_start_token_id finetuning_task torchscript prefix _num_labels custom_pipelines"
   ).split()
 )

@@ -149,7 +149,7 @@ def _wordpiece(get: Callable, tokens: list[str], added: set[int]) -> tokenizers.
 def _unigram(get: Callable, tokens: list[str], added: set[int]) -> tokenizers.Tokenizer:
   # T5's blanks have lost their names: they are the first hundred rows beyond the vocabulary, last one first.
   blanks = [i for i, t in enumerate(tokens) if re.fullmatch(r"\[PAD\d+\]", t)][:100]
-  names = {i: f"<extra_id_{len(blanks) - 1 - n}>" for n, i in enumerate(blanks)}
+  names = {i: f"<extra_id_{99 - n}>" for n, i in enumerate(blanks)}
   added |= set(blanks)
   vocab = [(names.get(i, t), s) for i, (t, s) in enumerate(zip(tokens, get("scores"), strict=True))]
   backend = tokenizers.Tokenizer(models.Unigram(vocab, unk_id=get("unknown_token_id", 2), byte_fallback=False))

@@ -10,66 +10,35 @@ import math
 import os
 import re
 import struct
+from collections.abc import Iterable
 from typing import Any
 
 import gguf
 import numpy as np
 
 from lora_jax import errors
+from lora_jax.formats import _gguf_config, _gguf_tables as tables
 
 MAGIC = b"GGUF"
 STRING, ARRAY = 8, 9
 SCALARS = dict(zip((*range(8), 10, 11, 12), "BbHhIif?Qqd", strict=True))  # value type -> struct format
 
-# Architecture -> {name stem in the file: in Hugging Face's layout}; N stands for the layer.
-ARCHITECTURES = {
-  "llama": {
-    "token_embd": "model.embed_tokens",
-    "output_norm": "model.norm",
-    "output": "lm_head",
-    "blk.N.attn_norm": "model.layers.N.input_layernorm",
-    "blk.N.attn_q": "model.layers.N.self_attn.q_proj",
-    "blk.N.attn_k": "model.layers.N.self_attn.k_proj",
-    "blk.N.attn_v": "model.layers.N.self_attn.v_proj",
-    "blk.N.attn_output": "model.layers.N.self_attn.o_proj",
-    "blk.N.ffn_norm": "model.layers.N.post_attention_layernorm",
-    "blk.N.ffn_gate": "model.layers.N.mlp.gate_proj",
-    "blk.N.ffn_up": "model.layers.N.mlp.up_proj",
-    "blk.N.ffn_down": "model.layers.N.mlp.down_proj",
-  }
-}
-ROPE_FACTORS = "rope_freqs.weight"
-
-LLAMA_KEYS = {
-  "embedding_length": "hidden_size",
-  "feed_forward_length": "intermediate_size",
-  "block_count": "num_hidden_layers",
-  "attention.head_count": "num_attention_heads",
-  "attention.layer_norm_rms_epsilon": "rms_norm_eps",
-  "context_length": "max_position_embeddings",
-}
-FLOATS = {"attention.layer_norm_rms_epsilon", "rope.freq_base"}
-YARN = {
-  "rope.scaling.original_context_length": "original_max_position_embeddings",
-  "rope.scaling.yarn_beta_fast": "beta_fast",
-  "rope.scaling.yarn_beta_slow": "beta_slow",
-}
-LLAMA_OPTIONAL = {
-  *("vocab_size", "tensor_data_layout", "rope.dimension_count", "rope.freq_base", "rope.scale_linear"),
-  *("attention.head_count_kv", "attention.key_length", "attention.value_length"),
-  *("rope.scaling.type", "rope.scaling.factor", "rope.scaling.finetuned", *YARN),
-}
+STEM = re.compile(r"((?:enc\.|dec\.)?)(?:(blk)\.(0|[1-9]\d*)\.)?(\w+)\.(weight|bias)")
 
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-  """Where one tensor lies: its name in the file, shape, block format, and bytes [start, start + nbytes)."""
+  """Where one tensor lies: its name in the file, shape, block format, and bytes [start, start + nbytes).
+
+  `change` is how it differs from Hugging Face's, see `_gguf_tables.Architecture`.
+  """
 
   name: str
   shape: tuple[int, ...]
   type: gguf.GGMLQuantizationType
   start: int
   nbytes: int
+  change: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,10 +48,9 @@ class Checkpoint:
   Fields:
     path: the file.
     metadata: its key/value fields.
-    config: what Hugging Face's config.json would say. Llama 3's rope scaling is stored as numbers, not as a
-      formula: rope_scaling {"rope_type": "factors", "factors": [head_dim / 2 floats]}, which divide the
-      inverse frequencies.
-    tensors: where each tensor lies, by its Hugging Face name.
+    config: what Hugging Face's config.json would say. Numbers that divide the frequencies of RoPE and do not follow
+      Llama 3's formula are rope_scaling {"rope_type": "factors", "factors": [head_dim / 2 floats]}.
+    tensors: where each tensor lies, by its Hugging Face name; experts, which the file stacks, one by one.
     data: the mapped bytes of the whole file.
   """
 
@@ -98,16 +66,24 @@ class Checkpoint:
 
   def shape(self, name: str) -> tuple[int, ...]:
     """The shape of `read(name)`: (out, in) for a projection."""
-    return errors.choose(name, self.tensors, f"tensor of {self.path}").shape
+    t = errors.choose(name, self.tensors, f"tensor of {self.path}")
+    return t.shape[::-1] if t.change == "transpose" else t.shape
 
   def read(self, name: str) -> np.ndarray:
-    """One tensor as float32, rows of q and k in Hugging Face's order; a copy, not a view of the file."""
-    tensor = errors.choose(name, self.tensors, f"tensor of {self.path}")
-    w = _decode(self.path, self.data, tensor)
-    if ".q_proj." in name:
-      return _unpermute(w, self.config["num_attention_heads"])
-    if ".k_proj." in name:
-      return _unpermute(w, self.config["num_key_value_heads"])
+    """One tensor as float32, in Hugging Face's layout; a copy, not a view of the file."""
+    t = errors.choose(name, self.tensors, f"tensor of {self.path}")
+    w = _decode(self.path, self.data, t)
+    match t.change:
+      case "transpose":
+        return np.ascontiguousarray(w.T)
+      case "minus one":
+        return w - 1
+      case "unpermute q":
+        return _unpermute(w, self.config["num_attention_heads"])
+      case "unpermute k":
+        return _unpermute(w, self.config["num_key_value_heads"])
+      case "interleave":
+        return w.reshape(3, self.config["num_attention_heads"], -1, *w.shape[1:]).swapaxes(0, 1).reshape(w.shape)
     return w
 
 
@@ -119,19 +95,22 @@ def open(path: str | os.PathLike) -> Checkpoint:
   """
   path = os.fspath(path)
   data, metadata, tensors = _load(path)
-  names = errors.choose(str(metadata.get("general.architecture")), ARCHITECTURES, f"architecture in {path}:")
+  name = str(metadata.get("general.architecture"))
+  errors.choose(name, tables.ARCHITECTURES, f"architecture in {path}:")
   if (parts := metadata.get("split.count", 1)) != 1:
     raise errors.UserError(f"{path} is one of {parts} parts; join them with `llama-gguf-split --merge`")
-  factors = tensors.pop(ROPE_FACTORS, None)
-  renamed = {k: _rename(k, names) for k in tensors}
-  if unknown := sorted(k for k, v in renamed.items() if v is None):
-    raise errors.UserError(f"{path} has tensors that are not understood: {', '.join(unknown)}")
-  by_name = {renamed[k]: t for k, t in tensors.items()}
-  config = _llama_config(path, metadata, by_name)
-  if factors is not None:
-    if config["rope_scaling"]:
-      raise errors.UserError(f"{path} has both llama.rope.scaling and {ROPE_FACTORS}; expected one")
-    config["rope_scaling"] = {"rope_type": "factors", "factors": _decode(path, data, factors).tolist()}
+  architecture = tables.choose(name, _gguf_config.keys(metadata, name), tensors)
+  factors = {k: _decode(path, data, tensors.pop(k)).tolist() for k in architecture.factors if k in tensors}
+  by_name, unknown = {}, []
+  for t in tensors.values():
+    found = _rename(t, architecture)
+    by_name |= found or {}
+    unknown += [t.name] if found is None else []
+  if unknown:
+    raise errors.UserError(f"{path} has tensors that are not understood: {', '.join(sorted(unknown))}")
+  shapes = {k: t.shape for k, t in by_name.items()}
+  config = _gguf_config.build(path, name, architecture, metadata, shapes, factors)
+  _check_rows(path, by_name.values(), config)
   return Checkpoint(path, metadata, config, by_name, data)
 
 
@@ -140,14 +119,41 @@ def metadata(path: str | os.PathLike) -> dict[str, Any]:
   return _load(os.fspath(path))[1]
 
 
-def _rename(name: str, names: dict[str, str]) -> str | None:
-  m = re.fullmatch(r"((?:blk\.(0|[1-9]\d*)\.)?\w+)\.(weight|bias)", name)
+def _rename(t: Tensor, architecture: tables.Architecture) -> dict[str, Tensor] | None:
+  """The tensors that one of the file stands for, by their Hugging Face names; None if it is not understood."""
+  m = STEM.fullmatch(t.name)
   if not m:
     return None
-  stem, layer, kind = m.groups()
-  if layer is not None:
-    stem = "blk.N." + stem.split(".", 2)[2]
-  return f"{names[stem].replace('N', layer or '')}.{kind}" if stem in names else None
+  side, block, layer, stem, kind = m.groups()
+  stem = f"{side}blk.{{}}.{stem}" if block else side + stem
+  if stem in tables.IGNORED_TENSORS:
+    return {}
+  theirs = architecture.tensors.get(stem)
+  if theirs is None:
+    return None
+  t = dataclasses.replace(t, change=architecture.changes.get(stem, ""))
+  if theirs.count("{}") < 2:
+    return {f"{theirs.format(layer)}.{kind}": t}
+  if len(t.shape) != 3:
+    return None
+  size = t.nbytes // t.shape[0]
+  part = lambda i: dataclasses.replace(t, shape=t.shape[1:], start=t.start + i * size, nbytes=size)
+  return {f"{theirs.format(layer, i)}.{kind}": part(i) for i in range(t.shape[0])}
+
+
+def _check_rows(path: str, tensors: Iterable[Tensor], config: dict[str, Any]) -> None:
+  """Raises UserError for tensors whose rows cannot be reordered."""
+  for t in tensors:
+    if t.change in ("unpermute q", "unpermute k"):
+      size = config["head_dim"]
+      rows = size * config["num_attention_heads" if t.change.endswith("q") else "num_key_value_heads"]
+    elif t.change == "interleave":
+      size = config["hidden_size"] // config["num_attention_heads"]
+      rows = 3 * size * config["num_attention_heads"]
+    else:
+      continue
+    if t.shape[0] != rows or size % 2:
+      raise errors.UserError(f"{path}: {t.name} has {t.shape[0]} rows, expected {rows}, heads of {size}")
 
 
 def _unpermute(w: np.ndarray, heads: int) -> np.ndarray:
@@ -162,54 +168,6 @@ def _decode(path: str, data: np.ndarray, tensor: Tensor) -> np.ndarray:
     return gguf.dequantize(raw.reshape(rows), tensor.type)
   except NotImplementedError as e:
     raise errors.UserError(f"{path}: {tensor.name} is {tensor.type.name}, which `gguf` cannot decode") from e
-
-
-def _llama_config(path: str, metadata: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any]:
-  keys = {k.removeprefix("llama."): v for k, v in metadata.items() if k.startswith("llama.")}
-  # Floats have 32 bits; the shortest decimal that rounds to the same is what was meant, such as 1e-05.
-  keys = {k: float(str(np.float32(v))) if isinstance(v, float) else v for k, v in keys.items()}
-  # An unknown key at zero, such as expert_count, says that the model lacks the feature.
-  if unknown := sorted(k for k in keys.keys() - LLAMA_KEYS.keys() - LLAMA_OPTIONAL if keys[k]):
-    raise errors.UserError(f"{path}: metadata that is not understood: llama.{', llama.'.join(unknown)}")
-  numbers = [*LLAMA_KEYS, *(keys.keys() & {"attention.head_count_kv", "attention.key_length", *FLOATS})]
-  if bad := [k for k in numbers if not isinstance(keys.get(k), float if k in FLOATS else int) or keys[k] <= 0]:
-    raise errors.UserError(f"{path}: expected one positive number in metadata llama.{', llama.'.join(bad)}")
-  config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_act": "silu"}
-  config |= {hf: keys[k] for k, hf in LLAMA_KEYS.items()}
-  heads = config["num_attention_heads"]
-  head_dim = keys.get("attention.key_length", config["hidden_size"] // heads)
-  config |= {
-    "num_key_value_heads": keys.get("attention.head_count_kv", heads),
-    "head_dim": head_dim,
-    "rope_theta": keys.get("rope.freq_base", 10000.0),
-    "rope_scaling": _rope_scaling(path, keys),
-    "tie_word_embeddings": "lm_head.weight" not in tensors,
-    "attention_bias": any(k.endswith(".bias") and ".self_attn." in k for k in tensors),
-    "mlp_bias": any(k.endswith(".bias") and ".mlp." in k for k in tensors),
-  }
-  for k in ("rope.dimension_count", "attention.value_length"):
-    if keys.get(k, head_dim) != head_dim:
-      raise errors.UserError(f"{path}: llama.{k} is {keys[k]}, expected the size of a head, {head_dim}")
-  for k, t in tensors.items():
-    rows = head_dim * config["num_key_value_heads" if ".k_proj." in k else "num_attention_heads"]
-    if (".q_proj." in k or ".k_proj." in k) and (t.shape[0] != rows or head_dim % 2):
-      raise errors.UserError(f"{path}: {t.name} has {t.shape[0]} rows, expected {rows}, heads of {head_dim}")
-  if "model.embed_tokens.weight" not in tensors:
-    raise errors.UserError(f"{path}: no tensor token_embd.weight")
-  config["vocab_size"] = tensors["model.embed_tokens.weight"].shape[0]
-  ids = {k: metadata.get(f"tokenizer.ggml.{k}_token_id") for k in ("bos", "eos", "padding")}
-  return config | {f"{k[:3]}_token_id": v for k, v in ids.items() if v is not None}
-
-
-def _rope_scaling(path: str, keys: dict[str, Any]) -> dict[str, Any] | None:
-  factor = keys.get("rope.scaling.factor", keys.get("rope.scale_linear"))
-  kind = keys.get("rope.scaling.type", "linear" if factor else "none")
-  if kind == "none":
-    return None
-  if kind not in ("linear", "yarn") or not factor:
-    raise errors.UserError(f"{path}: rope scaling {kind!r} by {factor}; known types: none, linear, yarn")
-  rest = {hf: keys[k] for k, hf in YARN.items() if k in keys and kind == "yarn"}
-  return {"rope_type": kind, "factor": factor, **rest}
 
 
 def _load(path: str) -> tuple[np.ndarray, dict[str, Any], dict[str, Tensor]]:

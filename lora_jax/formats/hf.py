@@ -90,9 +90,7 @@ def _header(path: str) -> dict[str, dict]:
   if unknown:
     raise errors.UserError(f"{path} has tensors of a type that is not read: {', '.join(unknown)}")
   return {
-    k: dict(
-      filename=path, dtype=DTYPES[v["dtype"]], shape=tuple(v["shape"]), offset=8 + size + v["data_offsets"][0]
-    )
+    k: dict(filename=path, dtype=DTYPES[v["dtype"]], shape=tuple(v["shape"]), offset=8 + size + v["data_offsets"][0])
     for k, v in header.items()
   }
 
@@ -121,6 +119,14 @@ def open(directory: str | os.PathLike) -> tuple[dict, Tensors]:  # noqa: A001
   return config, Tensors(directory / f for f in files)
 
 
+def save_tensors(path: str | os.PathLike, tensors: dict[str, np.ndarray]) -> None:
+  """A safetensors file, readable by whom the umask lets; the library makes it private."""
+  safetensors.numpy.save_file(tensors, path, metadata={"format": "pt"})
+  umask = os.umask(0)
+  os.umask(umask)
+  os.chmod(path, 0o666 & ~umask)
+
+
 def save(directory: str | os.PathLike, config: dict, tensors: Iterable[tuple[str, np.ndarray]]) -> None:
   """Writes config.json and (name, array) pairs as safetensors in shards of at most about 4 GiB.
 
@@ -133,7 +139,7 @@ def save(directory: str | os.PathLike, config: dict, tensors: Iterable[tuple[str
   def flush():
     nonlocal shard, size
     files.append(directory / f".shard-{len(files)}.tmp")
-    safetensors.numpy.save_file(shard, files[-1], metadata={"format": "pt"})
+    save_tensors(files[-1], shard)
     shard, size = {}, 0
 
   for k, x in tensors:

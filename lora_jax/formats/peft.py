@@ -14,7 +14,6 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-import safetensors.numpy
 
 from lora_jax import errors, families, methods, models, transformer, tree, weights
 from lora_jax.formats import hf
@@ -53,7 +52,7 @@ def save(model: models.Model, params: Any, directory: str | os.PathLike, trained
   # The config, which makes a directory an adapter, goes first and comes last: a killed writer leaves no mixture.
   (directory / "adapter_config.json").unlink(missing_ok=True)
   tensors = {PREFIX + k: np.ascontiguousarray(x) for k, x in tensors.items()}
-  safetensors.numpy.save_file(tensors, directory / ".tensors.tmp", metadata={"format": "pt"})
+  hf.save_tensors(directory / ".tensors.tmp", tensors)
   os.replace(directory / ".tensors.tmp", directory / "adapter_model.safetensors")
   (directory / ".config.tmp").write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
   os.replace(directory / ".config.tmp", directory / "adapter_config.json")

@@ -1,0 +1,36 @@
+"""RoBERTa: BERT with other training (Liu et al. 2019, https://arxiv.org/abs/1907.11692).
+
+Positions begin behind the row of the padding token; a dense layer of the classifier takes the pooler's place.
+"""
+
+from collections.abc import Mapping
+
+from lora_jax import transformer
+from lora_jax.families import Key, bert, linear, norm
+
+ARCHITECTURES = {
+  "mlm": "RobertaForMaskedLM",
+  "classification": "RobertaForSequenceClassification",
+  "none": "RobertaModel",
+}
+PREFIX = "roberta."
+IGNORED = r"embeddings\.position_ids$|^lm_head\.decoder\.bias$"
+KEYS = (
+  *bert.body(PREFIX),
+  *linear("pooler", "roberta.pooler.dense", "c d -> d c", ("head", "none")),
+  *linear("head/transform", "lm_head.dense", "c d -> d c"),
+  *norm("head/norm", "lm_head.layer_norm"),
+  Key("head/kernel", "lm_head.decoder.weight", "v d -> d v"),
+  Key("head/bias", "lm_head.bias", "v -> v"),
+  *linear("pooler", "classifier.dense", "c d -> d c", ("head", "classification")),
+  *linear("classifier", "classifier.out_proj", "c d -> d c"),
+)
+
+
+def config(hf: Mapping) -> transformer.Config:
+  """`transformer.Config` of a `RobertaConfig` as a dict; UserError for what it does not support."""
+  padding = hf.get("pad_token_id")
+  offset = (1 if padding is None else padding) + 1
+  rows = hf.get("max_position_embeddings", 512)
+  default = bert.DEFAULT | {"hidden_act": "gelu"}  # its LM head has GELU whatever the layers have
+  return bert.encoder(hf, default, position_offset=offset, max_seq_len=rows - offset)
