@@ -6,6 +6,7 @@ import json
 import math
 import pathlib
 import platform
+import re
 import resource
 import sys
 from collections.abc import Mapping, Sequence
@@ -36,7 +37,15 @@ def peak_memory_bytes() -> int:
   """The most memory in use so far: on the fullest local accelerator, or resident in this process on CPU."""
   stats = [d.memory_stats() or {} for d in jax.local_devices()]
   peak = max(s.get("peak_bytes_in_use", 0) for s in stats)
-  return peak or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+  return peak or _peak_resident()
+
+
+def _peak_resident() -> int:
+  # On Linux ru_maxrss would count what the process that started this one had.
+  status = pathlib.Path("/proc/self/status")
+  if status.exists():
+    return 1024 * int(re.search(r"VmHWM:\s*(\d+) kB", status.read_text())[1])
+  return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def summary(

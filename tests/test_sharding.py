@@ -1,5 +1,6 @@
 """Meshes of eight fake devices against one device, and where leaves live."""
 
+import dataclasses
 import functools
 
 import jax
@@ -9,6 +10,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from lora_jax import errors, evaluate, objectives, optim, sharding, train, transformer, tree
+from lora_jax.methods import lora
 from tests.test_train import adapted, batch, close, forward
 
 CONFIG = transformer.Config(48, 16, 2, 4, 2, 4, 32, dtype="float32")
@@ -94,11 +96,15 @@ def check_split(mesh, method, state, frozen):
 
 def test_every_rule_is_the_first_for_some_leaf():
   """So no rule is misspelt or hidden by one above it."""
-  names = {k for t in adapted(CONFIG) for k in tree.names(t)} | set(tree.names(transformer.shapes(CONFIG)))
+  others = (dict(), dict(fused=True), dict(n_experts=2, mlp_bias=True))
+  models = [transformer.init(dataclasses.replace(CONFIG, **kw), jax.random.key(0)) for kw in others]
+  trees = [*models, *(lora.init(jax.random.key(0), p, targets="all-linear")[0] for p in models[:2])]
+  names = {k for t in trees for k in tree.names(t)}
   first = tree.first_match([(p, p) for p, _ in sharding.RULES])
   assert {first(k) for k in names} == {p for p, _ in sharding.RULES}
   left = {k.rpartition("/")[2] for k in names if first(k) == ""}
-  assert left == {"scale", "rank"}, "only scales and ranks are replicated"
+  assert left == {"scale", "rank", "kernel"}, "only scales, ranks and routers are replicated"
+  assert {k for k in names if first(k) == "" and k.endswith("kernel")} == {"layers/moe/router/kernel"}
 
 
 @pytest.mark.parametrize(
