@@ -1,4 +1,4 @@
-"""Beam search with a key/value cache, and the ban on repeated n-grams.
+"""Beam search with a key/value cache.
 
 Letters are those of transformer.py; W is the number of beams, and C that of candidates a step. Hypotheses, scores and
 the rules of stopping are those of `transformers`.
@@ -12,27 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from lora_jax import transformer
+from lora_jax import sampling, transformer
 
 NEVER = -1e9  # the score of a hypothesis that does not exist
-
-
-def ban_repeats(logits: jax.Array, ids: jax.Array, lengths: jax.Array, n: int) -> jax.Array:
-  """Logits [B, V] without the tokens that would repeat an n-gram (Paulus et al. 2017, section 2.5).
-
-  Args:
-    ids: int [B, S], texts so far, of `lengths` [B].
-    n: 0 bans nothing; static.
-  """
-  if n == 0 or n > ids.shape[1]:
-    return logits
-  starts = jnp.arange(ids.shape[1] - n + 1)
-  match = starts + n <= lengths[:, None]
-  for i in range(n - 1):
-    last = jnp.take_along_axis(ids, jnp.maximum(lengths - (n - 1) + i, 0)[:, None], axis=1)
-    match &= ids[:, i : i + len(starts)] == last
-  banned = jnp.where(match, ids[:, n - 1 :], logits.shape[1])
-  return logits.at[jnp.arange(len(ids))[:, None], banned].set(-jnp.inf, mode="drop")
 
 
 @struct.dataclass
@@ -73,7 +55,7 @@ def _extend(s: Beams, end, limit, length_penalty, ngram, early) -> Beams:
   """The search one token later; the model has not run it yet."""
   (B, W, V), S = s.logits.shape, s.ids.shape[2]
   at = jnp.broadcast_to(s.start[:, None], (B, W)) + s.count
-  allowed = ban_repeats(
+  allowed = sampling.ban_repeats(
     jax.nn.log_softmax(s.logits).reshape(B * W, V), s.ids.reshape(B * W, S), at.reshape(-1), ngram
   ).reshape(B, W, V)
   # Enough candidates for W to go on even if the best ones all end.

@@ -156,16 +156,14 @@ def check(
   named = dict(max_new_tokens=max_new_tokens, top_k=top_k, no_repeat_ngram=no_repeat_ngram, beams=beams)
   least = dict(max_new_tokens=1, top_k=0, no_repeat_ngram=0, beams=1)
   wrong = [f"{k}={v} must be at least {least[k]}" for k, v in named.items() if v < least[k]]
-  wrong += [f"temperature={temperature} must be at least 0"] if not 0 <= temperature < float("inf") else []
-  wrong += [f"top_p={top_p} must be between 0 and 1"] if not 0 <= top_p <= 1 else []
-  wrong += (
-    ["beam search takes the most likely texts: set temperature=0 or beams=1"] if beams > 1 and temperature else []
-  )
-  wrong += (
-    [f"early_stopping={early_stopping!r} must be True, False or 'never'"]
-    if (early_stopping not in (True, False, "never"))
-    else []
-  )
+  if not 0 <= temperature < float("inf"):
+    wrong.append(f"temperature={temperature} must be at least 0")
+  if not 0 <= top_p <= 1:
+    wrong.append(f"top_p={top_p} must be between 0 and 1")
+  if beams > 1 and temperature:
+    wrong.append("beam search takes the most likely texts: set temperature=0 or beams=1")
+  if early_stopping not in (True, False, "never"):
+    wrong.append(f"early_stopping={early_stopping!r} must be True, False or 'never'")
   if wrong:
     raise errors.UserError("; ".join(wrong))
 
