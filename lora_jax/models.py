@@ -179,6 +179,7 @@ def resolve(name: str) -> pathlib.Path:
 # Leaves that depend on the head: a checkpoint may have those of another head, or lack those of a new one.
 HEADS = ("head/", "pooler/", "classifier/")
 NEW = ("pooler/", "classifier/")
+PIECE_BYTES = 2**25  # of a tensor that is on its way to the device
 
 
 def _build(config, family, tensors, sharding, where, new_head) -> tuple[transformer.Config, dict, tuple[str, ...]]:
@@ -220,7 +221,8 @@ def _build(config, family, tensors, sharding, where, new_head) -> tuple[transfor
     sizes = key.sizes(want[path].shape[key.hf.count("{}") :])
     write = _writer(key.pattern, tuple(sizes.items()), place)
     for index, n in names:
-      buffer = write(buffer, tensors.read(n), index).block_until_ready()  # so that only one is on the way
+      for start, piece in _pieces(key, tensors.read(n), index):
+        buffer = write(buffer, piece, start).block_until_ready()  # so that only one is on the way
     return buffer
 
   return config, tree.unflatten(transformer.shapes(config), {p: leaf(p) for p in want}), tuple(fresh)
@@ -248,17 +250,27 @@ def _tensors(key: families.Key, shape: tuple[int, ...]) -> list[tuple[tuple[int,
   return [(index, key.hf.format(*index)) for index in np.ndindex(shape[: key.hf.count("{}")])]
 
 
+def _pieces(key: families.Key, x: np.ndarray, index: tuple[int, ...]) -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
+  """(where it begins in our leaf, rows of a tensor) in pieces of about PIECE_BYTES if its rows are an axis of ours."""
+  left, right = (side.split() for side in key.pattern.split("->"))
+  step = max(1, len(x) * PIECE_BYTES // max(1, x.nbytes)) if x.ndim else 1
+  if x.nbytes <= PIECE_BYTES or left[0] not in right:
+    yield (*index, *[0] * key.ndim), x
+    return
+  for i in range(0, len(x), step):
+    yield (*index, *(i if a == left[0] else 0 for a in right)), x[i : i + step]
+
+
 @functools.cache
 def _writer(pattern: str, sizes: tuple, place: jax.sharding.Sharding | None) -> Callable:
   """A function that puts a tensor of a file, in our axes, in its place of a stacked leaf, on the device.
 
-  The host holds one tensor at a time, and the device no second copy of the leaf.
+  The host holds a piece of one tensor at a time, and the device no second copy of the leaf.
   """
 
-  def write(buffer, x, index):
+  def write(buffer, x, start):
     x = einops.rearrange(x, pattern, **dict(sizes)).astype(buffer.dtype)
-    stack = buffer.ndim - x.ndim
-    return jax.lax.dynamic_update_slice(buffer, x.reshape((1,) * stack + x.shape), (*index, *[0] * x.ndim))
+    return jax.lax.dynamic_update_slice(buffer, x.reshape((1,) * (buffer.ndim - x.ndim) + x.shape), start)
 
   return jax.jit(write, donate_argnums=0, out_shardings=place)
 
@@ -299,7 +311,8 @@ def save(model: Model, directory: str | os.PathLike, form: str = "hf") -> None:
       saved.save(0, weights.merge(model.params))
     hf.write_json(directory / OWN, dataclasses.asdict(model.config))
     hf.write_json(directory / "config.json", config)
-  tokens = {k: config[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id") if config.get(k) is not None}
+  names = ("decoder_start_token_id", "bos_token_id", "eos_token_id", "pad_token_id")
+  tokens = {k: config[k] for k in names if config.get(k) is not None}
   generation = model.generation or tokens
   if model.config.head == "lm" and generation:
     hf.write_json(directory / "generation_config.json", generation)

@@ -90,6 +90,20 @@ def test_sharded_safetensors(tmp_path, monkeypatch):
   jax.tree.map(np.testing.assert_array_equal, model.params, again.params)
 
 
+def test_large_tensors_are_read_in_pieces(tmp_path, monkeypatch):
+  """To the same parameters, on one device and spread over eight."""
+  reference(tmp_path, num_key_value_heads=2)
+  whole = models.load(str(tmp_path), dtype="float32").params
+  seen = []
+  pieces = models._pieces
+  monkeypatch.setattr(models, "_pieces", lambda *a: [seen.append(p[1].nbytes) or p for p in pieces(*a)])
+  monkeypatch.setattr(models, "PIECE_BYTES", 1000)
+  place = sharding.placer(sharding.make_mesh(data=2, fsdp=2, tensor=2))
+  for kw in ({}, {"sharding": place}):
+    jax.tree.map(np.testing.assert_array_equal, whole, models.load(str(tmp_path), dtype="float32", **kw).params)
+  assert len(seen) > 2 * 3 * 9 and sorted(seen)[len(seen) // 2] <= 1000
+
+
 def test_bfloat16_is_close(tmp_path):
   ref = reference(tmp_path)
   model = models.load(str(tmp_path), dtype="bfloat16")

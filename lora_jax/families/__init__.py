@@ -49,6 +49,11 @@ class Key:
     return f"{right.strip()} -> {left.strip()}"
 
   @property
+  def ndim(self) -> int:
+    """Axes of our leaf for one layer."""
+    return len(re.findall(r"\([^)]*\)|\w+", self.pattern.split("->")[1]))
+
+  @property
   def module(self) -> str:
     """Name of the torch module that has the tensor."""
     return self.hf.rpartition(".")[0]
@@ -68,7 +73,8 @@ class Key:
   def sizes(self, shape: Sequence[int]) -> dict[str, int]:
     """The axis lengths that einops needs to know, given our shape of one layer."""
     right = re.findall(r"\([^)]*\)|\w+", self.pattern.split("->")[1])
-    known = {a: n for a, n in zip(right, shape, strict=True) if len(a) == 1}
+    grouped = _letters(re.findall(r"\([^)]*\)", self.pattern))
+    known = {a: n for a, n in zip(right, shape, strict=True) if a in grouped}
     return known | ({"c": 2 if "mlp" in self.path else 3} if "(c " in self.pattern else {})
 
   def to_hf(self, x: np.ndarray) -> np.ndarray:
