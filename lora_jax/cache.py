@@ -1,0 +1,46 @@
+"""Files that are made once and kept: prepared data and unpacked models, each complete or absent."""
+
+import os
+import pathlib
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+
+from lora_jax import errors
+
+LEFTOVER_SECONDS = 24 * 3600
+
+
+def directory(kind: str) -> pathlib.Path:
+  """Where files of a kind live: `$LORA_JAX_CACHE/kind`, by default `~/.cache/lora_jax/kind`."""
+  return pathlib.Path(os.environ.get("LORA_JAX_CACHE") or pathlib.Path.home() / ".cache" / "lora_jax", kind)
+
+
+def publish(path: pathlib.Path, build: Callable[[pathlib.Path], None]) -> None:
+  """Fills a fresh directory by `build(directory)` and renames it to `path`.
+
+  `path` is complete or absent at any moment, whoever is killed. Of several processes that do this at once the
+  first to finish wins and the others use its result.
+  """
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(path.parent)
+    work = pathlib.Path(tempfile.mkdtemp(prefix="incomplete.", dir=path.parent))
+  except OSError as e:
+    raise errors.UserError(f"cannot write to {path.parent}: {e}; set LORA_JAX_CACHE to another directory") from e
+  try:
+    build(work)
+    os.rename(work, path)
+  except OSError as e:
+    if not path.is_dir():
+      raise errors.UserError(f"cannot prepare {path}: {e}; set LORA_JAX_CACHE to another directory") from e
+  finally:
+    shutil.rmtree(work, ignore_errors=True)
+
+
+def _remove_leftovers(directory: pathlib.Path) -> None:
+  """Removes what processes killed long ago left behind."""
+  for old in directory.glob("incomplete.*"):
+    if time.time() - old.stat().st_mtime > LEFTOVER_SECONDS:
+      shutil.rmtree(old, ignore_errors=True)
