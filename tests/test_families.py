@@ -7,6 +7,7 @@ within 1e-3, both float32; import -> export -> import is bit-exact and transform
 import copy
 import functools
 import json
+import pathlib
 import tempfile
 
 import jax
@@ -596,3 +597,9 @@ def test_classes_exist_in_transformers(name):
   transformers = pytest.importorskip("transformers")
   for cls in families.get(name).ARCHITECTURES.values():
     assert getattr(transformers, cls).config_class.model_type == name
+
+
+def test_the_example_of_a_family_is_the_file():
+  root = pathlib.Path(__file__).parents[1]
+  text = (root / "lora_jax" / "families" / "mistral.py").read_text(encoding="utf-8")
+  assert text in (root / "CONTRIBUTING.md").read_text(encoding="utf-8")

@@ -1,0 +1,80 @@
+"""scripts/convert.py in processes of its own: forms, adapters merged, runs, and what is refused."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from lora_jax import models, tree, weights
+from lora_jax.formats import peft
+from lora_jax.methods import lora
+from tests.test_classification import (
+  config as classification,
+  files,  # noqa: F401, a fixture
+)
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def convert(*arguments):
+  """(exit code, what it printed)."""
+  command = [sys.executable, ROOT / "scripts" / "convert.py", *map(str, arguments)]
+  env = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+  done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+  return done.returncode, done.stdout + done.stderr
+
+
+def same(a, b):
+  jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def test_an_adapter_is_merged_and_forms_convert(files, tmp_path):  # noqa: F811
+  model = models.load(str(files / "llama"), dtype="float32")
+  params, mask = lora.init(jax.random.key(0), model.params, targets="all-linear")
+  params = tree.map_named(lambda k, x, m: x + 0.1 if m and k.endswith("/b") else x, params, mask)
+  peft.save(model, params, tmp_path / "adapter")
+  base = ("--model", files / "llama", "--dtype", "float32")
+  assert convert(*base, "--adapter", tmp_path / "adapter", "--out", tmp_path / "a") == (0, f"wrote {tmp_path}/a\n")
+  merged = models.load(str(tmp_path / "a"), dtype="float32").params
+  same(merged, weights.merge(peft.load(model, tmp_path / "adapter")))
+  assert np.abs(merged["layers"]["attn"]["q"]["kernel"] - model.params["layers"]["attn"]["q"]["kernel"]).max() > 1e-3
+  assert convert("--model", tmp_path / "a", "--dtype", "float32", "--to", "orbax", "--out", tmp_path / "b")[0] == 0
+  assert convert("--model", tmp_path / "b", "--dtype", "float32", "--out", tmp_path / "c")[0] == 0
+  for name in ("model.safetensors", "config.json", "tokenizer.json"):
+    assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "c" / name).read_bytes()
+
+
+def test_a_run_becomes_a_model_or_an_adapter(files, tmp_path):  # noqa: F811
+  from lora_jax import experiment
+
+  settings = classification(files)
+  settings["train"] |= {"steps": 3, "checkpoint_every": 2}
+  experiment.run(settings, tmp_path / "run")
+  assert convert("--run", tmp_path / "run", "--to", "adapter", "--out", tmp_path / "adapter")[0] == 0
+  for name in ("adapter_config.json", "adapter_model.safetensors"):
+    assert (tmp_path / "adapter" / name).read_bytes() == (tmp_path / "run" / "adapter" / name).read_bytes()
+  assert convert("--run", tmp_path / "run", "--step", 2, "--out", tmp_path / "model")[0] == 0
+  earlier = models.load(str(tmp_path / "model"), dtype="float32").params
+  last = weights.merge(experiment.trained(tmp_path / "run").params)
+  assert tree.names(earlier) == tree.names(last)
+  assert not np.array_equal(earlier["classifier"]["kernel"], last["classifier"]["kernel"])
+
+
+@pytest.mark.parametrize(
+  "arguments, message",
+  [
+    (("--model", "x", "--run", "y", "--out", "z"), "give --model or --run"),
+    (("--model", "absent", "--out", "{tmp}/z"), "error: unknown model 'absent'"),
+    (("--model", "absent", "--out", "{tmp}"), "is not empty"),
+    (("--run", "{tmp}/absent", "--out", "{tmp}/z"), "error: {tmp}/absent/config.json does not exist"),
+  ],
+)
+def test_mistakes_end_in_one_message(tmp_path, arguments, message):
+  (tmp_path / "something").write_text("")
+  code, said = convert(*(a.format(tmp=tmp_path) for a in arguments))
+  assert code and message.format(tmp=tmp_path) in said and "Traceback" not in said
+  assert not (tmp_path / "z").exists()
