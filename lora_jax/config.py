@@ -7,9 +7,10 @@ it is passed to; those hold the defaults too.
 import json
 import pathlib
 from collections.abc import Mapping
+from types import ModuleType
 from typing import Any
 
-from lora_jax import classify, data, errors, methods, objectives, optim, sharding, tasks, transformer
+from lora_jax import classify, errors, methods, objectives, optim, seq2seq, sharding, tasks, transformer
 from lora_jax.formats import hf
 
 SECTIONS = ("model", "method", "task", "objective", "data", "optim", "train", "mesh", "eval")
@@ -38,9 +39,15 @@ def check(config: Mapping) -> None:
   errors.check_keywords(sharding.make_mesh, config["mesh"].keys(), "config.mesh")
   errors.check_keywords(train_settings, config["train"].keys(), "config.train")
   errors.check_keywords(eval_settings, config["eval"].keys(), "config.eval")
-  given = ("examples", "tokenizer", "prompt_loss_weight", "seed", "process_index", "process_count")
-  batches = (classify if config["objective"]["name"] == "classification" else data).train_iterator
-  errors.check_keywords(batches, config["data"].keys(), "config.data", (*given, "task"))
+  # That of encoder-decoders takes all that one of decoders does; which it is only the model tells.
+  check_data(config, classify if config["objective"]["name"] == "classification" else seq2seq)
+
+
+def check_data(config: Mapping, batches: ModuleType) -> None:
+  """Raises UserError for a key of `config.data` that `batches.train_iterator` does not take."""
+  own = ("start", "prompt_loss_weight", "seed", "process_index", "process_count")
+  given = ("task", "examples", "tokenizer", *own)
+  errors.check_keywords(batches.train_iterator, config["data"].keys(), "config.data", given)
 
 
 def train_settings(

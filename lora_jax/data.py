@@ -13,7 +13,8 @@ A target is always of the same example as its token, so that no loss crosses exa
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,15 +24,15 @@ from lora_jax import errors, tasks
 Batch = dict[str, np.ndarray]
 
 
-def buckets(seq_len: int) -> list[int]:
-  """Lengths that batches are padded to: 32, 48, 64, 96, 128, 192, ... and `seq_len` itself."""
-  steps = [n for k in range(5, 31) for n in (2**k, 3 * 2 ** (k - 1))]
+def buckets(seq_len: int, least: int = 32) -> list[int]:
+  """Lengths that batches are padded to: 8, 12, 16, 24, 32, 48, ... from `least` on, and `seq_len` itself."""
+  steps = [n for k in range(3, 31) for n in (2**k, 3 * 2 ** (k - 1)) if n >= least]
   return [n for n in steps if n < seq_len] + [seq_len]
 
 
-def bucket(length: int, seq_len: int) -> int:
+def bucket(length: int, seq_len: int, least: int = 32) -> int:
   """The smallest bucket of `length` tokens or more."""
-  return next(n for n in buckets(seq_len) if n >= length)
+  return next(n for n in buckets(seq_len, least) if n >= length)
 
 
 def turns(tokenizer: Any, formatted: tasks.Formatted | tasks.Chat) -> list[tuple[str, bool]]:
@@ -139,6 +140,11 @@ def pad(examples: Sequence[Batch], length: int, pad_id: int) -> Batch:
   return batch | {"positions": np.arange(length, dtype=np.int32) * real, "segment_ids": real.astype(np.int32)}
 
 
+def fit(examples: Sequence[Batch], share: slice, seq_len: int, pad_id: int, least: int = 32) -> Batch:
+  """The rows `share` of a batch, padded to the bucket that holds its longest example."""
+  return pad(examples[share], bucket(max(len(e["tokens"]) for e in examples), seq_len, least), pad_id)
+
+
 @dataclasses.dataclass
 class TrainIterator:
   """Infinite training batches.
@@ -216,19 +222,24 @@ def rows_of(
 
 
 def endless(
-  encoded: Sequence[Batch], pad_id: int, batch_size: int, seq_len: int, share: slice, seed: int, pack: bool = False
+  encoded: Sequence[Batch],
+  pad_id: int,
+  batch_size: int,
+  seq_len: int,
+  share: slice,
+  seed: int,
+  pack: bool = False,
+  fit: Callable[..., Batch] = fit,
 ) -> Iterator[Batch]:
-  """grain's iterator over the `share` of each global batch of encoded examples."""
+  """grain's iterator over the `share` of each global batch of encoded examples, which `fit` pads."""
   import grain
-
-  def stack(examples):
-    return pad(examples[share], bucket(max(len(e["tokens"]) for e in examples), seq_len), pad_id)
 
   # All is in memory: reading in this thread beats handing over to others.
   options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
   order = grain.MapDataset.source(encoded).seed(seed).shuffle().repeat()
   if pack:
     return iter(_packed(order, options, batch_size, seq_len, pad_id, share))
+  stack = functools.partial(fit, share=share, seq_len=seq_len, pad_id=pad_id)
   return iter(order.batch(batch_size, drop_remainder=True, batch_fn=stack).to_iter_dataset(options))
 
 

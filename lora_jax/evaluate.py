@@ -9,25 +9,29 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax import classify, data, generate, tasks, transformer
+from lora_jax import classify, data, decode, generate, seq2seq, tasks, transformer
 
 Place = Callable[[dict], dict]
 
 
-@functools.partial(jax.jit, static_argnums=(0, 6, 7))
-def score(config, params, tokens, lengths, labels, label_lengths, new: int, eos: int) -> tuple[jax.Array, jax.Array]:
+@functools.partial(jax.jit, static_argnums=(0, 6, 7, 8))
+def score(
+  config, params, tokens, lengths, labels, label_lengths, new: int, eos: int, start: int | None = None
+) -> tuple[jax.Array, jax.Array]:
   """Log-likelihood of every label after every prompt, and the greedy continuation.
 
   Args:
     tokens, lengths: prompts int32 [B, T], right-padded, and [B].
     labels, label_lengths: token ids int32 [C, U] of the answers to compare, right-padded, and [C]; C may be 0.
     new: how many tokens to generate.
+    start: the first token of an encoder-decoder's text, which is then scored and continued; its prompts are encoded.
 
   Returns:
     (float32 [B, C] sums over each label's tokens, int32 [B, new]).
   """
   (B, T), (C, U) = tokens.shape, labels.shape
-  logits, cache = generate.prefill(config, params, tokens, lengths, T + max(new, U))
+  slots = (1 if config.encoder_layers else T) + max(new, U)
+  logits, cache, _, lengths = decode.run_prompts(config, params, tokens, lengths, slots=slots, start=start)
   first = jax.nn.log_softmax(logits)[:, labels[:, 0]]
 
   def rest(label):
@@ -57,6 +61,7 @@ def run(
   batch_size: int = 32,
   seq_len: int = 256,
   max_new_tokens: int | None = None,
+  start: int | None = None,
   place: Place = lambda batch: batch,
   progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, float]:
@@ -68,6 +73,7 @@ def run(
 
   Args:
     max_new_tokens: length of generations; by default two more than the longest label, or 64 without labels.
+    start: the first token of an encoder-decoder's text.
     place: puts a batch's arrays on the mesh.
     progress: called with (examples done, all).
   """
@@ -75,9 +81,10 @@ def run(
   labels, label_lengths = data.label_ids(task, tokenizer)
   new = max_new_tokens or (int(label_lengths.max()) + 2 if len(labels) else 64)
   end, scores, predictions = generate.end_id(tokenizer), {}, {}
-  for batch in data.eval_batches(task, examples, tokenizer, batch_size=batch_size, seq_len=seq_len):
+  batches = (seq2seq if config.encoder_layers else data).eval_batches
+  for batch in batches(task, examples, tokenizer, batch_size=batch_size, seq_len=seq_len):
     inputs = place({k: batch[k] for k in ("tokens", "lengths")})
-    outputs = score(config, params, inputs["tokens"], inputs["lengths"], labels, label_lengths, new, end)
+    outputs = score(config, params, inputs["tokens"], inputs["lengths"], labels, label_lengths, new, end, start)
     for ll, out, index in zip(*map(np.asarray, outputs), batch["index"], strict=True):
       if index < 0:
         continue

@@ -22,12 +22,14 @@ from lora_jax import (
   data,
   errors,
   evaluate,
+  generate,
   methods,
   metrics,
   models,
   objectives,
   optim,
   report,
+  seq2seq,
   sharding,
   tasks,
   train,
@@ -85,19 +87,30 @@ def build(config: Mapping) -> Experiment:
     seed=run["seed"],
     accumulate=run["accumulate"],
   )
-  text = {} if classifies else {"prompt_loss_weight": config_lib.prompt_loss_weight(config, task)}
-  batches = (classify if classifies else data).train_iterator(
+  batches = _batches(config, model, task, examples)
+  model = dataclasses.replace(model, params=None)  # the state and the frozen tree own the arrays now
+  return Experiment(config, mesh, model, task, state, frozen, train.Stepper(step, state), batches)
+
+
+def _batches(config: Mapping, model: models.Model, task: tasks.Task, examples: Any) -> data.TrainIterator:
+  """Training batches as the model takes them."""
+  if model.config.head == "classification":
+    kind, own = classify, {}
+  elif model.config.encoder_layers:
+    kind, own = seq2seq, {"start": generate.start_id(model)}
+  else:
+    kind, own = data, {"prompt_loss_weight": config_lib.prompt_loss_weight(config, task)}
+  config_lib.check_data(config, kind)
+  return kind.train_iterator(
     task,
     examples,
     model.tokenizer,
-    **text,
-    seed=run["seed"],
+    **own,
+    seed=config_lib.train_settings(**config["train"])["seed"],
     process_index=jax.process_index(),
     process_count=jax.process_count(),
     **config["data"],
   )
-  model = dataclasses.replace(model, params=None)  # the state and the frozen tree own the arrays now
-  return Experiment(config, mesh, model, task, state, frozen, train.Stepper(step, state), batches)
 
 
 def _adapted(config: Mapping, task: tasks.Task, mesh: jax.sharding.Mesh) -> tuple:
@@ -182,12 +195,12 @@ def score(exp: Experiment, out: metrics.Metrics, step: int, prefix: str, split: 
   start = time.perf_counter()
   bar = metrics.Progress(len(examples), f"evaluating {prefix}")
   params, config = exp.params, exp.model.config
-  new_tokens = {}
+  text = {}
   if config.head == "classification":
     run = functools.partial(evaluate.run_classifier, functools.partial(_predict, config, params))
   else:
     run = functools.partial(evaluate.run, config, params)
-    new_tokens = {"max_new_tokens": settings["max_new_tokens"]}
+    text = {"max_new_tokens": settings["max_new_tokens"], "start": generate.start_id(exp.model)}
   values = run(
     exp.model.tokenizer,
     exp.task,
@@ -196,7 +209,7 @@ def score(exp: Experiment, out: metrics.Metrics, step: int, prefix: str, split: 
     seq_len=settings["seq_len"],
     place=functools.partial(sharding.replicate, mesh=exp.mesh),
     progress=lambda done, _: bar.update(done),
-    **new_tokens,
+    **text,
   )
   bar.close()
   out.log(step, values | {"seconds": time.perf_counter() - start}, prefix)

@@ -34,6 +34,17 @@ def end_ids(model: models.Model) -> tuple[int, ...]:
   return tuple(dict.fromkeys(map(int, found))) or (-1,)
 
 
+def start_id(model: models.Model) -> int | None:
+  """The first token of an encoder-decoder's text, by generation_config.json or config.json; None for other models."""
+  if not model.config.encoder_layers:
+    return None
+  names = ("decoder_start_token_id", "bos_token_id", "pad_token_id")
+  known = [t[k] for k in names for t in (model.generation, model.hf_config) if t.get(k) is not None]
+  if not known:
+    raise errors.UserError(f"config.json of {model.name} has none of {', '.join(names)}: what begins a text?")
+  return int(known[0])
+
+
 def _turn_end(tok: tokenizer_lib.Tokenizer) -> int | None:
   mark = "answer#1"
   try:
@@ -80,9 +91,7 @@ def _batch(model: models.Model, prompts: Sequence[str | Sequence[int]], stop: Se
   mask = np.arange(max(map(len, rows))) < np.array([len(row) for row in rows])[:, None]
   tokens = np.zeros(mask.shape, np.int32)
   tokens[mask] = np.concatenate([np.array(row, np.int32) for row in rows])
-  names = ("decoder_start_token_id", "bos_token_id", "pad_token_id")
-  known = [t[k] for k in names for t in (model.generation, model.hf_config) if t.get(k) is not None]
-  return dict(tokens=tokens, mask=mask, end=end_ids(model), start=known[0] if model.config.encoder_layers else None)
+  return dict(tokens=tokens, mask=mask, end=end_ids(model), start=start_id(model))
 
 
 def generate(

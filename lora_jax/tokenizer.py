@@ -27,7 +27,8 @@ SPECIAL = ("bos", "eos", "pad", "cls", "sep", "mask")
 BERT = {"pad": "[PAD]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
 ROBERTA = {"bos": "<s>", "eos": "</s>", "pad": "<pad>", "cls": "<s>", "sep": "</s>", "mask": "<mask>"}
 GPT2 = {"bos": "<|endoftext|>", "eos": "<|endoftext|>"}
-DEFAULTS = {"bert": BERT, "distilbert": BERT, "roberta": ROBERTA, "gpt2": GPT2}
+T5 = {"eos": "</s>", "pad": "<pad>"}
+DEFAULTS = {"bert": BERT, "distilbert": BERT, "roberta": ROBERTA, "gpt2": GPT2, "t5": T5, "mt5": T5}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -36,11 +36,15 @@ class Forward:
   packed: bool = False
 
   def __call__(self, params: Any, batch: dict) -> jax.Array:
-    """The states before the head, [B, T, D]."""
+    """The states before the head, [B, T, D]; of an encoder-decoder those of the decoder, see seq2seq.py."""
     keys = ["token_types"] if self.config.n_types else []
     if self.packed or not self.config.causal:
       keys += ["positions", "segment_ids"]
     given = {k: batch[k] for k in keys if k in batch}
+    if self.config.encoder_layers:
+      segments = batch["input_segments"]
+      given["encoded"] = transformer.encode(self.config, params, batch["inputs"], segments)
+      given["seen"] = segments > 0
     return transformer.hidden(self.config, params, batch["tokens"], **given)[0]
 
   def logits(self, head: dict, x: jax.Array, dtype: Any = jnp.float32) -> jax.Array:
@@ -72,7 +76,7 @@ def make_step(
   by the summed weight. A step whose loss or gradient is not finite changes nothing but `state.step`.
 
   Metrics (float32 scalars): loss, what the objective returns, per unit of weight, grad_norm, learning_rate, tokens
-  (not padding), finite.
+  (not padding; those of an encoder too), finite.
   """
 
   def loss(trainable, frozen, micro, key):
@@ -98,6 +102,7 @@ def make_step(
     grads = jax.tree.map(lambda g: g / total, grads)
     metrics = {k: v / total for k, v in sums.items()}
     norm = optax.tree.norm(grads)
+    real = sum(jnp.sum(batch[k] > 0) for k in ("segment_ids", "input_segments") if k in batch)
     finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
     updates, opt_state = optimiser.update(grads, state.opt_state, state.trainable)
     new = (optax.apply_updates(state.trainable, updates), opt_state)
@@ -105,7 +110,7 @@ def make_step(
     metrics |= {
       "grad_norm": norm,
       "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
-      "tokens": jnp.sum(batch["segment_ids"] > 0).astype(jnp.float32),
+      "tokens": real.astype(jnp.float32),
       "finite": finite.astype(jnp.float32),
     }
     return State(state.step + 1, trainable, opt_state), metrics
@@ -124,7 +129,7 @@ class Stepper:
 
   def __call__(self, state: State, frozen: Any, batch: dict) -> tuple[State, dict]:
     """Runs the step; the given `state` may not be used again."""
-    shape = batch["tokens"].shape
+    shape = tuple(x.shape for x in jax.tree.leaves(batch))
     if shape not in self._compiled:
       start = time.perf_counter()
       self._compiled[shape] = self._step.lower(state, frozen, batch).compile()

@@ -1,0 +1,108 @@
+"""Texts to batches for an encoder-decoder: the prompt is encoded, and the response is what the decoder writes.
+
+A training batch is a dict of numpy arrays:
+
+  inputs          int32 [B, S]    the prompt as the tokenizer's post-processor frames it, such as a </s>
+  input_segments  int32 [B, S]    1, and 0 at padding
+  tokens          int32 [B, T]    the decoder's input: its start token, then the response
+  targets         int32 [B, T]    the response, then the token that ends it
+  weights         float32 [B, T]  1, and 0 at padding
+  positions, segment_ids          as in data.py
+
+Prompts are not predicted, so that no `prompt_loss_weight` applies.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from lora_jax import classify, data, errors, tasks
+
+LEAST = 8  # tokens that responses are padded to: those of a classification are few
+
+
+def texts(tokenizer: Any, formatted: tasks.Formatted | tasks.Chat) -> tuple[str, str]:
+  """What is encoded and what is written. Of a conversation the last message is the response, the others the prompt."""
+  *before, (response, _) = data.turns(tokenizer, formatted)
+  return "".join(text for text, _ in before), response
+
+
+def encode_all(
+  tokenizer: Any,
+  formatted: Sequence[tasks.Formatted | tasks.Chat],
+  seq_len: int,
+  target_len: int,
+  start: int,
+  eos: bool = True,
+) -> tuple[list[data.Batch], int]:
+  """All examples as rows of a batch without their padding, and how many prompts and responses were too long.
+
+  Both lose their end, the prompt as with `truncation=True` in transformers: what frames it stays. With `eos` the token
+  that ends a text follows a response that is whole.
+  """
+  prompts, responses = zip(*(texts(tokenizer, f) for f in formatted), strict=True)
+  sources, truncated = classify.encode(tokenizer, [(p,) for p in prompts], seq_len)
+  encoded, end = [], tokenizer.eos_id
+  for source, ids in zip(sources, tokenizer.encode_batch(responses), strict=True):
+    ids = ids[: ids.index(end) + 1] if end in ids else [*ids, end] if eos and end is not None else ids
+    truncated += len(ids) > target_len
+    targets = np.array(ids[:target_len], np.int32)
+    tokens = np.array([start, *targets[:-1]], np.int32)[: len(targets)]
+    weights = np.ones(len(targets), np.float32)
+    encoded.append({"inputs": source["tokens"], "tokens": tokens, "targets": targets, "weights": weights})
+  return encoded, truncated
+
+
+def train_iterator(
+  task: tasks.Task,
+  examples: Sequence[dict],
+  tokenizer: Any,
+  *,
+  start: int,
+  batch_size: int,
+  seq_len: int,
+  target_len: int | None = None,
+  pack: bool = False,
+  eos: bool = True,
+  seed: int = 0,
+  process_index: int = 0,
+  process_count: int = 1,
+) -> data.TrainIterator:
+  """Batches for ever; order, shares and state as in `data.train_iterator`.
+
+  Args:
+    start: the token that the decoder begins with.
+    seq_len, target_len: the longest prompt and response, each padded to buckets of its own; None is `seq_len`.
+    pack: False; UserError otherwise.
+    eos: learn to end the response.
+  """
+  if pack:
+    raise errors.UserError("config.data.pack=True: the texts of an encoder-decoder are not packed; set it to False")
+  target_len = seq_len if target_len is None else target_len
+  if target_len < 1:
+    raise errors.UserError(f"config.data.target_len={target_len} must be at least 1")
+  share = data.rows_of(task, examples, batch_size, seq_len, process_index, process_count)
+  formatted = [task.format(example) for example in examples]
+  encoded, truncated = encode_all(tokenizer, formatted, seq_len, target_len, start, eos)
+  fit = functools.partial(_fit, target_len=target_len)
+  source = data.endless(encoded, data.padding_id(tokenizer), batch_size, seq_len, share, seed, fit=fit)
+  return data.TrainIterator(source, len(encoded), truncated)
+
+
+def _fit(examples: Sequence[data.Batch], share: slice, seq_len: int, pad_id: int, target_len: int) -> data.Batch:
+  """`data.fit` of the prompts and of the responses."""
+  prompts = data.fit([{"tokens": e["inputs"]} for e in examples], share, seq_len, pad_id)
+  responses = [{k: v for k, v in e.items() if k != "inputs"} for e in examples]
+  batch = data.fit(responses, share, target_len, pad_id, LEAST)
+  return batch | {"inputs": prompts["tokens"], "input_segments": prompts["segment_ids"]}
+
+
+def eval_batches(
+  task: tasks.Task, examples: Sequence[dict], tokenizer: Any, *, batch_size: int, seq_len: int
+) -> list[data.Batch]:
+  """Prompts to encode, framed and cut as in training; otherwise as in `data.eval_batches`."""
+  prompts = [texts(tokenizer, task.format(example))[:1] for example in examples]
+  encoded = [{"tokens": e["tokens"]} for e in classify.encode(tokenizer, prompts, seq_len)[0]]
+  return list(data.longest_first(encoded, data.padding_id(tokenizer), batch_size, seq_len))
