@@ -25,12 +25,13 @@ class Checkpoints:
   last complete one. In a run of many processes all make the same calls, on a directory that all of them see.
   """
 
-  def __init__(self, directory: str | pathlib.Path, keep: int = 2):
+  def __init__(self, directory: str | pathlib.Path, keep: int = 2, writes: bool = True):
     """Opens or creates `directory` and removes what a killed process left half-written in it.
 
     Args:
       directory: `DIR/checkpoints`.
       keep: how many checkpoints stay; older ones are deleted after each save.
+      writes: False leaves what is half-written alone: another process may be at it.
     """
     from orbax.checkpoint import v1 as ocp
 
@@ -44,7 +45,7 @@ class Checkpoints:
         self.directory,
         context=context,
         preservation_policy=ocp.training.preservation_policies.LatestN(keep),
-        cleanup_tmp_directories=True,
+        cleanup_tmp_directories=writes,
       )
 
   def save(self, step: int, state: Any, data_state: Any = None) -> None:

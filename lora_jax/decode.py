@@ -46,7 +46,7 @@ def prefill(config, params, tokens: jax.Array, lengths: jax.Array, slots: int) -
     (float32 logits [B, V] after each prompt's last token, cache of `slots` positions).
   """
   cache = transformer.init_cache(config, tokens.shape[0], slots)
-  x, cache = transformer.hidden(config, params, tokens, cache=cache)
+  x, cache = transformer.hidden(config, params, tokens, cache=cache, length=lengths.max())
   last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)
   return transformer.logits(config, params, last)[:, 0], cache
 

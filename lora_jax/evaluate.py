@@ -48,7 +48,7 @@ def score(
   if U > 1 and C:
     later = jnp.stack([rest(label) for label in labels], axis=1)
     total += (later * (jnp.arange(1, U) < label_lengths[:, None])).sum(-1)
-  return total, generate.greedy(config, params, cache, logits, lengths, new, eos)
+  return total, decode.greedy(config, params, cache, logits, lengths, new, eos)
 
 
 def run(

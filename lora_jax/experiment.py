@@ -126,6 +126,12 @@ def _adapted(config: Mapping, task: tasks.Task, mesh: jax.sharding.Mesh) -> tupl
     )
   if model.tokenizer is None:
     raise errors.UserError(f"model {model.name!r} has no tokenizer.json beside its weights")
+  for section in ("data", "eval"):
+    length = config[section].get("seq_len", 0)
+    if model.config.position == "learned" and length > model.config.max_seq_len:
+      raise errors.UserError(
+        f"config.{section}.seq_len={length} is more than the {model.config.max_seq_len} positions of {model.name!r}"
+      )
   method = {k: v for k, v in config["method"].items() if k != "name"}
   params, mask = methods.get(config["method"]["name"]).init(jax.random.key(run["seed"]), model.params, **method)
   if classifies:

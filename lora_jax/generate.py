@@ -7,7 +7,6 @@ import numpy as np
 
 from lora_jax import decode, errors, models, tokenizer as tokenizer_lib
 
-prefill, greedy = decode.prefill, decode.greedy
 STOP_EVERY = 8  # tokens between looks for stop strings
 
 
@@ -86,7 +85,11 @@ def _batch(model: models.Model, prompts: Sequence[str | Sequence[int]], stop: Se
     raise errors.UserError(f"stop={stop!r} must be a sequence of strings that are not empty")
   tok = model.tokenizer
   first = tok.bos_id if tok.bos_id is not None else tok.eos_id
-  rows = [tok.encode(p, add_special_tokens=True) if isinstance(p, str) else list(p) for p in prompts]
+  rows = [tok.encode(p, add_special_tokens=True) if isinstance(p, str) else np.asarray(p).tolist() for p in prompts]
+  vocabulary = range(model.config.vocab_size)
+  for i, row in enumerate(rows):
+    if wrong := [t for t in row if t not in vocabulary]:
+      raise errors.UserError(f"prompt {i}: {wrong[0]!r} is no token of {model.name}, which has {len(vocabulary)}")
   rows = [row or ([] if first is None else [first]) for row in rows]
   mask = np.arange(max(map(len, rows))) < np.array([len(row) for row in rows])[:, None]
   tokens = np.zeros(mask.shape, np.int32)
@@ -119,7 +122,9 @@ def generate(
     stop: a text ends before the first of these strings.
     params: in place of the model's own, such as with an adapter.
   """
-  if not prompts:
+  if isinstance(prompts, str) or not all(isinstance(p, str) or np.ndim(p) == 1 for p in prompts):
+    raise errors.UserError(f"prompts must be a sequence of texts or of token ids each, not {prompts!r:.80}")
+  if not len(prompts):
     return []
   decode.check(max_new_tokens, temperature, top_k, top_p, no_repeat_ngram, beams, early_stopping)
   batch, params, tok = _batch(model, prompts, stop), model.params if params is None else params, model.tokenizer

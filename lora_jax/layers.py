@@ -144,6 +144,19 @@ def relative_buckets(distance: jax.Array, buckets: int, furthest: int, causal: b
   return offset + jnp.where(n < exact, n, far)
 
 
+IMPLEMENTATIONS = ("auto", "xla", "cudnn")
+
+
+@functools.cache
+def _fused_head_size() -> int:
+  """The largest head that cuDNN's attention takes on this machine; 0 without a GPU that has it."""
+  device = jax.devices()[0]
+  if device.platform != "gpu" or not hasattr(device, "compute_capability"):
+    return 0
+  capability = float(device.compute_capability)
+  return 256 if capability >= 9 else 128 if capability >= 8 else 0
+
+
 def attention(
   q: jax.Array,
   k: jax.Array,
@@ -169,10 +182,13 @@ def attention(
     implementation: "xla", "cudnn", or "auto": cuDNN's fused kernel where it can run (GPU, 16 bit, no mask).
   """
   if implementation == "auto":
-    plain = mask is None and bias is None and softcap is None
-    fused = jax.default_backend() == "gpu" and q.dtype.itemsize == 2 and plain
-    even = q.shape[1] % 2 == 0 and k.shape[1] % 2 == 0 and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
-    implementation = "cudnn" if fused and even else "xla"
+    plain = mask is None and bias is None and softcap is None and q.dtype.itemsize == 2
+    even = q.shape[1] % 2 == 0 and k.shape[1] % 2 == 0 and q.shape[-1] % 8 == 0
+    implementation = "cudnn" if plain and even and q.shape[-1] <= _fused_head_size() else "xla"
+  if q.dtype == jnp.float16 and jax.default_backend() == "cpu":  # whose matmuls do not sum float16 in float32
+    q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
+    how = dict(causal=causal, mask=mask, bias=bias, window=window, scale=scale, softcap=softcap)
+    return attention(q, k, v, **how, implementation="xla").astype(jnp.float16)
   if softcap is not None:
     return _capped(q, k, v, causal, mask, bias, window, scale, softcap)
   local = (window - 1, 0) if window is not None and mask is None else None

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import tqdm
 
-from lora_jax import errors
+from lora_jax import errors, files
 
 
 def say(text: str) -> None:
@@ -87,7 +87,7 @@ class Metrics:
     start = resume_step or 0
     kept = [row for row in read_metrics(self.path) if row["step"] <= start]
     self.path.parent.mkdir(parents=True, exist_ok=True)
-    write(self.path, "".join(dumps(row) + "\n" for row in kept).encode())
+    files.write(self.path, "".join(dumps(row) + "\n" for row in kept).encode())
     self._file = self.path.open("a")
     events = str(self.path.parent / "tensorboard")
     self._events = SummaryWriter(events, purge_step=start + 1 if start else 0, flush_secs=10)
@@ -146,7 +146,7 @@ def read_metrics(path: str | pathlib.Path) -> list[dict[str, float]]:
 
 def write_json(path: str | pathlib.Path, obj: Any) -> None:
   """Writes a tree of dicts, lists and scalars (numpy's and jax's too) as JSON, all or nothing."""
-  write(pathlib.Path(path), (dumps(obj, indent=2) + "\n").encode())
+  files.write(pathlib.Path(path), (dumps(obj, indent=2) + "\n").encode())
 
 
 def dumps(obj: Any, **kw: Any) -> str:
@@ -164,17 +164,3 @@ def _plain(x: Any) -> Any:
     return os.fspath(x)
   x = x.item() if hasattr(x, "item") else x
   return None if isinstance(x, float) and not math.isfinite(x) else x
-
-
-def write(path: pathlib.Path, content: bytes) -> None:
-  """Writes a file that is whole or absent, whatever happens meanwhile."""
-  path.parent.mkdir(parents=True, exist_ok=True)
-  part = path.with_name(path.name + ".tmp")
-  try:
-    with part.open("wb") as f:
-      f.write(content)
-      f.flush()
-      os.fsync(f.fileno())
-    os.replace(part, path)
-  finally:
-    part.unlink(missing_ok=True)

@@ -19,10 +19,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax import checkpoint, errors, families, tokenizer as tokenizer_lib, transformer, tree, weights
+from lora_jax import checkpoint, errors, families, layers, tokenizer as tokenizer_lib, transformer, tree, weights
 from lora_jax.formats import archive, gguf, hf, hub
 
 apply = transformer.apply
+DTYPES = ("bfloat16", "float32", "float16")
 OWN = "lora_jax.json"  # the `transformer.Config` of a directory whose weights are our tree
 
 # name -> (import name, distribution, GGUF file or zipped directory in it, the same model on the Hugging Face hub)
@@ -99,7 +100,7 @@ class Model:
 
 def load(
   name: str,
-  dtype: str = "bfloat16",
+  dtype: str | None = "bfloat16",
   sharding: Callable[[str, tuple[int, ...]], jax.sharding.Sharding | None] = lambda path, shape: None,
   head: str | None = None,
   n_labels: int | None = None,
@@ -109,7 +110,8 @@ def load(
 
   Args:
     name: a directory with config.json and safetensors, a .gguf file, a name of `PACKAGES`, or `hf:org/name[@revision]`.
-    dtype: of matrices and activations: "bfloat16", "float32" or "float16".
+    dtype: of matrices and activations: "bfloat16", "float32" or "float16"; None is what the file has, which is
+      float32 for GGUF.
     sharding: from a leaf's name and shape to where it lives; None is the default device.
     head: "lm", "mlm", "classification" or "none"; the checkpoint's own if None. A classifier that the checkpoint
       lacks starts at random, from its leaves' names alone.
@@ -119,9 +121,11 @@ def load(
   Raises:
     UserError: if nothing is found, or the files are not what they should be.
   """
-  errors.choose(dtype, dict.fromkeys(("bfloat16", "float32", "float16")), "dtype")
+  if dtype is not None:
+    errors.choose(dtype, dict.fromkeys(DTYPES), "dtype")
   for k in choices:
     errors.choose(k, dict.fromkeys(transformer.RUNTIME), "key config.model.")
+  errors.choose(choices.get("attention", "auto"), dict.fromkeys(layers.IMPLEMENTATIONS), "config.model.attention")
   path = resolve(name)
   generation = {}
   if path.is_dir():
@@ -142,10 +146,11 @@ def load(
     config, params = _restore(path, sharding)
     if (head, n_labels or config.n_labels) != (config.head, config.n_labels):
       raise errors.UserError(f"{path} was saved with the head {config.head!r}; convert it to 'hf' to change that")
-    config, fresh = dataclasses.replace(config, dtype=dtype, **choices), ()
+    config, fresh = dataclasses.replace(config, dtype=dtype or config.dtype, **choices), ()
     params = jax.tree.map(lambda x, s: x.astype(s.dtype), params, transformer.shapes(config))
   else:
     config = family.config(hf_config)
+    dtype = dtype or _stored_dtype(tensors)
     config = dataclasses.replace(config, dtype=dtype, head=head, n_labels=n_labels or config.n_labels, **choices)
     config, params, fresh = _build(config, family, tensors, sharding, str(path), chosen)
   return Model(name, config, params, tok, hf_config, str(path), fresh, generation)
@@ -236,12 +241,22 @@ def _untied(table, tensors, have) -> bool:
   return both and not np.array_equal(tensors.read(embed), tensors.read(head))
 
 
+def _stored_dtype(tensors: Any) -> str:
+  """The dtype of the first matrix of a file, float32 if it is none of ours."""
+  if isinstance(tensors, gguf.Checkpoint):
+    return "float32"
+  found = next((str(tensors.read(n).dtype) for n in tensors.names() if len(tensors.shape(n)) > 1), "float32")
+  return found if found in DTYPES else "float32"
+
+
 def _restore(path: pathlib.Path, sharding) -> tuple[transformer.Config, dict]:
   """The config and the tree of a directory that `save(form="orbax")` wrote."""
   tuples = lambda x: tuple(map(tuples, x)) if isinstance(x, list) else x
   config = transformer.Config(**{k: tuples(v) for k, v in hf.read_json(path / OWN).items()})
   place = lambda k, s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding(k, s.shape))
-  with checkpoint.Checkpoints(path / "params") as saved:
+  if not (path / "params" / "0").is_dir():
+    raise errors.UserError(f"{path} has {OWN} but no params/0")
+  with checkpoint.Checkpoints(path / "params", writes=False) as saved:
     return config, saved.restore(0, tree.map_named(place, transformer.shapes(config)))[0]
 
 

@@ -126,11 +126,10 @@ def mlp(x: jax.Array, params: Mapping, activation: str, k: int, normalise: bool)
     params: router/kernel [D, E]; {gate, up}/kernel [E, D, F], down/kernel [E, F, D].
   """
   w = {name: dense(params[name]["kernel"]) for name in ("router", "gate", "up", "down")}
-  mesh = jax.sharding.get_abstract_mesh()
   run = functools.partial(_mlp, activation=activation, k=k, normalise=normalise)
-  if mesh.empty or any(a not in mesh.shape for a in sharding.AXES) or x.shape[0] % sharding.batch_divisor(mesh):
+  if not sharding.splits(x):
     return run(x, w)
-  parts = mesh.shape["tensor"]
+  parts = jax.sharding.get_abstract_mesh().shape["tensor"]
   split = "tensor" if parts > 1 and w["up"].shape[2] % parts == 0 else None
   up, down = P(None, None, split), P(None, split)
   specs = (sharding.BATCH, {"router": P(), "gate": up, "up": up, "down": down})

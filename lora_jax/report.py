@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from lora_jax import metrics
+from lora_jax import files, metrics
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "lora_jax")
 NO_PERCENT = ("loss", "perplexity", "examples", "tokens", "seconds")  # metrics that are no share of a whole
@@ -110,7 +110,7 @@ def write_report(
   title = f"{summary['method']} on {summary['model']}: {summary['task']}"
   parts = [f"# {title}", _eval_table(summary["eval"]), "## Training", _train_table(summary)]
   if any(not math.isnan(row.get("train/loss", math.nan)) for row in history):
-    metrics.write(workdir / "plots" / "loss.png", loss_curve(history, title))
+    files.write(workdir / "plots" / "loss.png", loss_curve(history, title))
     parts.append("![Training loss](plots/loss.png)")
   if (workdir / "adapter").is_dir():
     parts += ["## Use the adapter", _load_code(base_model or summary["model"], workdir / "adapter")]
@@ -119,7 +119,7 @@ def write_report(
   for name, value in (("Config", config), ("Versions", summary["versions"])):
     block = f"```json\n{metrics.dumps(value, indent=2)}\n```"
     parts.append(f"<details><summary>{name}</summary>\n\n{block}\n\n</details>")
-  metrics.write(workdir / "report.md", ("\n\n".join(parts) + "\n").encode())
+  files.write(workdir / "report.md", ("\n\n".join(parts) + "\n").encode())
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

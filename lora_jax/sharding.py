@@ -114,9 +114,12 @@ def batch_divisor(mesh: jax.sharding.Mesh) -> int:
   return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
+def splits(x: jax.Array) -> bool:
+  """Whether a mesh of ours is set whose data and fsdp axes divide the rows of `x` [B, ...]."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return not mesh.empty and all(a in mesh.shape for a in AXES) and x.shape[0] % batch_divisor(mesh) == 0
+
+
 def constrain(x: jax.Array) -> jax.Array:
   """Keeps activations [B, ...] split over data and fsdp; nothing where no mesh is set."""
-  mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty or any(a not in mesh.shape for a in AXES) or x.shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"]):
-    return x
-  return jax.lax.with_sharding_constraint(x, BATCH)
+  return jax.lax.with_sharding_constraint(x, BATCH) if splits(x) else x

@@ -19,7 +19,7 @@ import jinja2.nodes
 import jinja2.sandbox
 import tokenizers
 
-from lora_jax import errors
+from lora_jax import errors, files
 from lora_jax.formats import _gguf_tokenizer, hf
 
 SPECIAL = ("bos", "eos", "pad", "cls", "sep", "mask")
@@ -99,8 +99,8 @@ class Tokenizer:
         config[f"{k}_token"] = self.backend.id_to_token(i)
     if self.chat_template is not None:
       config["chat_template"] = self.chat_template
-    _write(directory / "tokenizer.json", self.backend.to_str(pretty=True))
-    _write(directory / "tokenizer_config.json", json.dumps(config, indent=2, ensure_ascii=False))
+    files.write(directory / "tokenizer.json", self.backend.to_str(pretty=True).encode())
+    files.write(directory / "tokenizer_config.json", json.dumps(config, indent=2, ensure_ascii=False).encode())
 
 
 def from_directory(directory: str | os.PathLike) -> Tokenizer:
@@ -200,9 +200,3 @@ def _read(path: pathlib.Path) -> str:
     return path.read_text(encoding="utf-8")
   except (OSError, UnicodeDecodeError) as e:
     raise errors.UserError(f"cannot read {path}: {e}") from e
-
-
-def _write(path: pathlib.Path, text: str) -> None:
-  temporary = path.with_name(path.name + ".tmp")
-  temporary.write_text(text, encoding="utf-8")
-  os.replace(temporary, path)

@@ -45,7 +45,8 @@ class Forward:
       segments = batch["input_segments"]
       given["encoded"] = transformer.encode(self.config, params, batch["inputs"], segments)
       given["seen"] = segments > 0
-    return transformer.hidden(self.config, params, batch["tokens"], **given)[0]
+    length = None if self.packed or "segment_ids" not in batch else (batch["segment_ids"] > 0).sum(1).max()
+    return transformer.hidden(self.config, params, batch["tokens"], length=length, **given)[0]
 
   def logits(self, head: dict, x: jax.Array, dtype: Any = jnp.float32) -> jax.Array:
     """Logits [B, T, V] of states; `head` is what `transformer.head` gives."""

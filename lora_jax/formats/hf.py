@@ -12,7 +12,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from lora_jax import errors
+from lora_jax import errors, files
 
 SHARD_BYTES = 4 * 2**30
 DTYPES = {
@@ -42,9 +42,7 @@ def read_json(path: str | os.PathLike) -> dict:
 
 def write_json(path: str | os.PathLike, value: dict) -> None:
   """A JSON object to a file, whole or not at all."""
-  temporary = pathlib.Path(f"{path}.tmp")
-  temporary.write_text(json.dumps(value, indent=2, sort_keys=True), encoding="utf-8")
-  os.replace(temporary, path)
+  files.write(pathlib.Path(path), json.dumps(value, indent=2, sort_keys=True).encode())
 
 
 class Tensors:
@@ -112,11 +110,11 @@ def open(directory: str | os.PathLike) -> tuple[dict, Tensors]:  # noqa: A001
   """(config.json, tensors) of a model directory."""
   directory = pathlib.Path(directory)
   config = read_json(directory / "config.json")
-  files = weight_files(directory)
-  if not (directory / files[0]).exists() and len(files) == 1:
+  names = weight_files(directory)
+  if not (directory / names[0]).exists() and len(names) == 1:
     found = sorted(p.name for p in directory.iterdir())[:10]
     raise errors.UserError(f"{directory} has no model.safetensors (pickled .bin files are not read); it holds {found}")
-  return config, Tensors(directory / f for f in files)
+  return config, Tensors(directory / name for name in names)
 
 
 def save_tensors(path: str | os.PathLike, tensors: dict[str, np.ndarray]) -> None:
@@ -134,25 +132,34 @@ def save(directory: str | os.PathLike, config: dict, tensors: Iterable[tuple[str
   """
   directory = pathlib.Path(directory)
   directory.mkdir(parents=True, exist_ok=True)
-  weight_map, shard, size, files = {}, {}, 0, []
+  weight_map, shard, size, parts = {}, {}, 0, []
 
   def flush():
     nonlocal shard, size
-    files.append(directory / f".shard-{len(files)}.tmp")
-    save_tensors(files[-1], shard)
+    parts.append(directory / f".shard-{len(parts)}.tmp")
+    save_tensors(parts[-1], shard)
     shard, size = {}, 0
 
-  for k, x in tensors:
-    if shard and size + x.nbytes > SHARD_BYTES:
-      flush()
-    shard[k], weight_map[k] = np.ascontiguousarray(x), len(files)
-    size += x.nbytes
-  flush()
-  final = [f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i in range(len(files))]
-  final = ["model.safetensors"] if len(files) == 1 else final
-  for temporary, k in zip(files, final, strict=True):
+  try:
+    for k, x in tensors:
+      if shard and size + x.nbytes > SHARD_BYTES:
+        flush()
+      shard[k], weight_map[k] = np.ascontiguousarray(x), len(parts)
+      size += x.nbytes
+    flush()
+  except BaseException:
+    for temporary in parts:
+      temporary.unlink(missing_ok=True)
+    raise
+  # What makes the directory a model goes first, and shards of an earlier one must not outlive it.
+  for name in ("config.json", "model.safetensors.index.json", "model*.safetensors"):
+    for old in directory.glob(name):
+      old.unlink()
+  final = [f"model-{i + 1:05d}-of-{len(parts):05d}.safetensors" for i in range(len(parts))]
+  final = ["model.safetensors"] if len(parts) == 1 else final
+  for temporary, k in zip(parts, final, strict=True):
     os.replace(temporary, directory / k)
-  if len(files) > 1:
+  if len(parts) > 1:
     index = {"metadata": {}, "weight_map": {k: final[i] for k, i in weight_map.items()}}
     write_json(directory / "model.safetensors.index.json", index)
   write_json(directory / "config.json", config)

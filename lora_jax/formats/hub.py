@@ -1,4 +1,4 @@
-"""Models of the Hugging Face hub, fetched by its own client into its own cache.
+"""Models and adapters of the Hugging Face hub, fetched by its own client into its own cache.
 
 What the client reads from the environment holds here too: HF_HOME or HF_HUB_CACHE (where the cache is), HF_TOKEN (or
 `hf auth login`), HF_HUB_OFFLINE, HF_ENDPOINT (a mirror).
@@ -17,6 +17,7 @@ from lora_jax.formats import hf
 NAME = re.compile(
   r"(?P<repo>\w[\w.-]*(?:/[\w.-]+)?)(?:/(?P<file>[^@\s]+\.gguf))?(?:@(?P<revision>\w[^@\s]*))?", re.ASCII
 )
+ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 
 
 def download(name: str) -> pathlib.Path:
@@ -42,6 +43,37 @@ def download(name: str) -> pathlib.Path:
       "write hf:org/name, hf:org/name@revision or hf:org/name/file.gguf"
     )
   return _file(name, match) if match["file"] else _snapshot(name, match)
+
+
+def download_adapter(name: str) -> pathlib.Path:
+  """The local copy of an adapter: a directory with the files of `ADAPTER`, of one commit; see `download`.
+
+  Args:
+    name: `org/name`, and `@revision` behind it for a branch, tag or commit other than `main`.
+
+  Raises:
+    UserError: as `download`, and for a repository that is no adapter.
+  """
+  import huggingface_hub
+
+  match = NAME.fullmatch(name)
+  if match is None or match["file"] or ".." in name:
+    raise errors.UserError(
+      f"hf:{name} is no name of an adapter on the Hugging Face hub; write hf:org/name or hf:org/name@revision"
+    )
+
+  def call(fn, **kw):
+    return _call(fn, name, via="download_adapter", repo_id=match["repo"], **kw)
+
+  # The weights come second and of the commit that the config had, as in a model.
+  fetch = huggingface_hub.snapshot_download
+  root = pathlib.Path(call(fetch, revision=match["revision"], allow_patterns=[ADAPTER[0]]))
+  if (root / ADAPTER[0]).exists():
+    call(fetch, revision=root.name, allow_patterns=[ADAPTER[1]])
+  if missing := [f for f in ADAPTER if not (root / f).exists()]:
+    listing = call(huggingface_hub.list_repo_files, revision=root.name)
+    raise errors.UserError(_lacking(match, missing, listing))
+  return root
 
 
 def _missing(directory: pathlib.Path) -> list[str]:
@@ -90,7 +122,9 @@ def _lacking(match: re.Match, missing: list[str], listing: list[str]) -> str:
   hint = ""
   if gguf := [f for f in listing if f.endswith(".gguf")]:
     hint = f"; for one of its GGUF files write {_spell(f'{repo}/{gguf[0]}', revision)}"
-  elif "adapter_config.json" in listing:
+  elif ADAPTER[0] in missing and "config.json" in listing:
+    hint = "; it is a model, no adapter"
+  elif ADAPTER[0] in listing and ADAPTER[1] not in missing:
     hint = "; it is an adapter: load the model that its adapter_config.json names, then the adapter"
   elif any(f.endswith((".bin", ".pt", ".pth", ".ckpt")) for f in listing):
     hint = "; pickled weights (.bin, .pt) are not read, as they can run code: look for a revision with safetensors"
@@ -98,8 +132,8 @@ def _lacking(match: re.Match, missing: list[str], listing: list[str]) -> str:
   return f"{_spell(repo, revision)} lacks {', '.join(missing)}{hint}; it holds: {shown or 'nothing'}"
 
 
-def _call(fn: Callable, name: str, **kw: Any) -> Any:
-  """`fn(**kw)`, a function of the hub's client, whose errors become UserError."""
+def _call(fn: Callable, name: str, via: str = "download", **kw: Any) -> Any:
+  """`fn(**kw)`, a function of the hub's client, whose errors become UserError; `via` is our function that fetches."""
   from huggingface_hub import errors as hub
 
   try:
@@ -107,10 +141,10 @@ def _call(fn: Callable, name: str, **kw: Any) -> Any:
   except Exception as e:  # its own errors, those of the HTTP library below, and the system's
     if isinstance(e, hub.LocalEntryNotFoundError) and isinstance(e.__cause__, hub.HfHubHTTPError):
       e = e.__cause__
-    raise errors.UserError(f"hf:{name}: {_reason(e, name)}") from e
+    raise errors.UserError(f"hf:{name}: {_reason(e, name, via)}") from e
 
 
-def _reason(e: Exception, name: str) -> str:
+def _reason(e: Exception, name: str, via: str) -> str:
   """What went wrong and what to do about it."""
   import huggingface_hub
   from huggingface_hub import constants, errors as hub
@@ -125,8 +159,8 @@ def _reason(e: Exception, name: str) -> str:
     return f"no name of a repository ({first}); write hf:org/name"
   if constants.HF_HUB_OFFLINE and isinstance(e, hub.LocalEntryNotFoundError | hub.OfflineModeIsEnabled):
     return (
-      f"HF_HUB_OFFLINE is set and {_cached(repo)}; unset it, or fetch the model first where there is a network: "
-      f"python -c \"from lora_jax.formats import hub; hub.download('{name}')\""
+      f"HF_HUB_OFFLINE is set and {_cached(repo)}; unset it, or fetch it first where there is a network: "
+      f"python -c \"from lora_jax.formats import hub; hub.{via}('{name}')\""
     )
   if status == 401 and "nvalid credentials" in str(e):
     return f"the hub does not accept the token that was sent; {log_in} with a new one"
@@ -178,6 +212,7 @@ def _cached(repo: str) -> str:
   from huggingface_hub import constants
 
   folder = pathlib.Path(constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}" / "snapshots"
-  complete = [p.name for p in sorted(folder.glob("*")) if not _missing(p)]
+  whole = lambda p: not _missing(p) or all((p / f).exists() for f in ADAPTER)
+  complete = [p.name for p in sorted(folder.glob("*")) if whole(p)]
   what = ", ".join(_spell(repo, c) for c in complete) if complete else "no complete copy of it"
   return f"the cache {constants.HF_HUB_CACHE} holds {'only ' if complete else ''}{what}"

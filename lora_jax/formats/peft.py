@@ -6,7 +6,6 @@ Hugging Face name + a suffix. What stands in them is each method's own: a method
 `from_peft(params, keys, config, tensors) -> params`.
 """
 
-import json
 import os
 import pathlib
 from collections.abc import Collection, Mapping
@@ -16,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax import errors, families, methods, models, transformer, tree, weights
-from lora_jax.formats import hf
+from lora_jax.formats import hf, hub
 
 PREFIX = "base_model.model."
 METHODS = {m.PEFT_TYPE: m for m in map(methods.get, methods.names()) if hasattr(m, "PEFT_TYPE")}
@@ -54,8 +53,7 @@ def save(model: models.Model, params: Any, directory: str | os.PathLike, trained
   tensors = {PREFIX + k: np.ascontiguousarray(x) for k, x in tensors.items()}
   hf.save_tensors(directory / ".tensors.tmp", tensors)
   os.replace(directory / ".tensors.tmp", directory / "adapter_model.safetensors")
-  (directory / ".config.tmp").write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
-  os.replace(directory / ".config.tmp", directory / "adapter_config.json")
+  hf.write_json(directory / "adapter_config.json", config)
 
 
 def _task_type(config: transformer.Config) -> str:
@@ -78,14 +76,36 @@ def _replace(params: Any, whole: Mapping[str, tuple[families.Key, np.ndarray]]) 
   return tree.map_named(leaf, params)
 
 
+def resolve(name: str | os.PathLike) -> pathlib.Path:
+  """The local directory of an adapter; downloads if the name is `hf:org/name[@revision]`."""
+  path, name = pathlib.Path(name), os.fspath(name)
+  fetched = name.startswith("hf:") and not path.exists()
+  return hub.download_adapter(name.removeprefix("hf:")) if fetched else path
+
+
+def head(directory: str | os.PathLike) -> dict[str, Any]:
+  """Arguments of `models.load` for the model that an adapter is of: a classifier of as many labels as it holds."""
+  directory = resolve(directory)
+  if hf.read_json(directory / "adapter_config.json").get("task_type") != "SEQ_CLS":
+    return {}
+  table = [key for family in map(families.get, families.names()) for key in family.KEYS]
+  classifiers = {PREFIX + key.hf for key in table if key.path == "classifier/kernel"}
+  source = hf.Tensors([directory / "adapter_model.safetensors"])
+  n_labels = next((source.shape(k)[0] for k in source.names() if k in classifiers), None)
+  return {"head": "classification", "n_labels": n_labels}
+
+
 def load(model: models.Model, directory: str | os.PathLike) -> Any:
   """The parameters of `model` with the adapter of a PEFT directory on them, nothing trained or merged.
+
+  Args:
+    directory: or `hf:org/name[@revision]`.
 
   Raises:
     UserError: a file is missing or damaged, the adapter is of a kind or has a feature that is not supported, or a
       tensor does not belong to this model. All misfits are listed.
   """
-  directory = pathlib.Path(directory)
+  directory = resolve(directory)
   config = hf.read_json(directory / "adapter_config.json")
   method = errors.choose(str(config.get("peft_type")), METHODS, f"peft_type in {directory / 'adapter_config.json'}:")
   source = hf.Tensors([directory / "adapter_model.safetensors"])

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from lora_jax import cache, errors, tasks
+from lora_jax import errors, files, tasks
 
 Row = tuple[str | None, tuple[str, ...], dict]  # split or None for `split_of`, texts that identify it, example
 
@@ -102,10 +102,10 @@ def load(
   """
   import tensorflow_datasets as tfds
 
-  path = cache.directory("tfds") / f"{name}-{fingerprint}"
+  path = files.cache("tfds") / f"{name}-{fingerprint}"
   name = f"lora_jax_{name}"  # Not the name of a dataset that tfds knows.
   if not path.is_dir():
-    cache.publish(path, lambda work: _prepare(work, name, fields, rows()))
+    files.publish(path, lambda work: _prepare(work, name, fields, rows()))
   if not list(path.glob(f"{name}/*/dataset_info.json")):
     raise errors.UserError(f"{path} is damaged; delete it and it is prepared again")
   return Examples(tfds.data_source(name, split=split, data_dir=path, download=False))

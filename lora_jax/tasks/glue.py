@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from lora_jax import cache, errors, tasks
+from lora_jax import errors, files, tasks
 from lora_jax.tasks import _packaged
 
 PROMPT_LOSS_WEIGHT = 0.0
@@ -152,9 +152,9 @@ def _response(label: int | float, subset: str) -> str:
 
 def _downloaded(config: str) -> pathlib.Path:
   """The cached tfds directory of a GLUE config, downloaded first if need be."""
-  path = cache.directory("tfds") / f"download-glue-{config}"
+  path = files.cache("tfds") / f"download-glue-{config}"
   if not path.is_dir():
-    cache.publish(path, lambda work: _download(config, work))
+    files.publish(path, lambda work: _download(config, work))
   return path
 
 

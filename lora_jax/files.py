@@ -1,4 +1,4 @@
-"""Files that are made once and kept: prepared data and unpacked models, each complete or absent."""
+"""Files that are whole or absent: written in one step, or made once and kept in a cache."""
 
 import os
 import pathlib
@@ -12,7 +12,7 @@ from lora_jax import errors
 LEFTOVER_SECONDS = 24 * 3600
 
 
-def directory(kind: str) -> pathlib.Path:
+def cache(kind: str) -> pathlib.Path:
   """Where files of a kind live: `$LORA_JAX_CACHE/kind`, by default `~/.cache/lora_jax/kind`."""
   return pathlib.Path(os.environ.get("LORA_JAX_CACHE") or pathlib.Path.home() / ".cache" / "lora_jax", kind)
 
@@ -44,3 +44,17 @@ def _remove_leftovers(directory: pathlib.Path) -> None:
   for old in directory.glob("incomplete.*"):
     if time.time() - old.stat().st_mtime > LEFTOVER_SECONDS:
       shutil.rmtree(old, ignore_errors=True)
+
+
+def write(path: pathlib.Path, content: bytes) -> None:
+  """Writes a file that is whole or absent, whatever happens meanwhile."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  part = path.with_name(path.name + ".tmp")
+  try:
+    with part.open("wb") as f:
+      f.write(content)
+      f.flush()
+      os.fsync(f.fileno())
+    os.replace(part, path)
+  finally:
+    part.unlink(missing_ok=True)
