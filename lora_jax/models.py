@@ -126,6 +126,8 @@ def load(
   for k in choices:
     errors.choose(k, dict.fromkeys(transformer.RUNTIME), "key config.model.")
   errors.choose(choices.get("attention", "auto"), dict.fromkeys(layers.IMPLEMENTATIONS), "config.model.attention")
+  if n_labels is not None and (not isinstance(n_labels, int) or n_labels < 1):
+    raise errors.UserError(f"n_labels={n_labels!r} must be a whole number, at least 1")
   path = resolve(name)
   generation = {}
   if path.is_dir():
@@ -252,7 +254,9 @@ def _stored_dtype(tensors: Any) -> str:
 def _restore(path: pathlib.Path, sharding) -> tuple[transformer.Config, dict]:
   """The config and the tree of a directory that `save(form="orbax")` wrote."""
   tuples = lambda x: tuple(map(tuples, x)) if isinstance(x, list) else x
-  config = transformer.Config(**{k: tuples(v) for k, v in hf.read_json(path / OWN).items()})
+  given = hf.read_json(path / OWN)
+  errors.check_keywords(transformer.Config, given, str(path / OWN))
+  config = transformer.Config(**{k: tuples(v) for k, v in given.items()})
   place = lambda k, s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding(k, s.shape))
   if not (path / "params" / "0").is_dir():
     raise errors.UserError(f"{path} has {OWN} but no params/0")
@@ -315,6 +319,8 @@ def save(model: Model, directory: str | os.PathLike, form: str = "hf") -> None:
   config |= {"architectures": [model.family.ARCHITECTURES[model.config.head]], "torch_dtype": model.config.dtype}
   if model.family.config(model.hf_config).tied != model.config.tied:
     config["tie_word_embeddings"] = model.config.tied
+  if model.family.config(config).head_scale != model.config.head_scale:
+    config["scale_decoder_outputs"] = model.config.head_scale is not None
   if model.config.head == "classification" and families.labels(config) != model.config.n_labels:
     config["id2label"] = {str(i): f"LABEL_{i}" for i in range(model.config.n_labels)}
     config["label2id"] = {v: int(k) for k, v in config["id2label"].items()}

@@ -7,50 +7,120 @@
 --model DIR --to orbax --out DIR                    our own tree, which loads sharded without transposing
 """
 
+import contextlib
 import dataclasses
 import os
+import pathlib
+import shutil
 import sys
+import tempfile
+from collections.abc import Iterator
 
 from absl import app, flags
 
 MODEL = flags.DEFINE_string("model", None, "Directory, .gguf file, packaged name or hf:org/name[@revision].")
-ADAPTER = flags.DEFINE_string("adapter", None, "Directory of a PEFT adapter on --model, which is merged.")
+ADAPTER = flags.DEFINE_string("adapter", None, "PEFT adapter on --model, which is merged: a directory or hf:org/name.")
 RUN = flags.DEFINE_string("run", None, "Directory of a run of experiments.run, instead of --model.")
 STEP = flags.DEFINE_integer("step", None, "Which checkpoint of --run; the newest by default.")
 TO = flags.DEFINE_enum("to", "hf", ["hf", "orbax", "adapter"], "What is written.")
-DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float16", "float32"], "Of the weights of --model.")
-HEAD = flags.DEFINE_string("head", None, "lm, mlm, classification or none; the model's own by default.")
+DTYPE = flags.DEFINE_enum(
+  "dtype", None, ["bfloat16", "float16", "float32"], "Of the weights of --model; as they are by default."
+)
+HEAD = flags.DEFINE_string(
+  "head", None, "lm, mlm, classification or none; by default what the adapter is for, else the model's own."
+)
+N_LABELS = flags.DEFINE_integer(
+  "n_labels", None, "Outputs of a classifier; by default as many as the adapter or the model has.", lower_bound=1
+)
 OUT = flags.DEFINE_string("out", None, "Directory to write; it must not hold anything.", required=True)
 
 
 def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"unexpected argument {argv[1]!r}")
-  if (MODEL.value is None) == (RUN.value is None):
-    raise app.UsageError("give --model or --run")
+  import safetensors
   from absl import logging
 
-  from lora_jax import errors, experiment, models, weights
-  from lora_jax.formats import peft
+  from lora_jax import errors
 
   logging.set_verbosity(logging.WARNING)
   try:
-    if os.path.isdir(OUT.value) and os.listdir(OUT.value):
-      raise errors.UserError(f"{OUT.value} is not empty")
-    if RUN.value:
-      model = experiment.trained(RUN.value, STEP.value)
-    else:
-      model = models.load(MODEL.value, dtype=DTYPE.value, head=HEAD.value)
-    if ADAPTER.value:
-      model = dataclasses.replace(model, params=peft.load(model, ADAPTER.value))
-    if TO.value == "adapter":
-      peft.save(model, model.params, OUT.value, trained=model.head_leaves)
-    else:
-      merged = dataclasses.replace(model, params=weights.merge(model.params))
-      models.save(merged, OUT.value, form=TO.value)
-  except errors.UserError as e:
+    check_flags()
+    with whole(pathlib.Path(OUT.value)) as directory:
+      run(directory)
+  except (errors.UserError, OSError, safetensors.SafetensorError) as e:
     sys.exit(f"error: {e}")
+  except KeyboardInterrupt:
+    sys.exit(130)
   print(f"wrote {OUT.value}")
+
+
+def check_flags() -> None:
+  """Raises UserError for flags that would do nothing."""
+  from lora_jax import errors
+
+  if (MODEL.value is None) == (RUN.value is None):
+    raise errors.UserError("give --model or --run")
+  idle = {"with --run": "head n_labels dtype adapter"} if RUN.value else {"without --run": "step"}
+  idle |= {"with --to=adapter": "dtype"} if TO.value == "adapter" else {}
+  for when, names in idle.items():
+    if wrong := [f"--{k}" for k in names.split() if flags.FLAGS[k].value is not None]:
+      raise errors.UserError(f"{', '.join(wrong)} would do nothing {when}")
+
+
+@contextlib.contextmanager
+def whole(out: pathlib.Path) -> Iterator[pathlib.Path]:
+  """A directory to fill, whose content moves to `out` at the end, or goes if that is not reached."""
+  from lora_jax import errors
+
+  if out.exists() and not out.is_dir():
+    raise errors.UserError(f"{out} is no directory")
+  if out.is_dir() and any(out.iterdir()):
+    raise errors.UserError(f"{out} is not empty")
+  new = not out.exists()
+  out.mkdir(parents=True, exist_ok=True)
+  work = pathlib.Path(tempfile.mkdtemp(prefix=".incomplete-", dir=out))
+  try:
+    yield work
+    # The config makes a directory a model or an adapter, so it comes last.
+    for path in sorted(work.iterdir(), key=lambda p: p.name in ("config.json", "adapter_config.json")):
+      os.rename(path, out / path.name)
+  finally:
+    shutil.rmtree(work, ignore_errors=True)
+    if new:
+      with contextlib.suppress(OSError):  # it holds what was written
+        out.rmdir()
+
+
+def run(directory: pathlib.Path) -> None:
+  """Loads, merges and writes what the flags name."""
+  from lora_jax import experiment, models, weights
+  from lora_jax.formats import peft
+
+  model = experiment.trained(RUN.value, STEP.value) if RUN.value else load()
+  if TO.value == "adapter":
+    peft.save(model, model.params, directory, trained=model.head_leaves)
+  else:
+    models.save(dataclasses.replace(model, params=weights.merge(model.params)), directory, form=TO.value)
+
+
+def load():
+  """--model with --adapter on it; says on standard error which weights are neither's."""
+  from lora_jax import errors, models, tree, weights
+  from lora_jax.formats import peft
+
+  how = peft.head(ADAPTER.value) if ADAPTER.value else {}
+  how |= {k: v for k, v in {"head": HEAD.value, "n_labels": N_LABELS.value}.items() if v is not None}
+  model = models.load(MODEL.value, dtype=DTYPE.value, **how)
+  if N_LABELS.value and model.config.head != "classification":
+    raise errors.UserError(f"--n_labels would do nothing with the head {model.config.head!r}; give --head")
+  before = tree.flatten(model.params)
+  if ADAPTER.value:
+    model = dataclasses.replace(model, params=peft.load(model, ADAPTER.value))
+  after = tree.flatten(weights.strip(model.params))
+  if fresh := [k for k in model.fresh if after[k] is before[k]]:
+    print(f"warning: {MODEL.value} has no {', '.join(fresh)}: written at random", file=sys.stderr)
+  return model
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 With `--chat` the prompt is a message to an instruction-tuned model; without `--prompt` messages are read from standard
 input, line by line, and the conversation goes on until it ends (Ctrl-D). Text goes to standard output as it is
-written, all else to standard error. `--adapter` takes a directory in the format of Hugging Face's `peft`.
+written, all else to standard error. `--adapter` takes what Hugging Face's `peft` writes.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ MODEL = flags.DEFINE_string("model", None, "A directory, a .gguf file, the name 
 PROMPT = flags.DEFINE_string("prompt", None, "What to continue, or the only message of a chat; else standard input.")
 CHAT = flags.DEFINE_bool("chat", False, "Use the model's chat template.")
 SYSTEM = flags.DEFINE_string("system", None, "The system message of a chat.")
-ADAPTER = flags.DEFINE_string("adapter", None, "A PEFT directory.")
+ADAPTER = flags.DEFINE_string("adapter", None, "A PEFT adapter: a directory, or hf:org/name[@revision].")
 MERGE = flags.DEFINE_bool("merge", False, "Merge the adapter into the weights, which is faster.")
 DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32", "float16"], "Of weights and activations.")
 NEW = flags.DEFINE_integer("max_new_tokens", 256, "Length of an answer.")
@@ -54,10 +54,12 @@ def main(argv: list[str]) -> None:
 
 def run() -> None:
   """Answers the prompt, or each line of standard input."""
+  check_flags()
   from lora_jax import errors, models, weights
   from lora_jax.formats import peft
 
-  model = models.load(MODEL.value, dtype=DTYPE.value)
+  head = peft.head(ADAPTER.value) if ADAPTER.value else {}
+  model = models.load(MODEL.value, dtype=DTYPE.value, **head)
   if model.tokenizer is None:
     raise errors.UserError(f"{MODEL.value} has no tokenizer.json, so that it takes no text")
   if ADAPTER.value:
@@ -71,6 +73,22 @@ def run() -> None:
     messages.append({"role": "user", "content": prompt})
     text = model.tokenizer.chat(messages, add_generation_prompt=True)
     messages.append({"role": "assistant", "content": answer(model, model.tokenizer.encode(text))})
+
+
+def check_flags() -> None:
+  """Raises UserError for values out of range, and for flags that would do nothing."""
+  from lora_jax import errors
+
+  beam = BEAMS.value != 1
+  idle = {"with --beams": "temperature top_k top_p seed"} if beam else {"without --beams": "length_penalty"}
+  idle |= {} if CHAT.value else {"without --chat": "system"}
+  idle |= {} if ADAPTER.value else {"without --adapter": "merge"}
+  for when, names in idle.items():
+    if wrong := [f"--{k}" for k in names.split() if flags.FLAGS[k].value != flags.FLAGS[k].default]:
+      raise errors.UserError(f"{', '.join(wrong)} would do nothing {when}")
+  from lora_jax import decode
+
+  decode.check(NEW.value, TEMPERATURE.value, TOP_K.value, TOP_P.value, NO_REPEAT.value, BEAMS.value)
 
 
 def prompts() -> Iterator[str]:
@@ -99,7 +117,7 @@ def answer(model, prompt: str | list[int]) -> str:
 
   how = dict(max_new_tokens=NEW.value, no_repeat_ngram=NO_REPEAT.value, stop=STOP.value)
   if BEAMS.value > 1:
-    how |= dict(beams=BEAMS.value, length_penalty=LENGTH_PENALTY.value, temperature=TEMPERATURE.value)
+    how |= dict(beams=BEAMS.value, length_penalty=LENGTH_PENALTY.value)
     (text,) = generate.generate(model, [prompt], **how)
     print(text, flush=True)
     return text

@@ -20,9 +20,9 @@ from tests.test_classification import (
 ROOT = pathlib.Path(__file__).parents[1]
 
 
-def convert(*arguments):
-  """(exit code, what it printed)."""
-  command = [sys.executable, ROOT / "scripts" / "convert.py", *map(str, arguments)]
+def convert(*arguments, shell=()):
+  """(exit code, what it printed); `shell` is a command line that runs what follows it."""
+  command = [*shell, sys.executable, ROOT / "scripts" / "convert.py", *map(str, arguments)]
   env = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
   done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
   return done.returncode, done.stdout + done.stderr
@@ -64,6 +64,42 @@ def test_a_run_becomes_a_model_or_an_adapter(files, tmp_path):  # noqa: F811
   assert not np.array_equal(earlier["classifier"]["kernel"], last["classifier"]["kernel"])
 
 
+def test_an_adapter_says_which_classifier_it_is_of(files, tmp_path):  # noqa: F811
+  model = models.load(str(files / "bert"), dtype="float32", head="classification", n_labels=3)
+  params, _ = lora.init(jax.random.key(0), model.params)
+  params = tree.map_named(lambda k, x: x + 1 if k.startswith("classifier/") else x, params)
+  peft.save(model, params, tmp_path / "adapter", trained=model.head_leaves)
+  assert peft.head(tmp_path / "adapter") == {"head": "classification", "n_labels": 3}
+  arguments = ("--model", files / "bert", "--adapter", tmp_path / "adapter")
+  assert convert(*arguments, "--out", tmp_path / "a") == (0, f"wrote {tmp_path}/a\n")
+  merged = models.load(str(tmp_path / "a"), dtype=None)
+  assert (merged.config.head, merged.config.n_labels, merged.config.dtype) == ("classification", 3, "float32")
+  same(merged.params, weights.merge(params))
+  code, said = convert(*arguments, "--n_labels", 4, "--out", tmp_path / "b")
+  assert code and "is (3,), expected (4,)" in said and not (tmp_path / "b").exists()
+
+
+def test_the_dtype_is_kept_and_random_weights_are_named(files, tmp_path):  # noqa: F811
+  half = models.load(str(files / "bert"), dtype="float16")
+  models.save(half, tmp_path / "half")
+  arguments = ("--model", tmp_path / "half", "--head", "classification", "--n_labels", 5)
+  code, said = convert(*arguments, "--out", tmp_path / "a")
+  assert code == 0 and "classifier/kernel" in said and "random" in said
+  got = models.load(str(tmp_path / "a"), dtype=None)
+  assert (got.config.dtype, got.config.n_labels) == ("float16", 5)
+  same(got.params["layers"], half.params["layers"])
+
+
+def test_a_failed_conversion_leaves_nothing(files, tmp_path):  # noqa: F811
+  limit = ("sh", "-c", 'ulimit -f 16 && exec "$0" "$@"')
+  (tmp_path / "there").mkdir()
+  code, said = convert("--model", files / "llama", "--out", tmp_path / "there", shell=limit)
+  assert code and "error: " in said and "File too large" in said and "Traceback" not in said
+  assert not any((tmp_path / "there").iterdir())
+  assert convert("--model", files / "llama", "--out", tmp_path / "there")[0] == 0
+  assert sorted(p.name for p in (tmp_path / "there").iterdir()) == sorted(p.name for p in (files / "llama").iterdir())
+
+
 @pytest.mark.parametrize(
   "arguments, message",
   [
@@ -71,6 +107,14 @@ def test_a_run_becomes_a_model_or_an_adapter(files, tmp_path):  # noqa: F811
     (("--model", "absent", "--out", "{tmp}/z"), "error: unknown model 'absent'"),
     (("--model", "absent", "--out", "{tmp}"), "is not empty"),
     (("--run", "{tmp}/absent", "--out", "{tmp}/z"), "error: {tmp}/absent/config.json does not exist"),
+    (("--model", "x", "--step", "3", "--out", "{tmp}/z"), "error: --step would do nothing without --run"),
+    (
+      ("--run", "x", "--head=lm", "--dtype=float32", "--adapter=y", "--out", "{tmp}/z"),
+      "error: --head, --dtype, --adapter would do nothing with --run",
+    ),
+    (("--model", "x", "--adapter", "y", "--to=adapter", "--dtype=float32", "--out", "{tmp}/z"), "with --to=adapter"),
+    (("--model", "x", "--out", "{tmp}/something"), "error: {tmp}/something is no directory"),
+    (("--model", "x", "--out", "{tmp}/something/z"), "error: [Errno 20] Not a directory: '{tmp}/something/z'"),
   ],
 )
 def test_mistakes_end_in_one_message(tmp_path, arguments, message):

@@ -416,12 +416,12 @@ def test_files_as_the_hub_has_them(tmp_path, case):
 @pytest.mark.parametrize(
   "case, keys, message",
   [
-    ("gpt2", dict(scale_attn_by_inverse_layer_idx=True, add_cross_attention=True), "scale_attn.*add_cross_attention"),
+    ("gpt2", dict(scale_attn_by_inverse_layer_idx=True, add_cross_attention=True), "add_cross_attention.*scale_attn"),
     ("gpt2", dict(activation_function="gelus"), "did you mean 'gelu'"),
     ("neox", dict(is_decoder=True), "is_decoder"),
     ("opt", dict(layer_norm_elementwise_affine=False), "layer_norm_elementwise_affine"),
     ("bert-mlm", dict(position_embedding_type="relative_key"), "relative_key.*only 'absolute'"),
-    ("bert-mlm", dict(tie_word_embeddings=False), "tie_word_embeddings"),
+    ("bert-mlm", dict(is_decoder=True, pruned_heads={"0": [1]}), "is_decoder=True .*pruned_heads"),
     ("bert-mlm", dict(architectures=["BertForQuestionAnswering"]), "architecture of a bert model"),
     ("roberta-mlm", dict(hidden_act="relu"), "hidden_act"),
     ("distilbert-mlm", dict(dim=None), "lacks dim"),
@@ -566,6 +566,41 @@ def test_spellings_of_the_hub(name):
     (dict(model_type="qwen2", layer_types=["full_attention"] * 3 + ["sliding_atention"]), "mean 'sliding_attention'"),
     (dict(model_type="qwen2", layer_types=["full_attention"] * 3), "3 layer_types for 4 layers"),
     (dict(model_type="qwen2", use_mrope=True, is_causal=False), "use_mrope=True .*is_causal=False"),
+    (
+      dict(model_type="llama", hidden_size="64", num_hidden_layers=4.0),
+      "num_hidden_layers is 4.0, .*hidden_size is '64'",
+    ),
+    (
+      dict(model_type="llama", num_attention_heads=True, vocab_size=-1),
+      "vocab_size is -1.*num_attention_heads is True",
+    ),
+    (dict(model_type="llama", num_hidden_layers=10**9), "num_hidden_layers is 1000000000, .*to 10000"),
+    (dict(model_type="llama", rms_norm_eps=10**400, rope_theta="1e4"), "rms_norm_eps is 10.*rope_theta is '1e4'"),
+    (dict(model_type="llama", max_position_embeddings=None), "max_position_embeddings is None"),
+    (dict(model_type="llama", tie_word_embeddings="false", id2label=["a"]), "tie_word.*'false'.*id2label"),
+    (dict(model_type="llama", hidden_act=["silu"]), "hidden_act is .*, expected a string"),
+    (dict(model_type="llama", rope_scaling="linear"), "rope_scaling is 'linear', expected an object"),
+    (dict(model_type="llama", rope_scaling=dict(type="linear", factor="2")), "factor is '2'"),
+    (dict(model_type="llama", rope_scaling=dict(type="linear", factor=None)), "needs 'factor'"),
+    (dict(model_type="llama", rope_scaling=dict(type=["linear"])), "type of rotation is"),
+    (
+      dict(model_type="llama", rope_parameters=dict(rope_type="linear", factor=2.0, mrope_section=[8], beta_fast=32)),
+      "'linear': mrope_section=.* .unknown.; beta_fast=32 .unknown",
+    ),
+    (dict(model_type="llama", rope_parameters=dict(partial_rotary_factor=0.5)), "partial_rotary_factor=0.5"),
+    (
+      dict(model_type="llama", rope_scaling=dict(type="longrope", short_factor=[1.0], long_factor=2.0)),
+      "1 values.*list",
+    ),
+    (dict(model_type="gemma2", query_pre_attn_scalar="256", sliding_window=0), "sliding_window is 0.*query_pre"),
+    (dict(model_type="gemma3_text", rope_parameters=dict(rope_type="linear", factor=2.0)), "an object each for full"),
+    (
+      dict(model_type="gemma3_text", rope_parameters=dict(sliding_attention=dict(rope_theta="1"), full_attention=None)),
+      "rope_theta is '1'",
+    ),
+    (dict(model_type="gpt_neox", rotary_pct=1.5), "rotates 1.5 of a head"),
+    (dict(model_type="phi3", rope_parameters=dict(partial_rotary_factor="1")), "rotates '1' of a head"),
+    (dict(model_type="roberta", pad_token_id="1"), "pad_token_id is '1'"),
     (dict(model_type="gemma2", use_bidirectional_attention=True), "use_bidirectional_attention=True"),
     (dict(model_type="gemma3_text", attn_logit_softcapping=50.0), "attn_logit_softcapping=50"),
     (
@@ -573,7 +608,7 @@ def test_spellings_of_the_hub(name):
       "local layers",
     ),
     (dict(model_type="phi3", lm_head_bias=True), "lm_head_bias=True"),
-    (dict(model_type="phi3", rope_scaling=dict(type="longrope", long_factor=[1.0])), "'short_factor'"),
+    (dict(model_type="phi3", rope_scaling=dict(type="longrope", long_factor=[1.0] * 8)), "'short_factor'"),
     (
       dict(model_type="phi3", rope_scaling=dict(type="longrope", long_factor=[1.0] * 9, short_factor=[1.0] * 8)),
       "9 values in long_factor for 8",
@@ -590,6 +625,66 @@ def test_spellings_of_the_hub(name):
 def test_what_is_not_understood_is_refused(given, message):
   with pytest.raises(errors.UserError, match=message):
     families.get(given["model_type"]).config(sized(given))
+
+
+# What transformers 4 wrote in every config.json that it saved, and older releases in those with defaults.
+WRITTEN_BY_4 = dict(
+  **dict.fromkeys(("add_cross_attention is_decoder is_encoder_decoder tie_encoder_decoder").split(), False),
+  **dict.fromkeys("do_sample early_stopping output_scores return_dict_in_generate torchscript".split(), False),
+  **dict.fromkeys("remove_invalid_values use_bfloat16 tf_legacy_loss output_attentions".split(), False),
+  **dict.fromkeys("bad_words_ids forced_bos_token_id forced_eos_token_id suppress_tokens".split()),
+  **dict.fromkeys("begin_suppress_tokens exponential_decay_length_penalty cross_attention_hidden_size".split()),
+  **dict.fromkeys("tokenizer_class prefix problem_type finetuning_task sep_token_id bos_token_id".split()),
+  **dict.fromkeys("length_penalty repetition_penalty temperature top_p typical_p".split(), 1.0),
+  **dict.fromkeys("min_length no_repeat_ngram_size encoder_no_repeat_ngram_size chunk_size_feed_forward".split(), 0),
+  **dict.fromkeys("num_beams num_beam_groups num_return_sequences".split(), 1),
+  **dict(pruned_heads={}, max_length=20, top_k=50, diversity_penalty=0.0, eos_token_ids=2, max_sequence_length=64),
+)
+
+
+@pytest.mark.parametrize("case", ["llama", "gpt2", "neox", "opt", "bert-mlm", "roberta-mlm", "distilbert-mlm", "t5"])
+def test_configs_with_all_defaults_of_transformers(case):
+  """Of the installed release and of those that wrote how to generate into config.json."""
+  transformers = pytest.importorskip("transformers")
+  model = pair(case)[1]
+  further = transformers.PretrainedConfig().to_dict() | WRITTEN_BY_4
+  assert model.family.config(further | model.hf_config) == model.family.config(model.hf_config)
+
+
+@pytest.mark.parametrize("model_type, message", [("gemma3", "only .*gemma3_text"), (["llama"], "expected a string")])
+def test_model_types_that_are_none(model_type, message):
+  with pytest.raises(errors.UserError, match=message):
+    families.get(model_type)
+
+
+@pytest.mark.parametrize("case", ["bert-mlm", "roberta-mlm", "distilbert-mlm", "t5"])
+def test_a_head_that_is_not_the_embedding(tmp_path, case):
+  """Though the config ties them: saved and loaded bit-exactly, and computed as transformers does, scaled in T5."""
+  import safetensors.numpy
+  import torch
+
+  ref, model = pair(case)
+  table = {k.path: k.hf for k in model.family.KEYS}
+  tensors = dict(models.export(model))
+  head = np.flip(tensors[table["embed/kernel"]], 0)
+  tensors[table["head/kernel"]] = head
+  models.hf.save(tmp_path / "a", model.hf_config, tensors.items())
+  first = models.load(str(tmp_path / "a"), dtype="float32")
+  assert not first.config.tied and first.config.head_scale == model.config.head_scale
+  models.save(first, tmp_path / "b")
+  again = models.load(str(tmp_path / "b"), dtype="float32")
+  assert again.config == first.config
+  jax.tree.map(np.testing.assert_array_equal, first.params, again.params)
+  np.testing.assert_array_equal(again.params["head"]["kernel"], head.T)
+  theirs = type(ref).from_pretrained(tmp_path / "b", dtype="float32", attn_implementation="eager").eval()
+  with torch.no_grad():
+    logits = run_reference(theirs).numpy()
+  np.testing.assert_allclose(jitted(again.config, again.params, TOKENS), logits, atol=1e-4, rtol=1e-4)
+  if bias := {"bert-mlm": "cls.predictions.decoder.bias", "roberta-mlm": "lm_head.decoder.bias"}.get(case):
+    tensors = safetensors.numpy.load_file(tmp_path / "b" / "model.safetensors")
+    safetensors.numpy.save_file(tensors | {bias: tensors[bias] + 1}, tmp_path / "b" / "model.safetensors")
+    other = models.load(str(tmp_path / "b"), dtype="float32")  # what transformers would add to the logits
+    np.testing.assert_array_equal(other.params["head"]["bias"], again.params["head"]["bias"] + 1)
 
 
 @pytest.mark.parametrize("name", families.names())

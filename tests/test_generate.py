@@ -384,6 +384,30 @@ def test_settings_out_of_range(kw, said):
     generate.generate(babbler(), ["a"], **kw)
 
 
+@pytest.mark.parametrize(
+  "prompts, said",
+  [
+    ("abc", "sequence of texts .* not 'abc'"),
+    ("", "sequence of texts"),
+    ([1, 2], "sequence of texts"),
+    (["a", [3, 259]], "prompt 1: 259 is no token of babbler, which has 259"),
+    ([[-1]], "prompt 0: -1 is no token"),
+    ([[2**40]], "is no token"),
+    ([[1.5]], "1.5 is no token"),
+  ],
+)
+def test_prompts_that_are_none(prompts, said):
+  with pytest.raises(errors.UserError, match=said):
+    generate.generate(babbler(), prompts)
+
+
+def test_prompts_as_arrays():
+  want = generate.generate(babbler(), [[0, 258]])
+  assert (
+    want == generate.generate(babbler(), np.array([[0, 258]])) == generate.generate(babbler(), [np.int64([0, 258])])
+  )
+
+
 def test_models_that_cannot_write():
   model = babbler()
   with pytest.raises(errors.UserError, match="no tokenizer"):
@@ -526,6 +550,10 @@ def test_command_line_chat_keeps_the_history(directory):
   [
     (["--model=nowhere", "--prompt=a"], "error: unknown model 'nowhere'"),
     ([], "error: there is nothing to continue"),
+    (["--beams=0", "--prompt=a"], "error: beams=0 must be at least 1"),
+    (["--beams=2", "--top_k=3", "--seed=1"], "error: --top_k, --seed would do nothing with --beams"),
+    (["--system=x", "--prompt=a"], "error: --system would do nothing without --chat"),
+    (["--merge", "--prompt=a"], "error: --merge would do nothing without --adapter"),
   ],
 )
 def test_command_line_errors_are_one_line(directory, flags, said):

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import errno
+import functools
 import hashlib
 import http.server
 import json
@@ -24,7 +25,8 @@ from huggingface_hub import constants, file_download, hf_api
 from huggingface_hub.utils import _http
 
 from lora_jax import errors, models
-from lora_jax.formats import hf, hub
+from lora_jax.formats import hf, hub, peft
+from lora_jax.methods import lora
 
 CONFIG = dict(
   model_type="llama",
@@ -248,10 +250,10 @@ def unplug(monkeypatch):
   point_to(monkeypatch, "http://127.0.0.1:9")
 
 
-def refused(name, *words):
+def refused(name, *words, download=hub.download):
   """Downloading `name` is one readable error of one line that holds all of `words`."""
   with pytest.raises(errors.UserError) as e:
-    hub.download(name)
+    download(name)
   message = str(e.value)
   assert f"hf:{name.partition('@')[0].removesuffix('/x.gguf')}" in message and "\n" not in message
   for w in words:
@@ -513,6 +515,47 @@ def test_malformed_name(served, name):
     hub.download(name)
   assert name in str(e.value)
   assert not served.requests
+
+
+@pytest.fixture
+def adapter(tiny, model_dir, tmp_path):
+  """An adapter of `org/tiny`, which is also on the hub as `org/adapter`, and its commit there."""
+  model = models.load(str(model_dir), dtype="float32")
+  params, mask = lora.init(jax.random.key(0), model.params)
+  peft.save(model, jax.tree.map(lambda x, m: x + 1 if m else x, params, mask), tmp_path / "adapter")
+  beside = {"README.md": b"#", "adapter_model.bin": b"\x80", "tokenizer.json": b"{}", "sub/adapter_config.json": b"{}"}
+  return tmp_path / "adapter", tiny.add("org/adapter", contents(tmp_path / "adapter") | beside)
+
+
+def test_adapter(tiny, model_dir, adapter, monkeypatch):
+  directory, commit = adapter
+  path = hub.download_adapter("org/adapter")
+  assert path.name == commit and contents(path) == contents(directory)
+  model = models.load(str(model_dir), dtype="float32")
+  jax.tree.map(np.testing.assert_array_equal, peft.load(model, "hf:org/adapter"), peft.load(model, directory))
+  assert peft.head("hf:org/adapter") == {}
+  tiny.add("org/adapter", {"adapter_config.json": b"{}", "adapter_model.safetensors": b""})
+  assert hub.download_adapter(f"org/adapter@{commit}") == path
+  tiny.requests.clear()
+  monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+  jax.tree.map(np.testing.assert_array_equal, peft.load(model, f"hf:org/adapter@{commit}"), peft.load(model, directory))
+  refuse = functools.partial(refused, download=hub.download_adapter)
+  refuse("org/adapter@v2", "HF_HUB_OFFLINE", f"holds only hf:org/adapter@{commit}")
+  refuse("org/other", "no complete copy", "hub.download_adapter('org/other')")
+  assert not tiny.requests
+
+
+def test_repository_that_is_no_adapter(tiny):
+  refuse = functools.partial(refused, download=hub.download_adapter)
+  refuse("org/tiny", "lacks adapter_config.json, adapter_model.safetensors", "it is a model, no adapter")
+  tiny.add("org/pickled", {"adapter_config.json": b"{}", "adapter_model.bin": b"\x80"})
+  refuse("org/pickled", "lacks adapter_model.safetensors", "pickled")
+  refuse("org/nothing", "no such repository")
+  refuse("org/pickled@v9", "no branch, tag or commit v9")
+  assert not tiny.got(".bin") and not tiny.got("config.json", "HEAD")
+  for name in ("", "org/name/x.gguf", "../x", "org/a/../b"):
+    with pytest.raises(errors.UserError, match="no name of an adapter"):
+      hub.download_adapter(name)
 
 
 def test_environment_of_a_fresh_process(tiny, model_dir, tmp_path):

@@ -249,6 +249,21 @@ def test_a_head_that_is_not_the_embedding_is_kept(tmp_path):
   assert not json.loads((tmp_path / "b" / "config.json").read_text())["tie_word_embeddings"]
 
 
+@pytest.mark.parametrize(
+  "change, message",
+  [
+    (lambda c: c | dict(d_modl=32), "lora_jax.json.d_modl; did you mean 'd_model'"),
+    (lambda c: {k: v for k, v in c.items() if k != "n_heads"}, "lora_jax.json needs n_heads"),
+  ],
+)
+def test_a_damaged_config_of_our_own_is_refused(tmp_path, change, message):
+  reference(tmp_path / "a")
+  models.save(models.load(str(tmp_path / "a")), tmp_path / "b", form="orbax")
+  edit(tmp_path / "b" / "lora_jax.json", change)
+  with pytest.raises(errors.UserError, match=message):
+    models.load(str(tmp_path / "b"))
+
+
 def test_export_keeps_the_dtype(tmp_path):
   """All in bfloat16, norms too, which are float32 in the tree."""
   reference(tmp_path / "a")

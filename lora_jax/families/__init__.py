@@ -23,6 +23,9 @@ import einops
 import numpy as np
 
 from lora_jax import errors, layers, transformer
+from lora_jax.families import _values
+
+check = _values.check
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,11 +110,16 @@ def names() -> list[str]:
 
 def get(model_type: str) -> ModuleType:
   """The module of a family by the `model_type` of its Hugging Face config."""
+  if not isinstance(model_type, str):
+    raise errors.UserError(f"config.json: model_type is {model_type!r}, expected a string; known: {', '.join(names())}")
+  if model_type == "gemma3":
+    raise errors.UserError("gemma3 is text and images; only checkpoints of the text model are read, gemma3_text")
   return importlib.import_module(f"{__name__}.{errors.choose(model_type, {k: k for k in names()}, 'model family')}")
 
 
 def head(family: ModuleType, hf: Mapping) -> str:
   """Which head a checkpoint has, from `architectures`; UserError for one that is not supported."""
+  check(hf)
   named = (hf.get("architectures") or [next(iter(family.ARCHITECTURES.values()))])[0]
   table = {name: k for k, name in family.ARCHITECTURES.items()} | getattr(family, "ALIASES", {})
   return errors.choose(named, table, f"architecture of a {hf['model_type']} model")
@@ -145,7 +153,8 @@ def check_config(hf: Mapping, handled: Iterable[str], default: Mapping, ignored:
     default: keys that are understood only at the given value.
     ignored: keys that do not change the forward pass.
   """
-  handled, ignored = set(handled), set(ignored)
+  check(hf)
+  handled, ignored, default = set(handled), set(ignored), PLAIN | default
   bad = [f"{k}={hf[k]!r} (only {v!r} is supported)" for k, v in default.items() if k in hf and hf[k] not in (v, None)]
   bad += [f"{k}={hf[k]!r} (unknown)" for k in sorted(hf.keys() - handled - default.keys() - ignored)]
   if bad:
@@ -180,17 +189,25 @@ def windows(hf: Mapping, window: int | None, local: Callable[[int], bool]) -> di
   return {"window": window, "local": tuple(flags)} if window and any(flags) else {"window": None, "local": ()}
 
 
-def rope(hf: Mapping, given: Mapping | None = None, theta: float = 10_000.0) -> dict[str, Any]:
-  """`rope_theta` and `rope_scaling` of `transformer.Config`.
+def rope(hf: Mapping, given: Mapping | None = None, theta: float = 10_000.0, part: float = 1.0) -> dict[str, Any]:
+  """`rope_theta` and `rope_scaling` of `transformer.Config`; UserError for what is not understood.
 
-  From `rope_theta` and `rope_scaling`, or from the newer `rope_parameters`; `given` replaces those.
+  From `rope_theta` and `rope_scaling`, or from the newer `rope_parameters`; `given` replaces those. `part` of a head
+  is rotated.
   """
-  given = dict(given or hf.get("rope_parameters") or hf.get("rope_scaling") or {})
-  theta = float(given.pop("rope_theta", None) or hf.get("rope_theta") or theta)
-  given.pop("partial_rotary_factor", None)
-  kind = given.pop("type", None)  # the older spelling of rope_type
-  kind = given.pop("rope_type", kind) or "default"
+  given = (hf.get("rope_parameters") or hf.get("rope_scaling") or {}) if given is None else given
+  given = {k: v for k, v in given.items() if v is not None and (k, v) != ("partial_rotary_factor", 1)}
+  kind = given.get("rope_type", given.get("type", "default"))  # `type` is the older spelling
+  if not isinstance(kind, str):
+    raise errors.UserError(
+      f"config.json of a {hf.get('model_type')} model: type of rotation is {kind!r:.60}, no string"
+    )
   kind = "longrope" if kind == "su" else kind
+  heads, width = hf.get("num_attention_heads"), hf.get("hidden_size")
+  head_dim = hf.get("head_dim") or (width // heads if heads and width else 0)
+  _values.check_rope(hf, kind, given, int(head_dim * part) // 2)
+  theta = float(given.get("rope_theta") or hf.get("rope_theta") or theta)
+  given = {k: v for k, v in given.items() if k not in ("rope_theta", "rope_type", "type", "finetuned")}
   if kind == "default":
     return {"rope_theta": theta, "rope_scaling": None}
   if kind in ("longrope", "yarn"):
@@ -205,7 +222,24 @@ def rope(hf: Mapping, given: Mapping | None = None, theta: float = 10_000.0) -> 
   return {"rope_theta": theta, "rope_scaling": tuple(sorted(scaling.items()))}
 
 
-# Keys of any config.json that say how a model was saved, trained or is served, not what it computes.
+def rope_part(hf: Mapping, given: dict, absent: float = 1.0) -> float:
+  """What part of a head is rotated, taken out of a rotation's dict; UserError unless it is in (0, 1]."""
+  part = given.pop("partial_rotary_factor", None) or hf.get("partial_rotary_factor") or absent
+  if not _values.is_positive(part) or part > 1:
+    raise errors.UserError(f"config.json of a {hf.get('model_type')} model rotates {part!r:.60} of a head, not 0 to 1")
+  return part
+
+
+# Keys of any config.json that are understood only at this value.
+PLAIN = {
+  "is_decoder": False,
+  "is_encoder_decoder": False,
+  "add_cross_attention": False,
+  "cross_attention_hidden_size": None,
+  "tie_encoder_decoder": False,
+  "pruned_heads": {},
+}
+# Keys of any config.json that say how a model was saved, trained, served or sampled from, not what it computes.
 BOOKKEEPING = frozenset(
   (
     "_name_or_path architectures attention_dropout bos_token_id eos_token_id pad_token_id dtype torch_dtype "
@@ -213,6 +247,13 @@ BOOKKEEPING = frozenset(
     "is_llama_config rope_interleaved unsloth_version unsloth_fixed auto_map id2label label2id num_labels "
     "problem_type classifier_dropout _attn_implementation _attn_implementation_autoset gradient_checkpointing "
     "output_attentions output_hidden_states output_past return_dict task_specific_params sep_token_id cls_token_id "
-    "decoder_start_token_id finetuning_task torchscript prefix _num_labels custom_pipelines"
+    "mask_token_id unk_token_id eos_token_ids decoder_start_token_id finetuning_task torchscript prefix _num_labels "
+    "custom_pipelines tokenizer_class max_sequence_length model_max_length chunk_size_feed_forward use_bfloat16 "
+    "tf_legacy_loss _commit_hash attn_implementation "
+    "do_sample num_beams max_length min_length max_new_tokens min_new_tokens top_k top_p typical_p temperature "
+    "repetition_penalty length_penalty num_return_sequences early_stopping no_repeat_ngram_size num_beam_groups "
+    "encoder_no_repeat_ngram_size diversity_penalty bad_words_ids output_scores return_dict_in_generate "
+    "forced_bos_token_id forced_eos_token_id remove_invalid_values exponential_decay_length_penalty suppress_tokens "
+    "begin_suppress_tokens"
   ).split()
 )

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lora_jax import families, transformer
-from lora_jax.families import Key, linear, norm
+from lora_jax.families import Key, linear, mixtral, norm
 
 ARCHITECTURES = {
   "mlm": "BertForMaskedLM",
@@ -41,25 +41,34 @@ KEYS = (
   *linear("head/transform", "cls.predictions.transform.dense", "c d -> d c"),
   *norm("head/norm", "cls.predictions.transform.LayerNorm"),
   Key("head/kernel", "cls.predictions.decoder.weight", "v d -> d v"),
+  Key("head/bias", "cls.predictions.decoder.bias", "v -> v", ("tied", False)),
   Key("head/bias", "cls.predictions.bias", "v -> v"),
   *linear("classifier", "classifier", "c d -> d c"),
 )
 
 HANDLED = (
   "vocab_size hidden_size num_hidden_layers num_attention_heads intermediate_size hidden_act layer_norm_eps "
-  "max_position_embeddings type_vocab_size"
+  "max_position_embeddings type_vocab_size tie_word_embeddings"
 ).split()
-DEFAULT = {
-  "position_embedding_type": "absolute",
-  "is_decoder": False,
-  "add_cross_attention": False,
-  "tie_word_embeddings": True,
-}
+DEFAULT = {"position_embedding_type": "absolute"}
 # The poolers and the direction were written by the conversion from TensorFlow.
 IGNORED_CONFIG = (
-  "hidden_dropout_prob attention_probs_dropout_prob chunk_size_feed_forward directionality pooler_fc_size "
+  "hidden_dropout_prob attention_probs_dropout_prob directionality pooler_fc_size "
   "pooler_num_attention_heads pooler_num_fc_layers pooler_size_per_head pooler_type"
 ).split()
+
+
+def view(tensors: Any) -> Any:
+  """The tensors of a file under the names of `KEYS`, see `one_bias`."""
+  return one_bias(tensors, "cls.predictions")
+
+
+def one_bias(tensors: Any, head: str) -> Any:
+  """The bias of an LM head whose file has it twice is the decoder's: the two are one unless the head is not tied."""
+  used, name = f"{head}.decoder.bias", f"{head}.bias"
+  if not {used, name} <= set(tensors.names()) or tensors.shape(used) != tensors.shape(name):
+    return tensors
+  return mixtral.View(tensors, {k: (used if k == name else k, ()) for k in tensors.names()})
 
 
 def config(hf: Mapping) -> transformer.Config:
@@ -90,6 +99,7 @@ def encoder(hf: Mapping, default: Mapping = DEFAULT, **choices: Any) -> transfor
     max_seq_len=hf.get("max_position_embeddings", 512),
     n_types=hf.get("type_vocab_size", 2),
     n_labels=families.labels(hf),
+    tied=hf.get("tie_word_embeddings") is not False,
     **POST_NORM,
   )
   return transformer.Config(**(fields | choices))
@@ -107,6 +117,5 @@ POST_NORM = dict(
   head_bias=True,
   causal=False,
   position="learned",
-  tied=True,
   pooler="tanh",
 )

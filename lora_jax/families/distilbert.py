@@ -32,9 +32,9 @@ KEYS = (
   *linear("classifier", "classifier", "c d -> d c"),
 )
 
-HANDLED = "vocab_size dim n_layers n_heads hidden_dim activation max_position_embeddings".split()
-DEFAULT = {"tie_word_embeddings": True, "tie_weights_": True}
-IGNORED_CONFIG = "dropout qa_dropout seq_classif_dropout sinusoidal_pos_embds chunk_size_feed_forward".split()
+HANDLED = "vocab_size dim n_layers n_heads hidden_dim activation max_position_embeddings tie_word_embeddings".split()
+DEFAULT = {"tie_weights_": True}
+IGNORED_CONFIG = "dropout qa_dropout seq_classif_dropout sinusoidal_pos_embds".split()
 
 
 def config(hf: Mapping) -> transformer.Config:
@@ -53,5 +53,6 @@ def config(hf: Mapping) -> transformer.Config:
     activation=hf.get("activation", "gelu"),
     max_seq_len=hf.get("max_position_embeddings", 512),
     n_labels=families.labels(hf),
+    tied=hf.get("tie_word_embeddings") is not False,
     **(bert.POST_NORM | {"pooler": "relu"}),
   )

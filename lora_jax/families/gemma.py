@@ -6,7 +6,7 @@ Gemma Team 2024 (https://arxiv.org/abs/2403.08295).
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lora_jax import transformer
+from lora_jax import families, transformer
 from lora_jax.families import llama
 
 ARCHITECTURES = {head: name.replace("Llama", "Gemma") for head, name in llama.ARCHITECTURES.items()}
@@ -31,6 +31,7 @@ def decoder(
   **choices: Any,
 ) -> transformer.Config:
   """The config of any Gemma; arguments as of `llama.decoder`, and `absent`: values of keys that `hf` lacks."""
+  families.check(hf)
   hf = {**absent, **hf, "hidden_act": activation}
   return llama.decoder(
     hf,

@@ -22,6 +22,7 @@ HANDLED = ["query_pre_attn_scalar", "sliding_window", "layer_types", "final_logi
 
 def config(hf: Mapping) -> transformer.Config:
   """`transformer.Config` of a `Gemma2Config` as a dict; UserError for what it does not support."""
+  families.check(hf)
   return gemma.decoder(
     hf,
     ABSENT,

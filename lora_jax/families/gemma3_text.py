@@ -25,6 +25,7 @@ HANDLED = [*gemma2.HANDLED, "rope_local_base_freq", "sliding_window_pattern", "_
 
 def config(hf: Mapping) -> transformer.Config:
   """`transformer.Config` of a `Gemma3TextConfig` as a dict; UserError for what it does not support."""
+  families.check(hf)
   pattern = hf.get("sliding_window_pattern") or hf.get("_sliding_window_pattern") or 6
   return gemma.decoder(
     hf,
@@ -44,11 +45,15 @@ def config(hf: Mapping) -> transformer.Config:
 def _rotations(hf: Mapping) -> dict:
   """theta and scaling of global layers, and theta of local ones."""
   given = hf.get("rope_parameters") or {}
-  far = given.get("full_attention") or hf.get("rope_scaling") or {}
-  near = {"rope_theta": hf.get("rope_local_base_freq")} | dict(given.get("sliding_attention") or {})
-  if (near.get("rope_type") or near.get("type") or "default") != "default":
+  kinds = ("full_attention", "sliding_attention")
+  if given.keys() - set(kinds) or not all(isinstance(v or {}, Mapping) for v in given.values()):
     raise errors.UserError(
-      f"config.json of a gemma3_text model: scaled rotation of local layers is not supported: {near}"
+      f"config.json of a gemma3_text model: rope_parameters should hold an object each for {' and '.join(kinds)}, "
+      f"not {dict(given)!r:.200}"
     )
-  theta = float(near["rope_theta"] or 10_000.0)
-  return families.rope({"rope_parameters": None} | dict(hf), far, 1_000_000.0) | {"local_rope_theta": theta}
+  far = given.get("full_attention") or hf.get("rope_scaling") or {}
+  near = {k: v for k, v in (given.get("sliding_attention") or {}).items() if v is not None}
+  near = families.rope(hf, {"rope_theta": hf.get("rope_local_base_freq") or 10_000.0} | near)
+  if near["rope_scaling"]:
+    raise errors.UserError("config.json of a gemma3_text model: scaled rotation of local layers is not supported")
+  return families.rope(hf, far, 1_000_000.0) | {"local_rope_theta": near["rope_theta"]}

@@ -29,7 +29,7 @@ HANDLED = (
   "vocab_size n_embd n_layer n_head n_inner n_positions activation_function layer_norm_epsilon scale_attn_weights "
   "tie_word_embeddings"
 ).split()
-DEFAULT = {"scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}
+DEFAULT = {"scale_attn_by_inverse_layer_idx": False}
 # `n_ctx` is what `n_positions` was called, and the summaries belong to a head that is not supported.
 IGNORED_CONFIG = (
   "n_ctx attn_pdrop embd_pdrop resid_pdrop reorder_and_upcast_attn summary_type summary_use_proj summary_activation "

@@ -35,17 +35,16 @@ HANDLED = (
   "max_position_embeddings tie_word_embeddings use_parallel_residual attention_bias rotary_pct rotary_emb_base "
   "rope_parameters rope_scaling rope_theta partial_rotary_factor"
 ).split()
-DEFAULT = {"is_decoder": False}
 IGNORED_CONFIG = ("hidden_dropout", "attention_probs_dropout_prob", "hidden_dropout_prob")
 
 
 def config(hf: Mapping) -> transformer.Config:
   """`transformer.Config` of a `GPTNeoXConfig` as a dict; UserError for what it does not support."""
-  families.check_config(hf, HANDLED, DEFAULT, [*families.BOOKKEEPING, *IGNORED_CONFIG])
+  families.check_config(hf, HANDLED, {}, [*families.BOOKKEEPING, *IGNORED_CONFIG])
   families.require(hf, HANDLED[:5], hf.get("hidden_act", "gelu"))
   heads, d_model = hf["num_attention_heads"], hf["hidden_size"]
   rope = dict(hf.get("rope_scaling") or hf.get("rope_parameters") or {})
-  rotated = rope.get("partial_rotary_factor", hf.get("partial_rotary_factor", hf.get("rotary_pct", 0.25)))
+  rotated = families.rope_part(hf, rope, hf.get("rotary_pct") or 0.25)
   return transformer.Config(
     vocab_size=hf["vocab_size"],
     d_model=d_model,
@@ -67,5 +66,5 @@ def config(hf: Mapping) -> transformer.Config:
     tied=hf.get("tie_word_embeddings", False),
     pool="last",
     n_labels=families.labels(hf),
-    **families.rope(hf, rope, hf.get("rotary_emb_base", 10_000)),
+    **families.rope(hf, rope, hf.get("rotary_emb_base") or 10_000, rotated),
   )

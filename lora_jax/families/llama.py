@@ -67,4 +67,4 @@ def decoder(hf: Mapping, handled: list[str], default: Mapping = DEFAULT, **choic
     pool="last",
     n_labels=families.labels(hf),
   )
-  return transformer.Config(**(fields | families.rope(hf) | choices))
+  return transformer.Config(**(fields | ({} if "rope_theta" in choices else families.rope(hf)) | choices))

@@ -30,6 +30,7 @@ ABSENT = {"num_key_value_heads": 8, "rms_norm_eps": 1e-5, "max_position_embeddin
 
 def config(hf: Mapping) -> transformer.Config:
   """`transformer.Config` of a `MixtralConfig` as a dict; UserError for what it does not support."""
+  families.check(hf)
   return llama.decoder(
     ABSENT | dict(hf),
     HANDLED,

@@ -1,4 +1,4 @@
-"""OPT (Zhang et al. 2022, https://arxiv.org/abs/2205.01068), and Galactica, which has its shape."""
+"""OPT (Zhang et al. 2022, https://arxiv.org/abs/2205.01068)."""
 
 from collections.abc import Mapping
 

@@ -6,7 +6,7 @@ Abdin et al. 2024 (https://arxiv.org/abs/2404.14219).
 import dataclasses
 from collections.abc import Mapping
 
-from lora_jax import errors, families, transformer
+from lora_jax import families, transformer
 from lora_jax.families import Key, llama
 
 ARCHITECTURES = {head: name.replace("Llama", "Phi3") for head, name in llama.ARCHITECTURES.items()}
@@ -31,18 +31,14 @@ ABSENT = {"rms_norm_eps": 1e-5, "max_position_embeddings": 4096, "original_max_p
 
 def config(hf: Mapping) -> transformer.Config:
   """`transformer.Config` of a `Phi3Config` as a dict; UserError for what it does not support."""
+  families.check(hf)
   hf = ABSENT | dict(hf)
   rotation = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
   # The key beside the dict wins over the one in it, and "su" and "yarn" are older names of LongRoPE here.
   rotation["original_max_position_embeddings"] = hf["original_max_position_embeddings"]
   if rotation.get("rope_type", rotation.get("type")) in ("su", "yarn"):
     rotation["rope_type"] = "longrope"
-  part = rotation.get("partial_rotary_factor") or hf.get("partial_rotary_factor") or 1.0
-  c = llama.decoder(hf, HANDLED, DEFAULT, fused=True, window=hf.get("sliding_window"), **families.rope(hf, rotation))
-  c = dataclasses.replace(c, rope_dim=int(c.head_dim * part))
-  for name, factors in c.rope_scaling or ():
-    if name in ("short_factor", "long_factor") and len(factors) != c.rope_dim // 2:
-      raise errors.UserError(
-        f"config.json of a phi3 model: {len(factors)} values in {name} for {c.rope_dim // 2} rotated pairs of a head"
-      )
-  return c
+  part = families.rope_part(hf, rotation)
+  rotation = families.rope(hf, rotation, part=part)
+  c = llama.decoder(hf, HANDLED, DEFAULT, fused=True, window=hf.get("sliding_window"), **rotation)
+  return dataclasses.replace(c, rope_dim=int(c.head_dim * part))

@@ -19,5 +19,6 @@ def config(hf: Mapping) -> transformer.Config:
 
 def windows(hf: Mapping) -> dict:
   """`window` and `local`: without `layer_types` the layers from `max_window_layers` on are local."""
+  families.check(hf)
   window = hf.get("sliding_window", 4096) if hf.get("use_sliding_window") else None
   return families.windows(hf, window, lambda i: i >= hf.get("max_window_layers", 28))

@@ -4,8 +4,9 @@ Positions begin behind the row of the padding token; a dense layer of the classi
 """
 
 from collections.abc import Mapping
+from typing import Any
 
-from lora_jax import transformer
+from lora_jax import families, transformer
 from lora_jax.families import Key, bert, linear, norm
 
 ARCHITECTURES = {
@@ -21,14 +22,21 @@ KEYS = (
   *linear("head/transform", "lm_head.dense", "c d -> d c"),
   *norm("head/norm", "lm_head.layer_norm"),
   Key("head/kernel", "lm_head.decoder.weight", "v d -> d v"),
+  Key("head/bias", "lm_head.decoder.bias", "v -> v", ("tied", False)),
   Key("head/bias", "lm_head.bias", "v -> v"),
   *linear("pooler", "classifier.dense", "c d -> d c", ("head", "classification")),
   *linear("classifier", "classifier.out_proj", "c d -> d c"),
 )
 
 
+def view(tensors: Any) -> Any:
+  """The tensors of a file under the names of `KEYS`, see `bert.one_bias`."""
+  return bert.one_bias(tensors, "lm_head")
+
+
 def config(hf: Mapping) -> transformer.Config:
   """`transformer.Config` of a `RobertaConfig` as a dict; UserError for what it does not support."""
+  families.check(hf)
   padding = hf.get("pad_token_id")
   offset = (1 if padding is None else padding) + 1
   rows = hf.get("max_position_embeddings", 512)

@@ -51,20 +51,19 @@ HANDLED = (
   *("num_decoder_layers", "relative_attention_num_buckets", "relative_attention_max_distance", "layer_norm_epsilon"),
   *("feed_forward_proj", "dense_act_fn", "is_gated_act", "tie_word_embeddings", "scale_decoder_outputs"),
 )
-DEFAULT = {"is_encoder_decoder": True, "is_decoder": False, "quantization_config": None}
-NO_EFFECT = {"dropout_rate", "initializer_factor", "n_positions", "tokenizer_class"}
+DEFAULT = {"is_encoder_decoder": True, "quantization_config": None}
+NO_EFFECT = {"dropout_rate", "initializer_factor", "n_positions"}
 
 
 def config(hf: Mapping) -> transformer.Config:
   """`transformer.Config` of a `T5Config` as a dict; UserError for what it does not support.
 
   T5 1.0 ties the head and scales its input, 1.1 does neither. transformers 5 writes `tie_word_embeddings=True` for
-  both and says which it is with `scale_decoder_outputs`.
+  both and says which it is with `scale_decoder_outputs`. A head that is scaled but not tied has both keys.
   """
-  scaled = hf.get("scale_decoder_outputs")
-  if scaled is None:
-    scaled = hf.get("tie_word_embeddings") is not False
-  c = encoder_decoder(hf, "relu", tied=scaled)
+  tied, scaled = hf.get("tie_word_embeddings") is not False, hf.get("scale_decoder_outputs")
+  scaled = tied if scaled is None else scaled
+  c = encoder_decoder(hf, "relu", tied=tied and scaled)
   return dataclasses.replace(c, head_scale=c.d_model**-0.5 if scaled else None)
 
 

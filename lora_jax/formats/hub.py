@@ -120,10 +120,10 @@ def _lacking(match: re.Match, missing: list[str], listing: list[str]) -> str:
   """What to say of a repository that is no model which can be read."""
   repo, revision = match.group("repo", "revision")
   hint = ""
-  if gguf := [f for f in listing if f.endswith(".gguf")]:
-    hint = f"; for one of its GGUF files write {_spell(f'{repo}/{gguf[0]}', revision)}"
-  elif ADAPTER[0] in missing and "config.json" in listing:
+  if ADAPTER[0] in missing and "config.json" in listing:
     hint = "; it is a model, no adapter"
+  elif gguf := [f for f in listing if f.endswith(".gguf")]:
+    hint = f"; for one of its GGUF files write {_spell(f'{repo}/{gguf[0]}', revision)}"
   elif ADAPTER[0] in listing and ADAPTER[1] not in missing:
     hint = "; it is an adapter: load the model that its adapter_config.json names, then the adapter"
   elif any(f.endswith((".bin", ".pt", ".pth", ".ckpt")) for f in listing):

@@ -6,8 +6,12 @@ Hugging Face name + a suffix. What stands in them is each method's own: a method
 `from_peft(params, keys, config, tensors) -> params`.
 """
 
+import math
+import numbers
 import os
 import pathlib
+import re
+import sys
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -91,8 +95,44 @@ def head(directory: str | os.PathLike) -> dict[str, Any]:
   table = [key for family in map(families.get, families.names()) for key in family.KEYS]
   classifiers = {PREFIX + key.hf for key in table if key.path == "classifier/kernel"}
   source = hf.Tensors([directory / "adapter_model.safetensors"])
-  n_labels = next((source.shape(k)[0] for k in source.names() if k in classifiers), None)
+  n_labels = next((source.shape(k)[0] for k in source.names() if k in classifiers and source.shape(k)), None)
   return {"head": "classification", "n_labels": n_labels}
+
+
+def _check(where: pathlib.Path, config: Mapping) -> None:
+  """Raises UserError listing the numbers and patterns of an adapter's config that are of a wrong type."""
+
+  def number(x, kind=numbers.Real, least=-math.inf):
+    return isinstance(x, kind) and not isinstance(x, bool) and abs(x) <= sys.float_info.max and x >= least
+
+  def patterns(x, fits):
+    return isinstance(x, Mapping) and all(_is_regex(k) and fits(v) for k, v in x.items())
+
+  rank = lambda x: number(x, numbers.Integral, 1)
+  rules = {
+    "r": ("a positive whole number", rank),
+    "lora_alpha": ("a number", number),
+    "lora_dropout": ("a number in [0, 1)", lambda x: number(x, least=0) and x < 1),
+    "rank_pattern": ("an object of regular expressions and positive whole numbers", lambda x: patterns(x, rank)),
+    "alpha_pattern": ("an object of regular expressions and numbers", lambda x: patterns(x, number)),
+    "use_rslora": ("true or false", lambda x: isinstance(x, bool)),
+    "modules_to_save": ("a list of names", lambda x: isinstance(x, list) and all(isinstance(k, str) for k in x)),
+  }
+  optional = ("lora_dropout", "rank_pattern", "alpha_pattern", "modules_to_save")  # may be null
+  bad = [
+    f"{k} is {config[k]!r:.100}, expected {what}"
+    for k, (what, fits) in rules.items()
+    if k in config and not (fits(config[k]) or config[k] is None and k in optional)
+  ]
+  if bad:
+    raise errors.UserError(f"{where}: {'; '.join(bad)}")
+
+
+def _is_regex(x: str) -> bool:
+  try:
+    return bool(re.compile(f"(.*\\.)?({x})$"))
+  except re.error:
+    return False
 
 
 def load(model: models.Model, directory: str | os.PathLike) -> Any:
@@ -107,6 +147,7 @@ def load(model: models.Model, directory: str | os.PathLike) -> Any:
   """
   directory = resolve(directory)
   config = hf.read_json(directory / "adapter_config.json")
+  _check(directory / "adapter_config.json", config)
   method = errors.choose(str(config.get("peft_type")), METHODS, f"peft_type in {directory / 'adapter_config.json'}:")
   source = hf.Tensors([directory / "adapter_model.safetensors"])
   foreign = [k for k in source.names() if not k.startswith(PREFIX)]
