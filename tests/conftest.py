@@ -1,9 +1,8 @@
-"""Eight fake CPU devices for every test, and fast compiling; must be set before jax starts."""
+"""Eight fake CPU devices for every test; must be set before jax starts."""
 
 import os
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0"  # tests compile more than they compute
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import jax

@@ -48,7 +48,7 @@ def ours(prompts=PROMPTS, mask=RIGHT, new=8, **kw):
 
 def theirs(new=8, end=(NEVER,), side="left", **kw):
   """transformers' new tokens of PROMPTS, padded on the left to one batch."""
-  import torch
+  torch = pytest.importorskip("torch")
 
   ref, _ = pair()
   ids, mask = left(PROMPTS, RIGHT)

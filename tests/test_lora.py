@@ -225,7 +225,7 @@ def test_peft_loads_what_we_save(tmp_path, name):
 )
 def test_we_load_what_peft_saves(tmp_path, kw):
   peft = pytest.importorskip("peft")
-  import torch
+  torch = pytest.importorskip("torch")
 
   ref, model = load(tmp_path / "base", num_key_value_heads=2)
   theirs = peft.get_peft_model(ref, peft.LoraConfig(task_type="CAUSAL_LM", **kw)).eval()
@@ -277,7 +277,7 @@ def load_family(directory, name):
 
 def first_output(model):
   """Logits of a transformers model, or states of a bare one."""
-  import torch
+  torch = pytest.importorskip("torch")
 
   with torch.no_grad():
     return model(input_ids=torch.tensor(TOKENS))[0].numpy()
@@ -301,7 +301,7 @@ def test_peft_loads_what_we_save_of_a_family(tmp_path, name):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_we_load_what_peft_saves_of_a_family(tmp_path, name):
   peft = pytest.importorskip("peft")
-  import torch
+  torch = pytest.importorskip("torch")
 
   ref, model, targets = load_family(tmp_path / "base", name)
   theirs = peft.get_peft_model(ref, peft.LoraConfig(target_modules=targets, fan_in_fan_out=name == "gpt2")).eval()

@@ -50,7 +50,7 @@ def reference(directory, **overrides):
 
 
 def torch_logits(model, tokens):
-  import torch
+  torch = pytest.importorskip("torch")
 
   with torch.no_grad():
     return model(torch.tensor(tokens)).logits.float().numpy()
