@@ -17,6 +17,7 @@ from tests.test_classification import (
   files,  # noqa: F401, a fixture
 )
 
+pytestmark = pytest.mark.slow  # every case is a process of its own
 ROOT = pathlib.Path(__file__).parents[1]
 
 

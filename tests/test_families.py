@@ -202,9 +202,11 @@ def outputs(config, params, tokens, **kw):
   return x if config.head == "none" else transformer.logits(config, params, x)
 
 
-# Compiled once for each config and shape: the functions of transformer.py make new closures in every call.
-jitted = jax.jit(outputs, static_argnums=0)
-hidden = jax.jit(transformer.hidden, static_argnums=0)
+# Compiled once for each config and shape, as the functions of transformer.py make new closures in every call; and
+# without LLVM's optimisations, as these tests compile more than they compute.
+fast = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+jitted = fast(outputs, static_argnums=0)
+hidden = fast(transformer.hidden, static_argnums=0)
 
 
 @pytest.mark.parametrize("case", {name: k for k, (name, _) in CASES.items()}.values())
@@ -235,7 +237,7 @@ def test_outputs_and_embedding_gradients_equal_transformers(case):
     y = outputs(model.config, params, TOKENS)
     return (y * weight).sum(), y
 
-  ours, values = jax.jit(jax.grad(loss, has_aux=True))(model.params["embed"]["kernel"])
+  ours, values = fast(jax.grad(loss, has_aux=True))(model.params["embed"]["kernel"])
   np.testing.assert_allclose(values, y.detach().numpy(), atol=1e-4, rtol=1e-4)
   assert np.abs(theirs).max() > 1e-3
   np.testing.assert_allclose(ours, theirs, atol=1e-3, rtol=1e-3)
@@ -329,7 +331,7 @@ def test_cache_and_padding_of_encoder_decoders(case):
   """Prompts of two lengths, then one token at a time; the encoder runs once, and its padding is seen by nobody."""
   _, model = pair(case)
   config, params = model.config, model.params
-  encode = jax.jit(transformer.encode, static_argnums=0)
+  encode = fast(transformer.encode, static_argnums=0)
   encoded = encode(config, params, SOURCE, SEEN)
   full = np.asarray(hidden(config, params, TOKENS, encoded=encoded, seen=SEEN)[0])
   for i, n in enumerate(SEEN.sum(1)):

@@ -512,6 +512,7 @@ def command(directory, *flags, closed=False, **kw):
   return subprocess.run(shell + line, capture_output=True, text=True, timeout=300, env=env, **kw)
 
 
+@pytest.mark.slow
 def test_command_line(directory):
   """The text of `generate`, with a closed standard input; an adapter changes it, merged or not."""
   model = models.load(str(directory / "model"), dtype="float32")

@@ -356,6 +356,7 @@ def test_an_adapter_of_peft(model, reference, tmp_path):
   adapter_equals_peft(model, reference, tmp_path)
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_ends_bit_identical(files, done, tmp_path, monkeypatch):
   undo = test_experiment.interrupt(monkeypatch, train.Stepper, "__call__", STEPS - 10)
   with pytest.raises(KeyboardInterrupt):
