@@ -22,7 +22,7 @@ def main(argv: list[str]) -> None:
   import jax
   from absl import logging
 
-  from lora_jax import errors, experiment
+  from lora_jax import errors, experiment, sweep
 
   logging.set_verbosity(logging.WARNING)
 
@@ -31,7 +31,9 @@ def main(argv: list[str]) -> None:
   file = flags.FLAGS["config"].config_filename
   workdir = WORKDIR.value or os.path.join("runs", pathlib.Path(file.partition(":")[0]).stem)
   try:
-    experiment.run(CONFIG.value.to_dict(), workdir, shlex.join(["python", "-m", "experiments.run", *sys.argv[1:]]))
+    config = CONFIG.value.to_dict()
+    run = sweep.run if "sweep" in config else experiment.run
+    run(config, workdir, shlex.join(["python", "-m", "experiments.run", *sys.argv[1:]]))
   except errors.UserError as e:
     sys.exit(f"error: {e}")
   except KeyboardInterrupt:

@@ -8,13 +8,27 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-MODULES = ("data", "evaluate", "experiment", "generate", "methods", "models", "objectives", "optim", "tasks", "weights")
-__all__ = ["UserError", "load", *MODULES]
+MODULES = (
+  "bridges",
+  "data",
+  "evaluate",
+  "experiment",
+  "generate",
+  "methods",
+  "models",
+  "objectives",
+  "optim",
+  "tasks",
+  "weights",
+)
+__all__ = ["UserError", "adapt", "load", *MODULES]
 
 
 def __getattr__(name: str) -> Any:
   if name == "load":
     return importlib.import_module("lora_jax.models").load
+  if name == "adapt":
+    return importlib.import_module("lora_jax.foreign").adapt
   if name == "UserError":
     return importlib.import_module("lora_jax.errors").UserError
   if name in MODULES:

@@ -16,6 +16,7 @@ leading L. A `linear` is {kernel, bias?}, a `norm` is {scale, bias?}; what a con
 """
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -202,13 +203,18 @@ def _stack_shapes(c: Config) -> dict:
 
 
 def in_axes(name: str) -> int:
-  """How many axes of a matrix are contracted with its input, after the layer axis; 0 where `name` is no matrix.
+  """How many axes of a matrix are contracted with its input, after those of `stack_axes`; 0 where `name` is no matrix.
 
-  Embedding tables and the matrices of experts, which are many in one, count as none.
+  A part of a fused matrix, such as `layers/attn/qkv/kernel/q`, is one too. Embedding tables count as none.
   """
-  if not name.endswith("/kernel") or name == "embed/kernel" or "/moe/" in name:
+  if not re.search(r"/kernel(/(q|k|v|gate|up))?$", name) or name == "embed/kernel":
     return 0
   return 2 if name.endswith(("attn/o/kernel", "cross/o/kernel")) else 1
+
+
+def stack_axes(name: str) -> int:
+  """How many leading axes a leaf has before its own: one of layers, and one of experts where those have their own."""
+  return stacked(name) + bool(re.search(r"/moe/(gate|up|down)/", name))
 
 
 def stacked(name: str) -> bool:

@@ -16,15 +16,19 @@ from typing import Any
 
 import numpy as np
 
-from lora_jax import data, errors, tasks
+from lora_jax import data, errors, prompts, tasks
 
 
-def encode(tokenizer: Any, texts: Sequence[tuple[str, ...]], seq_len: int) -> tuple[list[data.Batch], int]:
+def encode(
+  tokenizer: Any, texts: Sequence[tuple[str, ...]], seq_len: int, soft: prompts.Soft | None = None
+) -> tuple[list[data.Batch], int]:
   """`tokens` and `token_types` int32 [n] of texts and pairs of texts, n <= seq_len, and how many were too long.
 
   What is too long loses the end of its longer text first, as with `truncation=True` in transformers. An empty text
-  that nothing frames becomes a token of padding. UserError where the frame alone fills `seq_len`.
+  that nothing frames becomes a token of padding. UserError where the frame alone fills `seq_len`. `soft` tokens have
+  the type of the token before them, or 0.
   """
+  seq_len = prompts.room(soft, seq_len)
   flat = iter(tokenizer.encode_batch([t for x in texts for t in x]))
   frames = {n: _frame(tokenizer, n, seq_len) for n in {len(x) for x in texts}}
   encoded, truncated = [], 0
@@ -34,7 +38,12 @@ def encode(tokenizer: Any, texts: Sequence[tuple[str, ...]], seq_len: int) -> tu
     pieces = [([special] if of is None else kept[of], kind) for special, kind, of in frame]
     ids = [i for piece, _ in pieces for i in piece] or [data.padding_id(tokenizer)]
     kinds = [kind for piece, kind in pieces for _ in piece] or [0]
-    encoded.append({"tokens": np.array(ids, np.int32), "token_types": np.array(kinds, np.int32)})
+    framed = frame[0][2] is None
+    if soft:
+      at = soft.at(len(ids), framed)
+      kinds[at:at] = [kinds[at - 1] if at else 0] * soft.length
+    tokens = prompts.insert(soft, ids, framed)
+    encoded.append({"tokens": tokens, "token_types": np.array(kinds, np.int32)})
     truncated += kept is not parts
   return encoded, truncated
 
@@ -64,12 +73,12 @@ def _longest_first(parts: list[list[int]], room: int) -> list[list[int]]:
 
 
 def encode_all(
-  task: tasks.Task, examples: Sequence[dict], tokenizer: Any, seq_len: int
+  task: tasks.Task, examples: Sequence[dict], tokenizer: Any, seq_len: int, soft: prompts.Soft | None = None
 ) -> tuple[list[data.Batch], int]:
   """All examples as rows of a batch without their padding, and how many were too long."""
   if not task.n_outputs:
     raise errors.UserError(f"task {task.name!r} has neither labels nor numbers for a head to learn")
-  encoded, truncated = encode(tokenizer, [task.texts(example) for example in examples], seq_len)
+  encoded, truncated = encode(tokenizer, [task.texts(example) for example in examples], seq_len, soft)
   dtype = np.int32 if task.labels else np.float32
   for example, row in zip(examples, encoded, strict=True):
     target = task.target(example)
@@ -88,10 +97,11 @@ def train_iterator(
   seed: int = 0,
   process_index: int = 0,
   process_count: int = 1,
+  soft: prompts.Soft | None = None,
 ) -> data.TrainIterator:
   """Batches for ever, padded to buckets; order, shares and state as in `data.train_iterator`."""
   share = data.rows_of(task, examples, batch_size, seq_len, process_index, process_count)
-  encoded, truncated = encode_all(task, examples, tokenizer, seq_len)
+  encoded, truncated = encode_all(task, examples, tokenizer, seq_len, soft)
   for example, row in zip(examples, encoded, strict=True):
     if not row["weights"]:
       raise errors.UserError(f"task {task.name!r}: {str(example)[:80]} has none of the labels {task.labels}")
@@ -100,8 +110,14 @@ def train_iterator(
 
 
 def eval_batches(
-  task: tasks.Task, examples: Sequence[dict], tokenizer: Any, *, batch_size: int, seq_len: int
+  task: tasks.Task,
+  examples: Sequence[dict],
+  tokenizer: Any,
+  *,
+  batch_size: int,
+  seq_len: int,
+  soft: prompts.Soft | None = None,
 ) -> list[data.Batch]:
   """Every example once, longest first, with `index` int32 [B]: which one a row is, -1 where it fills up the batch."""
-  encoded, _ = encode_all(task, examples, tokenizer, seq_len)
+  encoded, _ = encode_all(task, examples, tokenizer, seq_len, soft)
   return list(data.longest_first(encoded, data.padding_id(tokenizer), batch_size, seq_len))

@@ -23,19 +23,18 @@ def check(config: Mapping) -> None:
   for k in SECTIONS:
     if k not in config:
       raise errors.UserError(f"config has no section {k!r}; it needs {', '.join(SECTIONS)}")
-    if not isinstance(config[k], Mapping):
+    if k != "method" and not isinstance(config[k], Mapping):
       raise errors.UserError(f"config.{k} is a section with keys, not {config[k]!r}")
-  for k in ("model", "method", "task", "objective", "optim"):
+  for k in ("model", "task", "objective", "optim"):
     if not config[k].get("name"):
       raise errors.UserError(f"config.{k} needs a name")
   objective = errors.choose(config["objective"]["name"], objectives.OBJECTIVES, "objective")
-  method = methods.get(config["method"]["name"])
   for k in config["model"]:
     errors.choose(k, dict.fromkeys(("name", "dtype", "head", "n_labels", *transformer.RUNTIME)), "key config.model.")
-  errors.check_keywords(method.init, config["method"].keys() - {"name"}, "config.method", ("key", "params"))
+  methods.check(config["method"])
   own = config["objective"].keys() - {"name", "prompt_loss_weight"}
   errors.check_keywords(objective, own, "config.objective", ("forward", "params", "batch"))
-  errors.check_keywords(optim.make, config["optim"].keys(), "config.optim", ("steps",))
+  errors.check_keywords(optim.make, config["optim"].keys(), "config.optim", ("steps", "direction", "wrap"))
   errors.check_keywords(sharding.make_mesh, config["mesh"].keys(), "config.mesh")
   errors.check_keywords(train_settings, config["train"].keys(), "config.train")
   errors.check_keywords(eval_settings, config["eval"].keys(), "config.eval")
@@ -45,7 +44,7 @@ def check(config: Mapping) -> None:
 
 def check_data(config: Mapping, batches: ModuleType) -> None:
   """Raises UserError for a key of `config.data` that `batches.train_iterator` does not take."""
-  own = ("start", "prompt_loss_weight", "seed", "process_index", "process_count")
+  own = ("start", "prompt_loss_weight", "seed", "process_index", "process_count", "soft")
   given = ("task", "examples", "tokenizer", *own)
   errors.check_keywords(batches.train_iterator, config["data"].keys(), "config.data", given)
 
@@ -66,8 +65,17 @@ def eval_settings(
   batch_size: int = 32,
   seq_len: int = 256,
   max_new_tokens: int | None = None,
+  general: str = "",
+  general_examples: int = 200,
 ) -> dict:
-  """`config.eval`: of the test split before and after, and of the validation split each `every` steps (0: never)."""
+  """`config.eval`: of the test split before and after, and of the validation split each `every` steps (0: never).
+
+  `general` names a task whose test texts show what a language model forgets: `general_loss` is its loss on them.
+  """
+  if general:
+    tasks.get(general)
+  if general_examples < 1:
+    raise errors.UserError("config.eval.general_examples is at least 1")
   if examples < 1 or batch_size < 1 or seq_len < 1 or every < 0:
     raise errors.UserError("config.eval: examples, batch_size and seq_len are at least 1, every at least 0")
   if max_new_tokens is not None and max_new_tokens < 1:

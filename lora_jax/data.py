@@ -9,6 +9,7 @@ A training batch is a dict of numpy arrays [B, T]:
   positions    int32    0, 1, ... in each example
   segment_ids  int32    1, 2, ... by example in a row, 0 at padding
 
+Soft tokens (prompts.py) are negative; the weight of predicting one is 0, and its target is 0 too.
 A target is always of the same example as its token, so that no loss crosses examples in a packed row.
 """
 
@@ -19,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from lora_jax import errors, tasks
+from lora_jax import errors, prompts, tasks
 
 Batch = dict[str, np.ndarray]
 
@@ -76,24 +77,38 @@ def encode_all(
   seq_len: int,
   prompt_loss_weight: float = 0.1,
   eos: bool = True,
+  soft: prompts.Soft | None = None,
 ) -> tuple[list[Batch], int]:
   """All examples as `encode` gives one, and how many were too long.
 
   Of a long example the left of the prompt is cut, and of the response only what exceeds `seq_len` by itself. With
-  `eos` the token that ends a text follows a response, unless the chat template ends it already.
+  `eos` the token that ends a text follows a response, unless the chat template ends it already. `soft` tokens are put
+  into the prompt, and never cut.
   """
-  add_bos, end = tokenizer.add_bos, tokenizer.eos_id
+  add_bos, end, most = tokenizer.add_bos, tokenizer.eos_id, prompts.room(soft, seq_len) + 1
   encoded, truncated = [], 0
   for prompt, learned, response in _ids(tokenizer, formatted, add_bos):
     if eos and end is not None and response[-1:] != [end]:
       response = [*response, end]
-    truncated += len(prompt) + len(response) > seq_len + 1
-    kept, response = _cut(prompt, response, seq_len + 1, add_bos)
+    truncated += len(prompt) + len(response) > most
+    kept, response = _cut(prompt, response, most, add_bos)
     ids = np.array([*kept, *response], np.int32)
     weights = np.ones(len(ids), np.float32)
     weights[: len(kept)] = np.where(learned[len(prompt) - len(kept) :], 1, prompt_loss_weight)
-    encoded.append({"tokens": ids[:-1], "targets": ids[1:], "weights": weights[1:]})
+    weights[: len(kept[:1])] = prompt_loss_weight  # not that of a token that was cut in favour of the first
+    encoded.append(row(ids, weights, soft, len(kept), kept[:1] == [tokenizer.bos_id]))
   return encoded, truncated
+
+
+def row(ids: np.ndarray, weights: np.ndarray, soft: prompts.Soft | None, prompt: int, begins: bool) -> Batch:
+  """`tokens`, `targets` and `weights` of ids [n] and what each of them counts as a target.
+
+  Soft tokens go into the first `prompt` ids; `begins`: the first of those begins a text.
+  """
+  if soft:
+    at = soft.at(prompt, begins)
+    ids, weights = np.insert(ids, at, soft.ids), np.insert(weights, at, np.zeros(soft.length, np.float32))
+  return {"tokens": ids[:-1], "targets": np.maximum(ids[1:], 0), "weights": weights[1:]}
 
 
 def _ids(
@@ -187,6 +202,7 @@ def train_iterator(
   seed: int = 0,
   process_index: int = 0,
   process_count: int = 1,
+  soft: prompts.Soft | None = None,
 ) -> TrainIterator:
   """Batches of `task`'s examples for ever, in a new order each epoch that depends on the seed alone.
 
@@ -198,9 +214,11 @@ def train_iterator(
     eos: learn to end the response.
     process_index, process_count: this process gets its consecutive share of the rows of each global batch. All
       processes have to pass the same examples and seed.
+    soft: the soft tokens of the model, `prompts.of(params)`.
   """
   share = rows_of(task, examples, batch_size, seq_len, process_index, process_count)
-  encoded, truncated = encode_all(tokenizer, [task.format(e) for e in examples], seq_len, prompt_loss_weight, eos)
+  formatted = [task.format(e) for e in examples]
+  encoded, truncated = encode_all(tokenizer, formatted, seq_len, prompt_loss_weight, eos, soft)
   source = endless(encoded, padding_id(tokenizer), batch_size, seq_len, share, seed, pack)
   return TrainIterator(source, len(encoded), truncated)
 
@@ -269,7 +287,13 @@ def _packed(order: Any, options: Any, batch_size: int, seq_len: int, pad_id: int
 
 
 def eval_batches(
-  task: tasks.Task, examples: Sequence[dict], tokenizer: Any, *, batch_size: int, seq_len: int
+  task: tasks.Task,
+  examples: Sequence[dict],
+  tokenizer: Any,
+  *,
+  batch_size: int,
+  seq_len: int,
+  soft: prompts.Soft | None = None,
 ) -> list[Batch]:
   """Prompts to continue, longest first so that batches need little padding.
 
@@ -277,9 +301,10 @@ def eval_batches(
   cut), `lengths` int32 [B] and `index` int32 [B], which example a row is. Rows that fill up the last batch have
   index -1 and length 1.
   """
-  add_bos = tokenizer.add_bos
+  add_bos, most = tokenizer.add_bos, prompts.room(soft, seq_len)
   parts = _ids(tokenizer, [task.format(example) for example in examples], add_bos)
-  encoded = [{"tokens": np.array(_cut(prompt, [], seq_len, add_bos)[0], np.int32)} for prompt, _, _ in parts]
+  encoded = [_cut(prompt, [], most, add_bos)[0] for prompt, _, _ in parts]
+  encoded = [{"tokens": prompts.insert(soft, ids, ids[:1] == [tokenizer.bos_id])} for ids in encoded]
   batches = longest_first(encoded, padding_id(tokenizer), batch_size, seq_len)
   return [{k: batch[k] for k in ("tokens", "lengths", "index")} for batch in batches]
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from lora_jax import beam, data, errors, sampling as sampling_lib, transformer
+from lora_jax import beam, data, errors, prompts, sampling as sampling_lib, transformer
 
 MIN_SLOTS = 256  # of a cache, so that short prompts of all lengths share one program
 
@@ -45,7 +45,7 @@ def prefill(config, params, tokens: jax.Array, lengths: jax.Array, slots: int) -
   Returns:
     (float32 logits [B, V] after each prompt's last token, cache of `slots` positions).
   """
-  cache = transformer.init_cache(config, tokens.shape[0], slots)
+  cache = transformer.init_cache(config, tokens.shape[0], slots, prefix=prompts.prefix_length(params))
   x, cache = transformer.hidden(config, params, tokens, cache=cache, length=lengths.max())
   last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)
   return transformer.logits(config, params, last)[:, 0], cache
@@ -126,12 +126,12 @@ def align(tokens: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]
   return np.take_along_axis(tokens, real_first, axis=1), mask.sum(1, dtype=np.int32)
 
 
-def _fit(config, tokens, mask, new: int) -> tuple[np.ndarray, np.ndarray, int]:
+def _fit(config, tokens, mask, new: int, prefix: int = 0) -> tuple[np.ndarray, np.ndarray, int]:
   """Prompts padded on the right to a bucket, their lengths, and how many slots they and `new` tokens need."""
   tokens, lengths = align(tokens, np.ones(np.shape(tokens), bool) if mask is None else mask)
   if lengths.min() < 1:
     raise errors.UserError("a prompt has no tokens")
-  longest, most = int(lengths.max()), config.max_seq_len if config.position == "learned" else 1 << 30
+  longest, most = int(lengths.max()), config.max_seq_len - prefix if config.position == "learned" else 1 << 30
   need = new + (1 if config.encoder_layers else longest)
   if max(need, longest) > most:
     raise errors.UserError(
@@ -197,11 +197,13 @@ def continuations(
     ended: given the new tokens, which rows [B] to end besides.
   """
   check(max_new_tokens, temperature, top_k, top_p, no_repeat_ngram)
-  tokens, lengths, slots = _fit(config, tokens, mask, max_new_tokens)
+  params = prompts.bake(params)
+  tokens, lengths, slots = _fit(config, tokens, mask, max_new_tokens, prompts.prefix_length(params))
   keys = sampling_lib.keys(seed, [row[:n] for row, n in zip(tokens, lengths, strict=True)])
   sampling = sampling_lib.Sampling(np.float32(temperature), np.int32(top_k), np.float32(top_p), keys)
   end = np.asarray(end, np.int32)
   state = _begin(*run_prompts(config, params, tokens, lengths, slots=slots, start=start))
+  params = prompts.without(params)
   offsets, every = np.array(state.start)[:, None], every or max_new_tokens
   for limit in (*range(every, max_new_tokens, every), max_new_tokens):
     state = _advance(config, params, state, sampling, end, np.int32(limit), ngram=no_repeat_ngram)
@@ -233,7 +235,8 @@ def beam_search(
   """
   rest = {k: how[k] for k in ("no_repeat_ngram", "early_stopping") if k in how}
   check(max_new_tokens, beams=beams, **rest)
-  tokens, lengths, slots = _fit(config, tokens, mask, max_new_tokens)
+  params = prompts.bake(params)
+  tokens, lengths, slots = _fit(config, tokens, mask, max_new_tokens, prompts.prefix_length(params))
   logits, cache, ids, lengths = run_prompts(config, params, tokens, lengths, slots=slots, start=start)
   how |= dict(beams=beams, max_new_tokens=max_new_tokens, end=end)
-  return beam.search(config, params, cache, logits, ids, lengths, **how)
+  return beam.search(config, prompts.without(params), cache, logits, ids, lengths, **how)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax import classify, data, decode, generate, seq2seq, tasks, transformer
+from lora_jax import classify, data, decode, errors, generate, objectives, prompts, seq2seq, tasks, train, transformer
 
 Place = Callable[[dict], dict]
 
@@ -29,10 +29,10 @@ def score(
   Returns:
     (float32 [B, C] sums over each label's tokens, int32 [B, new]).
   """
-  (B, T), (C, U) = tokens.shape, labels.shape
+  (B, T), (C, U), params = tokens.shape, labels.shape, prompts.bake(params)
   slots = (1 if config.encoder_layers else T) + max(new, U)
   logits, cache, _, lengths = decode.run_prompts(config, params, tokens, lengths, slots=slots, start=start)
-  first = jax.nn.log_softmax(logits)[:, labels[:, 0]]
+  first, params = jax.nn.log_softmax(logits)[:, labels[:, 0]], prompts.without(params)
 
   def rest(label):
     """Log-likelihoods [B, U - 1] of a label's later tokens, which are run over the prompt's cache."""
@@ -81,8 +81,8 @@ def run(
   labels, label_lengths = data.label_ids(task, tokenizer)
   new = max_new_tokens or (int(label_lengths.max()) + 2 if len(labels) else 64)
   end, scores, predictions = generate.end_id(tokenizer), {}, {}
-  batches = (seq2seq if config.encoder_layers else data).eval_batches
-  for batch in batches(task, examples, tokenizer, batch_size=batch_size, seq_len=seq_len):
+  batches, how = (seq2seq if config.encoder_layers else data).eval_batches, dict(batch_size=batch_size, seq_len=seq_len)
+  for batch in batches(task, examples, tokenizer, **how, soft=prompts.of(params)):
     inputs = place({k: batch[k] for k in ("tokens", "lengths")})
     outputs = score(config, params, inputs["tokens"], inputs["lengths"], labels, label_lengths, new, end, start)
     for ll, out, index in zip(*map(np.asarray, outputs), batch["index"], strict=True):
@@ -97,6 +97,42 @@ def run(
   return dict(sorted(values.items()))
 
 
+def text_loss(
+  config: transformer.Config,
+  params: Any,
+  tokenizer: Any,
+  texts: Sequence[str],
+  *,
+  batch_size: int = 32,
+  seq_len: int = 256,
+  place: Place = lambda batch: batch,
+) -> float:
+  """Mean cross-entropy a token of a language model on texts, each cut to `seq_len` tokens, in nats.
+
+  Soft tokens stand before the text, after the token that begins it where they do not precede that one.
+  """
+  if config.encoder_layers or not config.causal:
+    raise errors.UserError("config.eval.general: only decoders predict the next token of a text")
+  config = dataclasses.replace(config, scan=True)
+  soft, rows = prompts.of(params), []
+  for ids in tokenizer.encode_batch(texts, add_special_tokens=True):
+    if len(ids) > 1:
+      ids, begins = np.array(ids[: prompts.room(soft, seq_len) + 1], np.int32), ids[0] == tokenizer.bos_id
+      counts = np.arange(len(ids)) > 0  # nothing but soft tokens precedes the first
+      rows.append(data.row(ids, counts.astype(np.float32), soft, int(begins), begins))
+  total = 0.0
+  for batch in data.longest_first(rows, data.padding_id(tokenizer), batch_size, seq_len):
+    del batch["lengths"], batch["index"]
+    total += np.array(_text_loss(config, params, place(batch)), float)
+  return float(total[0] / total[1])
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _text_loss(config, params, batch):
+  loss, weight, _ = objectives.causal_lm(train.Forward(config), params, batch)
+  return jnp.stack([loss, weight])
+
+
 def run_classifier(
   predict: Callable[[dict], Any],
   tokenizer: Any,
@@ -105,6 +141,7 @@ def run_classifier(
   *,
   batch_size: int = 32,
   seq_len: int = 256,
+  soft: prompts.Soft | None = None,
   place: Place = lambda batch: batch,
   progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, float]:
@@ -112,10 +149,11 @@ def run_classifier(
 
   Args:
     predict: gives float32 [B, task.n_outputs] for a batch (see classify.py): scores of the labels, or the number.
+    soft: the soft tokens of the model, `prompts.of(params)`.
     place, progress: as in `run`.
   """
-  predictions = {}
-  for batch in classify.eval_batches(task, examples, tokenizer, batch_size=batch_size, seq_len=seq_len):
+  predictions, how = {}, dict(batch_size=batch_size, seq_len=seq_len, soft=soft)
+  for batch in classify.eval_batches(task, examples, tokenizer, **how):
     index = batch.pop("index")
     outputs = np.asarray(predict(place(batch)))
     values = outputs.argmax(-1) if task.labels else outputs[:, 0]

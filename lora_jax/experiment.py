@@ -28,6 +28,7 @@ from lora_jax import (
   models,
   objectives,
   optim,
+  prompts,
   report,
   seq2seq,
   sharding,
@@ -36,7 +37,7 @@ from lora_jax import (
   tree,
   weights,
 )
-from lora_jax.formats import hf, peft
+from lora_jax.formats import adapter, hf
 
 
 @dataclasses.dataclass
@@ -51,15 +52,21 @@ class Experiment:
   frozen: Any
   step: Callable
   batches: Any
+  mask: Any
+  between: list
 
   @property
   def params(self) -> Any:
     """The whole tree, trainable and frozen."""
-    return tree.join(self.state.trainable, self.frozen)
+    return self.state.params(self.frozen)
 
 
-def build(config: Mapping) -> Experiment:
-  """Loads model and data and applies the method; UserError for whatever the config has wrong."""
+def build(config: Mapping, model: models.Model | None = None) -> Experiment:
+  """Loads model and data and applies the method; UserError for whatever the config has wrong.
+
+  Args:
+    model: what `load` gave for this config, to share one base between runs; it is left as it is.
+  """
   config_lib.check(config)
   run = config_lib.train_settings(**config["train"])
   scored = ("test", "validation") if config_lib.eval_settings(**config["eval"])["every"] else ("test",)
@@ -76,7 +83,7 @@ def build(config: Mapping) -> Experiment:
   examples = task.load("train")
   for split in scored:
     task.load(split)  # what is wrong with them is said now, not after training
-  model, state, frozen, optimiser, rate = _adapted(config, task, mesh)
+  model, state, frozen, mask, optimiser, rate = _adapted(config, task, mesh, model)
   objective = {k: v for k, v in config["objective"].items() if k not in ("name", "prompt_loss_weight")}
 
   step = train.make_step(
@@ -86,13 +93,19 @@ def build(config: Mapping) -> Experiment:
     rate,
     seed=run["seed"],
     accumulate=run["accumulate"],
+    penalty=methods.penalty(config["method"]),
   )
-  batches = _batches(config, model, task, examples)
+  batches = _batches(config, model, task, examples, prompts.of(state.params(frozen)))
   model = dataclasses.replace(model, params=None)  # the state and the frozen tree own the arrays now
-  return Experiment(config, mesh, model, task, state, frozen, train.Stepper(step, state), batches)
+  placement = jax.tree.map(lambda x: x.sharding, state)
+  compiled = functools.partial(jax.jit, donate_argnums=1, out_shardings=placement)
+  between = [(period, compiled(fn)) for period, fn in methods.between(config["method"])]
+  return Experiment(config, mesh, model, task, state, frozen, train.Stepper(step, state), batches, mask, between)
 
 
-def _batches(config: Mapping, model: models.Model, task: tasks.Task, examples: Any) -> data.TrainIterator:
+def _batches(
+  config: Mapping, model: models.Model, task: tasks.Task, examples: Any, soft: prompts.Soft | None = None
+) -> data.TrainIterator:
   """Training batches as the model takes them."""
   if model.config.head == "classification":
     kind, own = classify, {}
@@ -109,16 +122,16 @@ def _batches(config: Mapping, model: models.Model, task: tasks.Task, examples: A
     seed=config_lib.train_settings(**config["train"])["seed"],
     process_index=jax.process_index(),
     process_count=jax.process_count(),
+    soft=soft,
     **config["data"],
   )
 
 
-def _adapted(config: Mapping, task: tasks.Task, mesh: jax.sharding.Mesh) -> tuple:
-  """(model, state before the first step, frozen tree, optimiser, its learning rate) of a config."""
-  place, run = sharding.placer(mesh), config_lib.train_settings(**config["train"])
+def load(config: Mapping, task: tasks.Task, mesh: jax.sharding.Mesh) -> models.Model:
+  """The pretrained model of a config, on the mesh, with the head that its objective trains."""
   classifies = config["objective"]["name"] == "classification"
   head = {"head": "classification", "n_labels": task.n_outputs} if classifies else {}
-  model = models.load(**(head | dict(config["model"])), sharding=place)
+  model = models.load(**(head | dict(config["model"])), sharding=sharding.placer(mesh))
   if model.config.head != ("classification" if classifies else "lm"):
     raise errors.UserError(
       f"config.objective.name={config['objective']['name']!r} does not train a model with the head "
@@ -126,19 +139,33 @@ def _adapted(config: Mapping, task: tasks.Task, mesh: jax.sharding.Mesh) -> tupl
     )
   if model.tokenizer is None:
     raise errors.UserError(f"model {model.name!r} has no tokenizer.json beside its weights")
+  return model
+
+
+def _adapted(config: Mapping, task: tasks.Task, mesh: jax.sharding.Mesh, given: models.Model | None = None) -> tuple:
+  """(model, state before the first step, frozen tree, mask, optimiser, its learning rate) of a config."""
+  place, run = sharding.placer(mesh), config_lib.train_settings(**config["train"])
+  model = given or load(config, task, mesh)
+  method = methods.prepare(config["method"], model.tokenizer, task.labels or ())
+  params, mask = methods.init(jax.random.key(run["seed"]), model.params, method)
   for section in ("data", "eval"):
-    length = config[section].get("seq_len", 0)
-    if model.config.position == "learned" and length > model.config.max_seq_len:
+    length, before = config[section].get("seq_len", 0), prompts.prefix_length(params)
+    if model.config.position == "learned" and before + length > model.config.max_seq_len:
+      after = f" after a prefix of {before}" if before else ""
       raise errors.UserError(
-        f"config.{section}.seq_len={length} is more than the {model.config.max_seq_len} positions of {model.name!r}"
+        f"config.{section}.seq_len={length}{after} is more than the {model.config.max_seq_len} positions of "
+        f"{model.name!r}"
       )
-  method = {k: v for k, v in config["method"].items() if k != "name"}
-  params, mask = methods.get(config["method"]["name"]).init(jax.random.key(run["seed"]), model.params, **method)
-  if classifies:
+  if model.config.head == "classification":
     params, mask = methods.train_also(params, mask, model.head_leaves)
   trainable, frozen = tree.split(sharding.put(params, place), mask)
-  optimiser, rate = optim.make(steps=run["steps"], **config["optim"])
-  return model, sharding.put(train.init_state(trainable, optimiser), place), frozen, optimiser, rate
+  held = methods.held(method, params)
+  if held is not None:
+    held, frozen = tree.split(frozen, tree.split(held, mask)[1])
+  optimiser, rate = optim.make(steps=run["steps"], **config["optim"], **methods.wrappers(method, run["steps"]))
+  state = sharding.put(train.init_state(trainable, optimiser, held), place)
+  state = train.unshared(state, (frozen, model.params if given else None))
+  return model, state, frozen, mask, optimiser, rate
 
 
 def trained(workdir: str | os.PathLike, step: int | None = None) -> models.Model:
@@ -154,11 +181,21 @@ def trained(workdir: str | os.PathLike, step: int | None = None) -> models.Model
     if step is None:
       raise errors.UserError(f"{workdir} has no checkpoint yet")
     state, _ = saved.restore(step, state)
-  return dataclasses.replace(model, params=tree.join(state.trainable, frozen))
+  return dataclasses.replace(model, params=state.params(frozen))
 
 
-def run(config: Mapping, workdir: str | os.PathLike, command: str = "") -> dict:
+def run(
+  config: Mapping,
+  workdir: str | os.PathLike,
+  command: str = "",
+  model: models.Model | None = None,
+  before: Mapping[str, float] | None = None,
+) -> dict:
   """Runs an experiment in `workdir`, or what is left of it, and returns its summary; `command` is for the report.
+
+  Args:
+    model: as in `build`.
+    before: scores of the pretrained model, if they are known.
 
   Raises:
     UserError: bad config, missing data, a directory of another config, or a loss that is not finite.
@@ -167,7 +204,7 @@ def run(config: Mapping, workdir: str | os.PathLike, command: str = "") -> dict:
   if config_lib.finished(config, workdir):
     metrics.say(f"{workdir} is complete: see {workdir / 'report.md'}, or give another --workdir")
     return hf.read_json(workdir / "summary.json")
-  exp = build(config)
+  exp = build(config, model)
   if jax.process_index() == 0:
     metrics.write_json(workdir / "config.json", config)
   with jax.set_mesh(exp.mesh), checkpoint.Checkpoints(workdir / "checkpoints") as saved:
@@ -178,7 +215,7 @@ def run(config: Mapping, workdir: str | os.PathLike, command: str = "") -> dict:
       metrics.say(f"going on from the checkpoint of step {start}")
     with metrics.Metrics(workdir, config["train"]["steps"], resume_step=start) as out:
       earlier = sum(v for row in out.history() for k, v in row.items() if k.endswith("seconds"))
-      score(exp, out, 0, "before", "test")
+      score(exp, out, 0, "before", "test", before)
       fit(exp, out, saved)
       score(exp, out, config["train"]["steps"], "after", "test")
       history = out.history()
@@ -190,36 +227,49 @@ def run(config: Mapping, workdir: str | os.PathLike, command: str = "") -> dict:
   return summary
 
 
-def score(exp: Experiment, out: metrics.Metrics, step: int, prefix: str, split: str) -> None:
+def score(
+  exp: Experiment, out: metrics.Metrics, step: int, prefix: str, split: str, known: Mapping[str, float] | None = None
+) -> None:
   """Evaluates on a split and logs `prefix/metric` at `step`, unless the log already has them."""
   if any(row["step"] == step and any(k.startswith(f"{prefix}/") for k in row) for row in out.history()):
     return
-  settings = config_lib.eval_settings(**exp.config["eval"])
-  examples = exp.task.load(split)
-  indices = np.random.default_rng(0).permutation(len(examples))[: settings["examples"]]
-  examples = [examples[int(i)] for i in np.sort(indices)]
   start = time.perf_counter()
-  bar = metrics.Progress(len(examples), f"evaluating {prefix}")
-  params, config = exp.params, exp.model.config
-  text = {}
-  if config.head == "classification":
-    run = functools.partial(evaluate.run_classifier, functools.partial(_predict, config, params))
-  else:
-    run = functools.partial(evaluate.run, config, params)
-    text = {"max_new_tokens": settings["max_new_tokens"], "start": generate.start_id(exp.model)}
-  values = run(
-    exp.model.tokenizer,
-    exp.task,
-    examples,
-    batch_size=settings["batch_size"],
-    seq_len=settings["seq_len"],
-    place=functools.partial(sharding.replicate, mesh=exp.mesh),
-    progress=lambda done, _: bar.update(done),
-    **text,
-  )
-  bar.close()
+  values = scores(exp.config, exp.model, exp.task, exp.params, exp.mesh, prefix, split) if known is None else known
   out.log(step, values | {"seconds": time.perf_counter() - start}, prefix)
-  metrics.say(f"{prefix}: " + "  ".join(f"{k} {v:.4f}" for k, v in values.items()) + f"  ({len(examples)} examples)")
+  metrics.say(f"{prefix}: " + "  ".join(f"{k} {v:.4f}" for k, v in values.items()))
+
+
+def scores(
+  config: Mapping, model: models.Model, task: tasks.Task, params: Any, mesh: jax.sharding.Mesh, prefix: str, split: str
+) -> dict[str, float]:
+  """Metrics of `params` on a split of the task, and on general text if the config names one."""
+  settings = config_lib.eval_settings(**config["eval"])
+  examples = _sample(task.load(split), settings["examples"])
+  bar = metrics.Progress(len(examples), f"evaluating {prefix}")
+  how = {
+    "batch_size": settings["batch_size"],
+    "seq_len": settings["seq_len"],
+    "place": functools.partial(sharding.replicate, mesh=mesh),
+  }
+  if model.config.head == "classification":
+    run = functools.partial(evaluate.run_classifier, functools.partial(_predict, model.config, params))
+    text = {"soft": prompts.of(params)}
+  else:
+    run = functools.partial(evaluate.run, model.config, params)
+    text = {"max_new_tokens": settings["max_new_tokens"], "start": generate.start_id(model)}
+  values = run(model.tokenizer, task, examples, progress=lambda done, _: bar.update(done), **how, **text)
+  bar.close()
+  if settings["general"]:
+    general = tasks.get(settings["general"])
+    texts = [" ".join(general.texts(e)) for e in _sample(general.load("test"), settings["general_examples"])]
+    values["general_loss"] = evaluate.text_loss(model.config, params, model.tokenizer, texts, **how)
+  return values
+
+
+def _sample(examples: Any, n: int) -> list[dict]:
+  """The same `n` examples at every call, in order."""
+  indices = np.random.default_rng(0).permutation(len(examples))[:n]
+  return [examples[int(i)] for i in np.sort(indices)]
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -240,6 +290,9 @@ def fit(exp: Experiment, out: metrics.Metrics, saved: checkpoint.Checkpoints) ->
       log.skip(time.perf_counter() - since)
     batch = sharding.put_batch(next(exp.batches), exp.mesh)
     exp.state, values = exp.step(exp.state, exp.frozen, batch)
+    for period, change in exp.between:
+      if step % period == 0 and step < run["steps"]:
+        exp.state = change(jax.random.fold_in(jax.random.key(run["seed"]), step), exp.state)
     log.add(step, values)
     if step == run["steps"] or step % run["checkpoint_every"] == 0:
       log.flush(write=True)
@@ -295,7 +348,12 @@ class Log:
     row = {k: sum(r[k] for r in self._rows) / len(self._rows) for k in self._rows[0]}
     compiling = self._exp.step.compile_seconds - self._compiled
     seconds = time.perf_counter() - self._since - compiling
-    row |= {"tokens": sum(r["tokens"] for r in self._rows), "seconds": seconds, "compile_seconds": compiling}
+    row |= {
+      "steps": len(self._rows),
+      "tokens": sum(r["tokens"] for r in self._rows),
+      "seconds": seconds,
+      "compile_seconds": compiling,
+    }
     row |= {"tokens_per_second": row["tokens"] / seconds, "learning_rate": self._rows[-1]["learning_rate"]}
     self._out.log(step, row)
     self._out.progress(step, row["loss"], row["tokens_per_second"])
@@ -307,19 +365,15 @@ class Log:
 
 
 def export(exp: Experiment, workdir: pathlib.Path) -> None:
-  """Writes `adapter/` in PEFT's format, or the whole `model/` for a method that has no such form."""
+  """Writes `adapter/`, or the whole `model/` for a method that trains most of it."""
   model = dataclasses.replace(exp.model, params=sharding.to_host(exp.params))
   if jax.process_index():
     return
-  if hasattr(methods.get(exp.config["method"]["name"]), "PEFT_TYPE"):
-    peft.save(
-      model,
-      model.params,
-      workdir / "adapter",
-      trained=model.head_leaves,
-    )
+  method = methods.prepare(exp.config["method"], model.tokenizer, exp.task.labels or ())
+  if any(getattr(m, "MODEL", False) for m, _ in methods.parts(method)):
+    models.save(dataclasses.replace(model, params=weights.merge(model.params)), workdir / "model")
   else:
-    models.save(model, workdir / "model")
+    adapter.save(model, model.params, exp.mask, method, workdir / "adapter")
 
 
 def summarise(exp: Experiment, history: list[dict], wall_seconds: float) -> dict:
@@ -338,9 +392,9 @@ def summarise(exp: Experiment, history: list[dict], wall_seconds: float) -> dict
   }
   return report.summary(
     model=exp.model.name,
-    method=exp.config["method"]["name"],
+    method=methods.title(exp.config["method"]),
     task=exp.task.name,
-    trainable_params=tree.size(trainable),
+    trainable_params=methods.size(exp.params, exp.mask),
     total_params=tree.size(base) + tree.size([x for k, x in trainable.items() if k not in base]),
     **scores,
     steps=exp.config["train"]["steps"],
@@ -348,7 +402,9 @@ def summarise(exp: Experiment, history: list[dict], wall_seconds: float) -> dict
     loss_last=rows[-1]["loss"],
     tokens_per_second=sum(r["tokens"] for r in rows) / sum(r["seconds"] for r in rows),
     compile_seconds=sum(r["compile_seconds"] for r in rows),
+    step_seconds=float(np.median([r["seconds"] / r["steps"] for r in rows[1:] or rows])),
     wall_seconds=wall_seconds,
+    step_memory_bytes=exp.step.memory_bytes,
     dtype=exp.model.config.dtype,
     devices=f"{exp.mesh.size} x {jax.devices()[0].device_kind}",
   )

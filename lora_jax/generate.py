@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from lora_jax import decode, errors, models, tokenizer as tokenizer_lib
+from lora_jax import decode, errors, models, prompts as prompts_lib, tokenizer as tokenizer_lib
 
 STOP_EVERY = 8  # tokens between looks for stop strings
 
@@ -75,8 +75,8 @@ def _held(text: str, stop: Sequence[str]) -> int:
   return max((n for s in stop for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
 
 
-def _batch(model: models.Model, prompts: Sequence[str | Sequence[int]], stop: Sequence[str]) -> dict:
-  """What `decode.continuations` needs of a model and texts: tokens, mask, end and start."""
+def _batch(model: models.Model, params: dict, prompts: Sequence[str | Sequence[int]], stop: Sequence[str]) -> dict:
+  """What `decode.continuations` needs of a model and texts: tokens, soft ones among them, mask, end and start."""
   if model.tokenizer is None:
     raise errors.UserError(f"{model.name} has no tokenizer")
   if model.config.head != "lm" or not model.config.causal:
@@ -91,9 +91,10 @@ def _batch(model: models.Model, prompts: Sequence[str | Sequence[int]], stop: Se
     if wrong := [t for t in row if t not in vocabulary]:
       raise errors.UserError(f"prompt {i}: {wrong[0]!r} is no token of {model.name}, which has {len(vocabulary)}")
   rows = [row or ([] if first is None else [first]) for row in rows]
+  rows = [prompts_lib.insert(prompts_lib.of(params), row, row[:1] == [tok.bos_id]) for row in rows]
   mask = np.arange(max(map(len, rows))) < np.array([len(row) for row in rows])[:, None]
   tokens = np.zeros(mask.shape, np.int32)
-  tokens[mask] = np.concatenate([np.array(row, np.int32) for row in rows])
+  tokens[mask] = np.concatenate(rows)
   return dict(tokens=tokens, mask=mask, end=end_ids(model), start=start_id(model))
 
 
@@ -127,7 +128,8 @@ def generate(
   if not len(prompts):
     return []
   decode.check(max_new_tokens, temperature, top_k, top_p, no_repeat_ngram, beams, early_stopping)
-  batch, params, tok = _batch(model, prompts, stop), model.params if params is None else params, model.tokenizer
+  params, tok = model.params if params is None else params, model.tokenizer
+  batch = _batch(model, params, prompts, stop)
   batch |= dict(max_new_tokens=max_new_tokens, no_repeat_ngram=no_repeat_ngram)
 
   def texts(rows):
@@ -162,7 +164,8 @@ def stream(
     progress: called with the number of tokens after each.
     **how: `temperature`, `top_k`, `top_p`, `no_repeat_ngram`, `seed`.
   """
-  batch, params, given, text = _batch(model, [prompt], stop), model.params if params is None else params, "", ""
+  params = model.params if params is None else params
+  batch, given, text = _batch(model, params, [prompt], stop), "", ""
   for rows in decode.continuations(model.config, params, **batch, max_new_tokens=max_new_tokens, every=1, **how):
     progress(rows.shape[1])
     text, stopped = before(complete(model.tokenizer, until_eos(rows[0], batch["end"])), stop)

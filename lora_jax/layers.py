@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax import errors
-from lora_jax.weights import dot
+from lora_jax.weights import dot, widened
 
 gelu_tanh = functools.partial(jax.nn.gelu, approximate=True)
 ACTIVATIONS = {
@@ -43,9 +43,18 @@ def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float) -> j
 
 
 def linear(spec: str, x: jax.Array, params: Mapping) -> jax.Array:
-  """`dot(spec, x, kernel)`, plus `bias` where there is one."""
+  """`dot(spec, x, kernel)`, plus `bias` where there is one.
+
+  What methods may have added to the dict: `input_scale` and `output_scale`, maybe of the last heads alone, multiply x
+  and the sum (IA3), and an `adapter`, a function of the sum, is added to it (Houlsby).
+  """
+  if "input_scale" in params:
+    x = x * params["input_scale"].astype(x.dtype)
   y = dot(spec, x, params["kernel"])
-  return y + params["bias"].astype(y.dtype) if "bias" in params else y
+  y = y + params["bias"].astype(y.dtype) if "bias" in params else y
+  if "output_scale" in params:
+    y = y * widened(params["output_scale"], y.shape).astype(y.dtype)
+  return y + params["adapter"](y) if "adapter" in params else y
 
 
 ROPE_SCALINGS = ("default", "linear", "llama3", "yarn", "longrope", "factors")
@@ -226,7 +235,8 @@ def mlp(x: jax.Array, params: Mapping, activation: str) -> jax.Array:
   """The feed-forward layer on [B, T, D].
 
   `down(act(up(x)))`, or `down(act(gate(x)) * up(x))` where there is a gate (Shazeer 2020,
-  https://arxiv.org/abs/2002.05202), also with gate and up as one matrix [D, 2, F].
+  https://arxiv.org/abs/2002.05202), also with gate and up as one matrix [D, 2, F]. An `adapter` that a method has
+  added runs beside it.
   """
   act = ACTIVATIONS[activation]
   if "gate_up" in params:
@@ -236,4 +246,5 @@ def mlp(x: jax.Array, params: Mapping, activation: str) -> jax.Array:
     h = act(linear("BTD,DF->BTF", x, params["gate"])) * linear("BTD,DF->BTF", x, params["up"])
   else:
     h = act(linear("BTD,DF->BTF", x, params["up"]))
-  return linear("BTF,FD->BTD", h, params["down"])
+  y = linear("BTF,FD->BTD", h, params["down"])
+  return y + params["adapter"](x) if "adapter" in params else y

@@ -1,27 +1,41 @@
 """Optimisers and schedules: names in configs to optax transformations of the trainable tree."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax.numpy as jnp
 import optax
 
 from lora_jax import errors, tree
 
+# Gradient transformations to a direction, before weight decay and learning rate.
 OPTIMISERS = {
-  "adamw": lambda lr, b1, b2, eps, **kw: optax.adamw(lr, b1=b1, b2=b2, eps=eps, **kw),
-  "lion": lambda lr, b1, b2, eps, **kw: optax.lion(lr, b1=b1, b2=b2, **kw),
-  "sgd": lambda lr, b1, b2, eps, weight_decay, mask: optax.chain(
-    optax.add_decayed_weights(weight_decay, mask), optax.sgd(lr, momentum=b1 or None)
+  "adamw": lambda b1, b2, eps: optax.scale_by_adam(b1, b2, eps),
+  "lion": lambda b1, b2, eps: optax.scale_by_lion(b1, b2),
+  "sgd": lambda b1, b2, eps: optax.trace(b1) if b1 else optax.identity(),
+  # As in prompt tuning and T-Few: no relative step sizes, no scaling by the parameters.
+  "adafactor": lambda b1, b2, eps: optax.chain(
+    optax.adafactor(None, multiply_by_parameter_scale=False, clipping_threshold=1.0), optax.scale(-1.0)
   ),
 }
-SCHEDULES = ("constant", "linear", "cosine")
+SCHEDULES = ("constant", "linear", "cosine", "cosine_restarts")
 
 
-def make_schedule(name: str, learning_rate: float, steps: int, warmup: float = 0, final: float = 0.0) -> optax.Schedule:
+def make_schedule(
+  name: str,
+  learning_rate: float,
+  steps: int,
+  warmup: float = 0,
+  final: float = 0.0,
+  cycle: int = 0,
+  restart_warmup: int = 100,
+) -> optax.Schedule:
   """From step to learning rate: linear warmup from 0, then the named decay to `final * learning_rate` at `steps`.
 
   Args:
-    name: "constant", "linear" or "cosine" (Loshchilov & Hutter 2017, https://arxiv.org/abs/1608.03983, equation 5).
+    name: "constant", "linear", "cosine" (Loshchilov & Hutter 2017, https://arxiv.org/abs/1608.03983, equation 5), or
+      "cosine_restarts": the cosine, but after every `cycle` steps it is reached in a linear warmup from 0 of
+      `restart_warmup` steps (Lialin et al. 2023, https://arxiv.org/abs/2307.05695, section 3).
     warmup: a number of steps, or, below 1, a fraction of `steps`.
   """
   errors.choose(name, dict.fromkeys(SCHEDULES), "config.optim.schedule")
@@ -29,12 +43,26 @@ def make_schedule(name: str, learning_rate: float, steps: int, warmup: float = 0
   if not 0 <= warm <= steps:
     raise errors.UserError(f"config.optim.warmup={warmup} is not within the {steps} steps of the run")
   rest = max(steps - warm, 1)
+  cosine = optax.cosine_decay_schedule(learning_rate, rest, alpha=final)
   decay = {
-    "constant": lambda: optax.constant_schedule(learning_rate),
-    "linear": lambda: optax.linear_schedule(learning_rate, final * learning_rate, rest),
-    "cosine": lambda: optax.cosine_decay_schedule(learning_rate, rest, alpha=final),
-  }[name]()
-  return optax.join_schedules([optax.linear_schedule(0.0, learning_rate, warm), decay], [warm]) if warm else decay
+    "constant": optax.constant_schedule(learning_rate),
+    "linear": optax.linear_schedule(learning_rate, final * learning_rate, rest),
+  }.get(name, cosine)
+  rate = optax.join_schedules([optax.linear_schedule(0.0, learning_rate, warm), decay], [warm]) if warm else decay
+  if name != "cosine_restarts":
+    return rate
+  if not (warm <= cycle and 0 <= restart_warmup <= cycle and cycle > 0):
+    raise errors.UserError(
+      f"config.optim.cycle={cycle}: 'cosine_restarts' needs the steps of a cycle, no fewer than the warmup ({warm}) "
+      f"and restart_warmup ({restart_warmup})"
+    )
+
+  def jagged(step):
+    start, since = step // cycle * cycle, step % cycle
+    rising = cosine(start + restart_warmup - warm) * since / max(restart_warmup, 1)
+    return jnp.where((step >= cycle) & (since < restart_warmup), rising, rate(step))
+
+  return jagged
 
 
 def make(
@@ -45,29 +73,43 @@ def make(
   schedule: str = "linear",
   warmup: float = 0.06,
   final: float = 0.0,
+  cycle: int = 0,
+  restart_warmup: int = 100,
   weight_decay: float = 0.0,
   no_decay: Sequence[str] = ("scale$", "bias$"),
   clip_norm: float = 1.0,
   b1: float = 0.9,
   b2: float = 0.999,
   eps: float = 1e-8,
+  direction: Sequence[Callable] = (),
+  wrap: Sequence[Callable] = (),
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
   """An optimiser for a trainable tree, and its learning-rate schedule.
 
   Args:
     steps: of the whole run.
+    cycle, restart_warmup: of the schedule "cosine_restarts".
     no_decay: regexes; leaves whose name one is found in are not decayed.
     clip_norm: bound on the global norm over the trainable tree; 0 is none.
+    direction, wrap: what the method makes of the transformation before weight decay and learning rate, and of all but
+      the clipping; see `methods.wrappers`.
 
   Returns:
     (gradient transformation, schedule).
   """
-  make_optimiser = errors.choose(name, OPTIMISERS, "config.optim.name")
-  rate = make_schedule(schedule, learning_rate, steps, warmup, final)
+  make_direction = errors.choose(name, OPTIMISERS, "config.optim.name")
+  rate = make_schedule(schedule, learning_rate, steps, warmup, final, cycle, restart_warmup)
   spared = tree.first_match([(p, True) for p in no_decay], False)
 
   def decayed(params: Any) -> Any:
     return tree.map_named(lambda k, _: not spared(k), params)
 
-  optimiser = make_optimiser(rate, b1, b2, eps, weight_decay=weight_decay, mask=decayed)
+  optimiser = make_direction(b1, b2, eps)
+  for fn in direction:
+    optimiser = fn(optimiser)
+  chain = [optimiser, optax.add_decayed_weights(weight_decay, decayed)]
+  # Momentum of SGD sees the decay, as L2 regularisation; that of the others does not.
+  optimiser = optax.chain(*(chain[::-1] if name == "sgd" else chain), optax.scale_by_learning_rate(rate))
+  for fn in wrap:
+    optimiser = fn(optimiser)
   return (optax.chain(optax.clip_by_global_norm(clip_norm), optimiser) if clip_norm else optimiser), rate

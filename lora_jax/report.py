@@ -62,10 +62,11 @@ def summary(
   loss_last: float,
   tokens_per_second: float,
   compile_seconds: float,
+  step_seconds: float,
   wall_seconds: float,
   **more: Any,
 ) -> dict[str, Any]:
-  """The content of `summary.json`; `more` are further top-level keys, such as `dtype`.
+  """The content of `summary.json`; `more` are further top-level keys, such as `dtype`. `step_seconds` is the median.
 
   Peak memory and versions are those of this process, now.
   """
@@ -82,6 +83,7 @@ def summary(
       "loss_last": loss_last,
       "tokens_per_second": tokens_per_second,
       "compile_seconds": compile_seconds,
+      "step_seconds": step_seconds,
     },
     "peak_memory_bytes": peak_memory_bytes(),
     "wall_seconds": wall_seconds,
@@ -122,7 +124,7 @@ def write_report(
   files.write(workdir / "report.md", ("\n\n".join(parts) + "\n").encode())
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
   """A Markdown table whose first column is text and whose others are numbers."""
   rule = ["---", *["---:"] * (len(header) - 1)]
   cells = [[c.replace("|", "\\|") for c in row] for row in (header, rule, *rows)]
@@ -139,7 +141,7 @@ def _eval_table(scores: Mapping[str, Mapping[str, float]]) -> str:
     else:
       shown = [f"{before:.1%}", f"{after:.1%}", f"{(after - before) * 100:+.1f} points"]
     rows.append([k, *("-" if "nan" in cell else cell for cell in shown)])
-  return _table(["metric", "before", "after", "change"], rows)
+  return table(["metric", "before", "after", "change"], rows)
 
 
 def _train_table(summary: Mapping[str, Any]) -> str:
@@ -153,7 +155,7 @@ def _train_table(summary: Mapping[str, Any]) -> str:
     ["whole run", f"{summary['wall_seconds']:.1f} s"],
     ["peak memory", f"{summary['peak_memory_bytes'] / 2**30:.2f} GiB"],
   ]
-  return _table(["", ""], rows)
+  return table(["", ""], rows)
 
 
 def _load_code(base_model: str, adapter: pathlib.Path) -> str:

@@ -58,7 +58,7 @@ def ban_repeats(logits: jax.Array, ids: jax.Array, lengths: jax.Array, n: int) -
   """Logits [B, V] without the tokens that would repeat an n-gram (Paulus et al. 2017, section 2.5).
 
   Args:
-    ids: int [B, S], texts so far, of `lengths` [B].
+    ids: int [B, S], texts so far, of `lengths` [B]; negative ones are soft tokens.
     n: 0 bans nothing; static.
   """
   if n == 0 or n > ids.shape[1]:
@@ -68,7 +68,7 @@ def ban_repeats(logits: jax.Array, ids: jax.Array, lengths: jax.Array, n: int) -
   for i in range(n - 1):
     last = jnp.take_along_axis(ids, jnp.maximum(lengths - (n - 1) + i, 0)[:, None], axis=1)
     match &= ids[:, i : i + len(starts)] == last
-  banned = jnp.where(match, ids[:, n - 1 :], logits.shape[1])
+  banned = jnp.where(match & (ids[:, n - 1 :] >= 0), ids[:, n - 1 :], logits.shape[1])
   return logits.at[jnp.arange(len(ids))[:, None], banned].set(-jnp.inf, mode="drop")
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from lora_jax import classify, data, errors, tasks
+from lora_jax import classify, data, errors, prompts, tasks
 
 LEAST = 8  # tokens that responses are padded to: those of a classification are few
 
@@ -36,14 +36,15 @@ def encode_all(
   target_len: int,
   start: int,
   eos: bool = True,
+  soft: prompts.Soft | None = None,
 ) -> tuple[list[data.Batch], int]:
   """All examples as rows of a batch without their padding, and how many prompts and responses were too long.
 
   Both lose their end, the prompt as with `truncation=True` in transformers: what frames it stays. With `eos` the token
-  that ends a text follows a response that is whole.
+  that ends a text follows a response that is whole. `soft` tokens are put into the prompt.
   """
-  prompts, responses = zip(*(texts(tokenizer, f) for f in formatted), strict=True)
-  sources, truncated = classify.encode(tokenizer, [(p,) for p in prompts], seq_len)
+  asked, responses = zip(*(texts(tokenizer, f) for f in formatted), strict=True)
+  sources, truncated = classify.encode(tokenizer, [(p,) for p in asked], seq_len, soft)
   encoded, end = [], tokenizer.eos_id
   for source, ids in zip(sources, tokenizer.encode_batch(responses), strict=True):
     ids = ids[: ids.index(end) + 1] if end in ids else [*ids, end] if eos and end is not None else ids
@@ -69,6 +70,7 @@ def train_iterator(
   seed: int = 0,
   process_index: int = 0,
   process_count: int = 1,
+  soft: prompts.Soft | None = None,
 ) -> data.TrainIterator:
   """Batches for ever; order, shares and state as in `data.train_iterator`.
 
@@ -85,7 +87,7 @@ def train_iterator(
     raise errors.UserError(f"config.data.target_len={target_len} must be at least 1")
   share = data.rows_of(task, examples, batch_size, seq_len, process_index, process_count)
   formatted = [task.format(example) for example in examples]
-  encoded, truncated = encode_all(tokenizer, formatted, seq_len, target_len, start, eos)
+  encoded, truncated = encode_all(tokenizer, formatted, seq_len, target_len, start, eos, soft)
   fit = functools.partial(_fit, target_len=target_len)
   source = data.endless(encoded, data.padding_id(tokenizer), batch_size, seq_len, share, seed, fit=fit)
   return data.TrainIterator(source, len(encoded), truncated)
@@ -93,16 +95,22 @@ def train_iterator(
 
 def _fit(examples: Sequence[data.Batch], share: slice, seq_len: int, pad_id: int, target_len: int) -> data.Batch:
   """`data.fit` of the prompts and of the responses."""
-  prompts = data.fit([{"tokens": e["inputs"]} for e in examples], share, seq_len, pad_id)
+  sources = data.fit([{"tokens": e["inputs"]} for e in examples], share, seq_len, pad_id)
   responses = [{k: v for k, v in e.items() if k != "inputs"} for e in examples]
   batch = data.fit(responses, share, target_len, pad_id, LEAST)
-  return batch | {"inputs": prompts["tokens"], "input_segments": prompts["segment_ids"]}
+  return batch | {"inputs": sources["tokens"], "input_segments": sources["segment_ids"]}
 
 
 def eval_batches(
-  task: tasks.Task, examples: Sequence[dict], tokenizer: Any, *, batch_size: int, seq_len: int
+  task: tasks.Task,
+  examples: Sequence[dict],
+  tokenizer: Any,
+  *,
+  batch_size: int,
+  seq_len: int,
+  soft: prompts.Soft | None = None,
 ) -> list[data.Batch]:
   """Prompts to encode, framed and cut as in training; otherwise as in `data.eval_batches`."""
-  prompts = [texts(tokenizer, task.format(example))[:1] for example in examples]
-  encoded = [{"tokens": e["tokens"]} for e in classify.encode(tokenizer, prompts, seq_len)[0]]
+  asked = [texts(tokenizer, task.format(example))[:1] for example in examples]
+  encoded = [{"tokens": e["tokens"]} for e in classify.encode(tokenizer, asked, seq_len, soft)[0]]
   return list(data.longest_first(encoded, data.padding_id(tokenizer), batch_size, seq_len))

@@ -15,11 +15,25 @@ from lora_jax import transformer, tree, weights
 
 @struct.dataclass
 class State:
-  """What a step changes: the number of finished steps, the trainable tree and the optimiser's state."""
+  """What training changes.
+
+  Fields:
+    step: int32 [], how many steps are done.
+    trainable: the trainable tree.
+    opt_state: of the optimiser.
+    held: frozen leaves that the method changes between steps, such as the matrices that ReLoRA merges into; None where
+      there are none.
+  """
 
   step: jax.Array
   trainable: Any
   opt_state: Any
+  held: Any = None
+
+  def params(self, frozen: Any) -> Any:
+    """The whole tree."""
+    params = tree.join(self.trainable, frozen)
+    return params if self.held is None else tree.join(params, self.held)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,9 +71,60 @@ class Forward:
     return transformer.classify(self.config, params, self(params, batch), batch["lengths"])
 
 
-def init_state(trainable: Any, optimiser: optax.GradientTransformation) -> State:
-  """The state before the first step."""
-  return State(jnp.zeros((), jnp.int32), trainable, optimiser.init(trainable))
+def init_state(trainable: Any, optimiser: optax.GradientTransformation, held: Any = None) -> State:
+  """The state before the first step. The optimiser's own is float32, whatever the parameters are."""
+  return State(jnp.zeros((), jnp.int32), trainable, optimiser.init(_float32(trainable)), held)
+
+
+def _float32(x: Any) -> Any:
+  return jax.tree.map(lambda x: x.astype(jnp.float32), x)
+
+
+def unshared(state: State, others: Any = None) -> State:
+  """The state with copies of the leaves whose buffers it has twice or `others` have: a step gives its own away."""
+  where = lambda x: x.addressable_shards[0].data.unsafe_buffer_pointer()
+  seen = {where(x) for x in jax.tree.leaves(others) if _is_plain(x)}
+
+  def leaf(x):
+    if _is_plain(x):
+      x = jnp.copy(x) if where(x) in seen else x
+      seen.add(where(x))
+    return x
+
+  return jax.tree.map(leaf, state)
+
+
+def _is_plain(x) -> bool:
+  return x.size > 0 and not jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
+def round_stochastically(x: jax.Array, key: jax.Array) -> jax.Array:
+  """float32 to bfloat16: up or down with the probabilities that make the expected value x.
+
+  An update smaller than half a step of bfloat16 is not lost then, only seldom seen (Gupta et al. 2015,
+  https://arxiv.org/abs/1502.02551, section 3).
+  """
+  bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+  noise = jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)
+  cut = jnp.where(jnp.isfinite(x), (bits + noise) & jnp.uint32(0xFFFF0000), bits)
+  return jax.lax.bitcast_convert_type(cut, jnp.float32).astype(jnp.bfloat16)
+
+
+def apply_updates(params: Any, updates: Any, key: jax.Array) -> Any:
+  """`params + updates`; the sum for bfloat16 parameters is rounded stochastically."""
+
+  def add(name, p, u):
+    if p.dtype != jnp.bfloat16:
+      return (p + u).astype(p.dtype)
+    return round_stochastically(p.astype(jnp.float32) + u, tree.fold(key, name))
+
+  return tree.map_named(add, params, updates)
+
+
+def _wide_tables(trainable: Any) -> Any:
+  """Embedding tables as float32, so that the gradients of a row that a batch has often are not summed in bfloat16."""
+  wide = lambda k, x: x.astype(jnp.float32) if k.startswith("embed/") and x.dtype == jnp.bfloat16 else x
+  return tree.map_named(wide, trainable)
 
 
 def make_step(
@@ -70,43 +135,48 @@ def make_step(
   *,
   seed: int = 0,
   accumulate: int = 1,
+  penalty: Callable[[Any], jax.Array] | None = None,
 ) -> Callable[[State, Any, dict], tuple[State, dict]]:
   """A function `(state, frozen, batch) -> (state, metrics)`, to be jitted.
 
   The gradient is that of the mean loss over the whole batch, summed over `accumulate` micro-batches and then divided
-  by the summed weight. A step whose loss or gradient is not finite changes nothing but `state.step`.
+  by the summed weight; the method's `penalty`, a function of the parameters, is added. A step whose loss or gradient
+  is not finite changes nothing but `state.step`.
 
   Metrics (float32 scalars): loss, what the objective returns, per unit of weight, grad_norm, learning_rate, tokens
   (not padding; those of an encoder too), finite.
   """
 
-  def loss(trainable, frozen, micro, key):
-    params = weights.with_dropout(tree.join(trainable, frozen), key)
+  def loss(trainable, state, frozen, micro, key):
+    params = weights.with_dropout(state.replace(trainable=_wide_tables(trainable)).params(frozen), key)
     loss_sum, weight_sum, metrics = objective(forward, params, micro)
-    return loss_sum, {"weight": weight_sum, **metrics, "loss": loss_sum}
+    total = loss_sum if penalty is None else loss_sum + weight_sum * penalty(params)
+    return total, {"weight": weight_sum, **metrics, "loss": loss_sum}
 
   def step(state: State, frozen: Any, batch: dict) -> tuple[State, dict]:
     key = jax.random.fold_in(jax.random.key(seed), state.step)
     grad = jax.grad(loss, has_aux=True)
     if accumulate == 1:
-      grads, sums = grad(state.trainable, frozen, batch, key)
+      grads, sums = grad(state.trainable, state, frozen, batch, key)
     else:
       micro = jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
 
       def add(total, xs):
-        return jax.tree.map(jnp.add, total, grad(state.trainable, frozen, *xs)), None
+        return jax.tree.map(jnp.add, total, grad(state.trainable, state, frozen, *xs)), None
 
+      # Sums of what bfloat16 parameters have as gradients would lose the last micro-batches.
+      zero = lambda s: jnp.zeros(s.shape, jnp.promote_types(s.dtype, jnp.float32))
       xs = (micro, jax.random.split(key, accumulate))
-      shapes = jax.eval_shape(grad, state.trainable, frozen, *jax.tree.map(lambda x: x[0], xs))
-      (grads, sums), _ = jax.lax.scan(add, jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes), xs)
+      shapes = jax.eval_shape(grad, state.trainable, state, frozen, *jax.tree.map(lambda x: x[0], xs))
+      (grads, sums), _ = jax.lax.scan(add, jax.tree.map(zero, shapes), xs)
     total = jnp.maximum(sums.pop("weight"), jnp.finfo(jnp.float32).tiny)
-    grads = jax.tree.map(lambda g: g / total, grads)
+    grads = jax.tree.map(lambda g: g.astype(jnp.float32) / total, grads)
     metrics = {k: v / total for k, v in sums.items()}
     norm = optax.tree.norm(grads)
     real = sum(jnp.sum(batch[k] > 0) for k in ("segment_ids", "input_segments") if k in batch)
     finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
     updates, opt_state = optimiser.update(grads, state.opt_state, state.trainable)
-    new = (optax.apply_updates(state.trainable, updates), opt_state)
+    new = (apply_updates(state.trainable, updates, jax.random.fold_in(key, 1)), opt_state)
     trainable, opt_state = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, (state.trainable, state.opt_state))
     metrics |= {
       "grad_norm": norm,
@@ -114,19 +184,25 @@ def make_step(
       "tokens": real.astype(jnp.float32),
       "finite": finite.astype(jnp.float32),
     }
-    return State(state.step + 1, trainable, opt_state), metrics
+    return State(state.step + 1, trainable, opt_state, state.held), metrics
 
   return step
 
 
 class Stepper:
-  """A step compiled once a batch shape, with the state donated; knows how long compiling took."""
+  """A step compiled once a batch shape, with the state donated.
+
+  Fields:
+    compile_seconds: how long compiling took.
+    memory_bytes: what the largest of the programs needs on a device, arguments included, by the compiler's account.
+  """
 
   def __init__(self, step: Callable, state: State):
     placement = jax.tree.map(lambda x: x.sharding, state)
     self._step = jax.jit(step, donate_argnums=0, out_shardings=(placement, None))
     self._compiled = {}
     self.compile_seconds = 0.0
+    self.memory_bytes = 0
 
   def __call__(self, state: State, frozen: Any, batch: dict) -> tuple[State, dict]:
     """Runs the step; the given `state` may not be used again."""
@@ -135,4 +211,7 @@ class Stepper:
       start = time.perf_counter()
       self._compiled[shape] = self._step.lower(state, frozen, batch).compile()
       self.compile_seconds += time.perf_counter() - start
+      if m := self._compiled[shape].memory_analysis():
+        new = m.argument_size_in_bytes + m.output_size_in_bytes + m.temp_size_in_bytes - m.alias_size_in_bytes
+        self.memory_bytes = max(self.memory_bytes, new)
     return self._compiled[shape](state, frozen, batch)

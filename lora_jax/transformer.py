@@ -15,12 +15,12 @@ from lora_jax.layers import linear
 from lora_jax.weights import dot
 
 
-def init_cache(config: Config, batch: int, length: int, source: int = 0) -> dict:
-  """An empty key/value cache: `k` and `v` [L, B, S, K, H]; slot s holds position s.
+def init_cache(config: Config, batch: int, length: int, source: int = 0, prefix: int = 0) -> dict:
+  """An empty key/value cache: `k` and `v` [L, B, S, K, H]; slot s holds position s, of `length` and a `prefix` of keys.
 
   An encoder-decoder has `cross_k` and `cross_v` of the `source` tokens besides, and which of them are seen.
   """
-  shape = (config.n_layers, batch, length, config.n_kv_heads, config.head_dim)
+  shape = (config.n_layers, batch, prefix + length, config.n_kv_heads, config.head_dim)
   cache = {"layers": {"k": jnp.zeros(shape, config.dtype), "v": jnp.zeros(shape, config.dtype)}}
   if config.encoder_layers:
     shape = (config.n_layers, batch, source, config.n_kv_heads, config.head_dim)
@@ -70,9 +70,19 @@ def _self_attention(c, params, x, ctx, local, cache):
   if cache is not None:
     rows = jnp.arange(x.shape[0])[:, None]
     k, v = (cache[name].at[rows, ctx.positions].set(a) for name, a in (("k", k), ("v", v)))
+  if "prefix" in params:
+    k, v = (_before(params["prefix"][name].astype(a.dtype), a, cache) for name, a in (("k", k), ("v", v)))
+  if cache is not None:
     cache = cache | {"k": k, "v": v}
   y = _attend(c, q, k, v, ctx, local)
   return linear("BTNH,NHD->BTD", y, params["o"]), cache
+
+
+def _before(prefix, a, cache):
+  """Keys or values [B, S, K, H] with a prefix [P, K, H]: before them, or in the first slots of a cache."""
+  if cache is not None:
+    return a.at[:, : len(prefix)].set(prefix)
+  return jnp.concatenate([jnp.broadcast_to(prefix, (len(a), *prefix.shape)), a], axis=1)
 
 
 def _attend(c, q, k, v, ctx, local):
@@ -80,10 +90,13 @@ def _attend(c, q, k, v, ctx, local):
   how = dict(bias=ctx.bias, scale=c.attn_scale, softcap=c.attn_softcap, implementation=c.attention)
   if ctx.mask != (None, None):
     return layers.attention(q, k, v, mask=_select(local, ctx.mask), **how)
-  window = c.window if c.window is not None and c.window < q.shape[1] else None
+  window = c.window if c.window is not None and c.window < k.shape[1] else None
+  # Queries for the prefix, whose outputs are dropped, make causality and window those of a longer text.
+  dropped = k.shape[1] - q.shape[1] if c.causal else 0
 
   def run(w):
-    return lambda q, k, v: layers.attention(q, k, v, causal=c.causal, window=w, **how)
+    extended = lambda q: jnp.pad(q, [(0, 0), (dropped, 0), (0, 0), (0, 0)]) if dropped else q
+    return lambda q, k, v: layers.attention(extended(q), k, v, causal=c.causal, window=w, **how)[:, dropped:]
 
   if window is None or isinstance(local, bool):
     return run(window if local is True else None)(q, k, v)
@@ -127,7 +140,7 @@ def _layer(c, params, x, ctx, local, cache):
   return residual("mlp", x, lambda h: _feed_forward(c, params, h))[0], cache
 
 
-def _masks(c, positions, segment_ids, cache, plain) -> tuple:
+def _masks(c, positions, segment_ids, cache, plain, before) -> tuple:
   """(global, local) masks [B, T, S], or None where causality and a static window say it all."""
   if cache is not None:
     distance = positions[:, :, None] - jnp.arange(cache["layers"]["k"].shape[2])
@@ -141,10 +154,13 @@ def _masks(c, positions, segment_ids, cache, plain) -> tuple:
     if segment_ids is not None:
       mask &= (segment_ids[:, :, None] == segment_ids[:, None, :]) & (segment_ids > 0)[:, None]
     mask = jnp.broadcast_to(mask, distance.shape)
+    if before:
+      distance = jnp.concatenate([positions[:, :, None] - jnp.arange(before), distance], axis=2)
+      mask = jnp.pad(mask, [(0, 0), (0, 0), (before, 0)], constant_values=True)
   return mask, mask if c.window is None else mask & (distance < c.window)
 
 
-def _context(c, params, positions, plain, default, segment_ids, cache, encoded, seen, length) -> _Context:
+def _context(c, params, positions, plain, default, segment_ids, cache, encoded, seen, length, before) -> _Context:
   rotation = (None, None)
   if c.position == "rope":
     dim, scaling = c.rope_dim or c.head_dim, dict(c.rope_scaling or ())
@@ -163,7 +179,7 @@ def _context(c, params, positions, plain, default, segment_ids, cache, encoded, 
       seen = cache["seen"]
     elif seen is None:
       seen = jnp.ones(encoded.shape[:2], bool)
-  mask = _masks(c, positions, segment_ids, cache, plain)
+  mask = _masks(c, positions, segment_ids, cache, plain, before)
   return _Context(positions, rotation, mask, bias, encoded, seen)
 
 
@@ -183,49 +199,75 @@ def hidden(
   """The states before the head, [B, T, D or embed_dim] in `config.dtype`, and the updated cache.
 
   Args:
-    tokens: int [B, T]. Padding belongs on the right, where no real token of a causal model sees it.
-    positions: int [B, T], rising within a segment; 0..T-1 if None. With a cache also the slots of the new keys.
+    tokens: int [B, T]. Padding belongs on the right, where no real token of a causal model sees it. Negative ids are
+      soft tokens, see prompts.py.
+    positions: int [B, T], rising within a segment; 0..T-1 if None. With a cache also the slots of the new keys. Where
+      `params` has a prefix of P keys and values all of them are moved by P.
     segment_ids: int [B, T]; attention stays within equal ids, and 0 is seen by nobody. None: each row is one sequence.
     token_types: int [B, T]; 0 if None.
-    cache: of `init_cache`; a query at position p sees the slots 0..p.
+    cache: of `init_cache`, with room for the prefix; a query at position p sees the slots 0..p.
     encoded: [B, S, D] of `encode`, for an encoder-decoder; with a cache it is needed only once.
     seen: bool [B, S], which of `encoded` are real; None is all.
     length: int [], tokens of the longest row without padding, on which LongRoPE depends; None is the last position.
   """
   c, (B, T) = config, tokens.shape
-  default = positions is None
-  if default and c.position == "learned" and c.max_seq_len < T:
-    raise errors.UserError(f"{T} tokens are more than the {c.max_seq_len} positions that the model has learned")
+  default, stack, before, shared = positions is None, params["layers"], 0, params.get("shared")
+  params = weights.bind({k: v for k, v in params.items() if k != "layers"}, shared)
+  if "prefix" in params:
+    prefix = params["prefix"]()
+    stack, before = stack | {"attn": stack["attn"] | {"prefix": prefix}}, prefix["k"].shape[1]
+  if default and c.position == "learned" and c.max_seq_len < before + T:
+    raise errors.UserError(
+      f"{before + T} tokens are more than the {c.max_seq_len} positions that the model has learned"
+    )
   if default:
     positions = jnp.broadcast_to(jnp.arange(T), (B, T))
-  x = sharding.constrain(_embed(c, params["embed"], tokens, positions, token_types))
+  positions = positions + before if before else positions
+  x = sharding.constrain(_embed(c, params["embed"], tokens, positions, token_types, params.get("prompt")))
   default &= cache is None
   plain = cache is None and segment_ids is None
-  length = positions.max() + 1 if length is None else length
-  ctx = _context(c, params, positions, plain, default, segment_ids, cache, encoded, seen, length)
+  length = positions.max() + 1 if length is None else length + before
+  ctx = _context(c, params, positions, plain, default, segment_ids, cache, encoded, seen, length, before)
   mixed = len(set(c.local)) > 1 and c.window is not None
   flags = jnp.array(c.local) if mixed else None
   always = c.window is not None and (c.local[0] if c.local else True)
 
   def body(x, layer):
     params, cache, local = layer
-    x, cache = _layer(c, params, x, ctx, local if mixed else always, cache)
+    x, cache = _layer(c, weights.bind(params, shared), x, ctx, local if mixed else always, cache)
     return sharding.constrain(x), cache
 
   if c.remat:
     body = jax.checkpoint(body, prevent_cse=not c.scan)
-  xs = (params["layers"], None if cache is None else cache["layers"], flags)
-  x, updated = jax.lax.scan(body, x, xs, unroll=1 if c.scan else c.n_layers)
+  updated = []
+  for xs in _parts((stack, None if cache is None else cache["layers"], flags)):
+    x, after = jax.lax.scan(body, x, xs, unroll=not c.scan)
+    updated.append(after)
   if cache is not None:
-    cache = {"layers": updated} | ({"seen": ctx.seen} if c.encoder_layers else {})
+    after = jax.tree.map(lambda *ys: jnp.concatenate(ys), *updated) if len(updated) > 1 else after
+    cache = {"layers": after} | ({"seen": ctx.seen} if c.encoder_layers else {})
   x = normalise(c, x, params["norm"]) if c.final_norm else x
   return (linear("BTD,DC->BTC", x, params["project"]) if c.embed_dim else x), cache
 
 
-def _embed(c, params, tokens, positions, token_types):
+def _parts(xs: Any) -> list:
+  """Runs of layers to scan one after the other: all, or two where a method has split the leaves (partial.py)."""
+  split = lambda w: hasattr(w, "upper")
+  found = [w for w in jax.tree.leaves(xs, is_leaf=split) if split(w)]
+  if not found:
+    return [xs]
+  n = found[0].lower.shape[0]
+  lower = jax.tree.map(lambda w: w.lower if split(w) else w[:n], xs, is_leaf=split)
+  return [lower, jax.tree.map(lambda w: w.upper if split(w) else w[n:], xs, is_leaf=split)]
+
+
+def _embed(c, params, tokens, positions, token_types, prompt):
   x = weights.take(params["kernel"], tokens).astype(c.dtype)
   if c.embed_scale is not None:
     x = x * jnp.asarray(c.embed_scale, x.dtype)
+  if prompt is not None:
+    table = prompt() * (c.embed_scale or 1) if prompt.scaled else prompt()
+    x = jnp.where((tokens < 0)[..., None], table.astype(c.dtype).at[-1 - tokens].get(mode="clip"), x)
   if "project" in params:
     x = linear("BTC,CD->BTD", x, params["project"])
   if "positions" in params:
@@ -238,17 +280,20 @@ def _embed(c, params, tokens, positions, token_types):
 
 def encode(config: Config, params: dict, tokens: jax.Array, segment_ids: jax.Array | None = None) -> jax.Array:
   """The encoder's states [B, S, D] of an encoder-decoder; padding has segment id 0."""
-  return hidden(config.encoder, {"embed": params["embed"], **params["encoder"]}, tokens, segment_ids=segment_ids)[0]
+  shared = {k: params[k] for k in ("embed", "prompt", "shared") if k in params}
+  return hidden(config.encoder, {**shared, **params["encoder"]}, tokens, segment_ids=segment_ids)[0]
 
 
 def head(params: dict) -> dict:
   """The part of the parameters that `logits` needs."""
   own = {"head": params["head"]} if "head" in params else {}
-  return own if "kernel" in own.get("head", {}) else own | {"embed": {"kernel": params["embed"]["kernel"]}}
+  own = own if "kernel" in own.get("head", {}) else own | {"embed": {"kernel": params["embed"]["kernel"]}}
+  return weights.bind(own, params.get("shared"))
 
 
 def logits(config: Config, params: dict, x: jax.Array, dtype: Any = jnp.float32) -> jax.Array:
   """Logits [B, T, V] of hidden states [B, T, D]; `params` may be the part that `head` gives."""
+  params = head(params)
   p = params.get("head", {})
   if "transform" in p:
     x = layers.ACTIVATIONS[config.activation](linear("BTD,DC->BTC", x, p["transform"]))
@@ -284,6 +329,8 @@ def pool(config: Config, params: dict, x: jax.Array, lengths: jax.Array | None =
 
 def classify(config: Config, params: dict, x: jax.Array, lengths: jax.Array | None = None) -> jax.Array:
   """float32 outputs [B, C] of the classifier for hidden states [B, T, D]."""
+  own = {k: params[k] for k in ("pooler", "classifier") if k in params}
+  params = weights.bind(own, params.get("shared"))
   x = pool(config, params, x, lengths).astype(jnp.float32)
   return linear("BD,DC->BC", x, params["classifier"])
 

@@ -4,6 +4,7 @@
 --model hf:org/name --adapter ADAPTER --out DIR     the same with a PEFT adapter merged
 --run runs/x [--step 100] --out DIR                 the model of a run, finished or not, merged
 --run runs/x --to adapter --out DIR                 its adapter in PEFT's format
+--run runs/x --to adapter --rank 8 --out DIR        the same as plain LoRA, whatever it is; --variance 0.9 finds ranks
 --model DIR --to orbax --out DIR                    our own tree, which loads sharded without transposing
 """
 
@@ -19,10 +20,19 @@ from collections.abc import Iterator
 from absl import app, flags
 
 MODEL = flags.DEFINE_string("model", None, "Directory, .gguf file, packaged name or hf:org/name[@revision].")
-ADAPTER = flags.DEFINE_string("adapter", None, "PEFT adapter on --model, which is merged: a directory or hf:org/name.")
+ADAPTER = flags.DEFINE_string("adapter", None, "Adapter on --model, which is merged: a directory or hf:org/name.")
 RUN = flags.DEFINE_string("run", None, "Directory of a run of experiments.run, instead of --model.")
 STEP = flags.DEFINE_integer("step", None, "Which checkpoint of --run; the newest by default.")
 TO = flags.DEFINE_enum("to", "hf", ["hf", "orbax", "adapter"], "What is written.")
+RANK = flags.DEFINE_integer(
+  "rank",
+  None,
+  "With --to=adapter: converts it to plain LoRA of this rank at most, and prints the errors.",
+  lower_bound=1,
+)
+VARIANCE = flags.DEFINE_float(
+  "variance", None, "Instead of --rank: how much of each matrix's squared singular values the smallest rank explains."
+)
 DTYPE = flags.DEFINE_enum(
   "dtype", None, ["bfloat16", "float16", "float32"], "Of the weights of --model; as they are by default."
 )
@@ -62,7 +72,7 @@ def check_flags() -> None:
   if (MODEL.value is None) == (RUN.value is None):
     raise errors.UserError("give --model or --run")
   idle = {"with --run": "head n_labels dtype adapter"} if RUN.value else {"without --run": "step"}
-  idle |= {"with --to=adapter": "dtype"} if TO.value == "adapter" else {}
+  idle |= {"with --to=adapter": "dtype"} if TO.value == "adapter" else {"without --to=adapter": "rank variance"}
   for when, names in idle.items():
     if wrong := [f"--{k}" for k in names.split() if flags.FLAGS[k].value is not None]:
       raise errors.UserError(f"{', '.join(wrong)} would do nothing {when}")
@@ -94,20 +104,31 @@ def whole(out: pathlib.Path) -> Iterator[pathlib.Path]:
 
 def run(directory: pathlib.Path) -> None:
   """Loads, merges and writes what the flags name."""
-  from lora_jax import experiment, models, weights
+  from lora_jax import errors, experiment, lowrank, models, weights
   from lora_jax.formats import peft
 
-  model = experiment.trained(RUN.value, STEP.value) if RUN.value else load()
-  if TO.value == "adapter":
-    peft.save(model, model.params, directory, trained=model.head_leaves)
+  model, changed = (experiment.trained(RUN.value, STEP.value), []) if RUN.value else load()
+  trained = {*model.head_leaves, *changed}
+  if RANK.value is not None or VARIANCE.value is not None:
+    params, report = lowrank.to_lora(model.params, RANK.value, VARIANCE.value)
+    print(lowrank.table(report))
+    peft.save(model, params, directory, trained, method={"name": "lora"})
+  elif TO.value == "adapter":
+    try:
+      peft.save(model, model.params, directory, trained)
+    except peft.NoForm as e:
+      raise errors.UserError(f"{e}; --rank or --variance converts what changes weights to LoRA") from None
   else:
     models.save(dataclasses.replace(model, params=weights.merge(model.params)), directory, form=TO.value)
 
 
 def load():
-  """--model with --adapter on it; says on standard error which weights are neither's."""
+  """(--model with --adapter on it, leaves of the model that the adapter has instead).
+
+  Says on standard error which weights are neither's.
+  """
   from lora_jax import errors, models, tree, weights
-  from lora_jax.formats import peft
+  from lora_jax.formats import adapter, peft
 
   how = peft.head(ADAPTER.value) if ADAPTER.value else {}
   how |= {k: v for k, v in {"head": HEAD.value, "n_labels": N_LABELS.value}.items() if v is not None}
@@ -116,11 +137,11 @@ def load():
     raise errors.UserError(f"--n_labels would do nothing with the head {model.config.head!r}; give --head")
   before = tree.flatten(model.params)
   if ADAPTER.value:
-    model = dataclasses.replace(model, params=peft.load(model, ADAPTER.value))
+    model = dataclasses.replace(model, params=adapter.load(model, ADAPTER.value))
   after = tree.flatten(weights.strip(model.params))
   if fresh := [k for k in model.fresh if after[k] is before[k]]:
     print(f"warning: {MODEL.value} has no {', '.join(fresh)}: written at random", file=sys.stderr)
-  return model
+  return model, [k for k in before if after[k] is not before[k]] if ADAPTER.value else []
 
 
 if __name__ == "__main__":

@@ -56,14 +56,14 @@ def run() -> None:
   """Answers the prompt, or each line of standard input."""
   check_flags()
   from lora_jax import errors, models, weights
-  from lora_jax.formats import peft
+  from lora_jax.formats import adapter, peft
 
   head = peft.head(ADAPTER.value) if ADAPTER.value else {}
   model = models.load(MODEL.value, dtype=DTYPE.value, **head)
   if model.tokenizer is None:
     raise errors.UserError(f"{MODEL.value} has no tokenizer.json, so that it takes no text")
   if ADAPTER.value:
-    params = peft.load(model, ADAPTER.value)
+    params = adapter.load(model, ADAPTER.value)
     model = dataclasses.replace(model, params=weights.merge(params) if MERGE.value else params)
   messages = [{"role": "system", "content": SYSTEM.value}] if SYSTEM.value else []
   for prompt in prompts():

@@ -9,8 +9,8 @@ import jax
 import numpy as np
 import pytest
 
-from lora_jax import models, tree, weights
-from lora_jax.formats import peft
+from lora_jax import lowrank, methods, models, tree, weights
+from lora_jax.formats import adapter, peft
 from lora_jax.methods import lora
 from tests.test_classification import (
   config as classification,
@@ -47,6 +47,32 @@ def test_an_adapter_is_merged_and_forms_convert(files, tmp_path):  # noqa: F811
   assert convert("--model", tmp_path / "b", "--dtype", "float32", "--out", tmp_path / "c")[0] == 0
   for name in ("model.safetensors", "config.json", "tokenizer.json"):
     assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "c" / name).read_bytes()
+
+
+def test_any_adapter_becomes_lora(files, tmp_path):  # noqa: F811
+  """With what it says of the errors; an adapter in our own form too, and what changes no weights is refused."""
+  model = models.load(str(files / "llama"), dtype="float32")
+  method = [{"name": "loha", "targets": "q", "alpha": 64.0}, {"name": "dora", "targets": "o"}]
+  params, mask = methods.init(jax.random.key(0), model.params, method)
+  params = tree.map_named(lambda k, x, m: x + 0.1 if m else x, params, mask)
+  adapter.save(model, params, mask, method, tmp_path / "own")
+  arguments = ("--model", files / "llama", "--adapter", tmp_path / "own", "--to", "adapter")
+  code, said = convert(*arguments, "--out", tmp_path / "a")
+  assert code and "--rank or --variance" in said
+  code, said = convert(*arguments, "--variance", 1, "--out", tmp_path / "b")
+  assert code == 0 and len(said.splitlines()) == 3 and said.startswith("layers/attn/o/kernel  rank ")
+  got = peft.load(model, tmp_path / "b")
+  expected, _ = lowrank.to_lora(params, variance=1.0)
+  for k, x in tree.flatten(weights.merge(expected)).items():
+    np.testing.assert_allclose(tree.flatten(weights.merge(got))[k], x, atol=2e-3 if "attn" in k else 0)
+  code, said = convert(*arguments, "--rank", 2, "--variance", 0.5, "--out", tmp_path / "c")
+  assert code and "one of both" in said
+  params, mask = methods.init(jax.random.key(0), model.params, {"name": "parallel"})
+  adapter.save(model, params, mask, {"name": "parallel"}, tmp_path / "beside")
+  code, said = convert(
+    "--model", files / "llama", "--adapter", tmp_path / "beside", *arguments[4:], "--rank", 2, "--out", tmp_path / "d"
+  )
+  assert code and "no change of weights" in said and not (tmp_path / "d").exists()
 
 
 def test_a_run_becomes_a_model_or_an_adapter(files, tmp_path):  # noqa: F811
@@ -114,6 +140,7 @@ def test_a_failed_conversion_leaves_nothing(files, tmp_path):  # noqa: F811
       "error: --head, --dtype, --adapter would do nothing with --run",
     ),
     (("--model", "x", "--adapter", "y", "--to=adapter", "--dtype=float32", "--out", "{tmp}/z"), "with --to=adapter"),
+    (("--model", "x", "--rank", "3", "--out", "{tmp}/z"), "error: --rank would do nothing without --to=adapter"),
     (("--model", "x", "--out", "{tmp}/something"), "error: {tmp}/something is no directory"),
     (("--model", "x", "--out", "{tmp}/something/z"), "error: [Errno 20] Not a directory: '{tmp}/something/z'"),
   ],

@@ -44,12 +44,14 @@ def adapted(base, seed=1, **kw):
   return tree.map_named(shake, params, mask), mask
 
 
-def test_zero_init_is_the_identity(base):
-  for init in lora.INITS:
-    params, _ = lora.init(KEY, base, targets="all-linear", init=init)
-    np.testing.assert_array_equal(
-      models.apply(CONFIG, params, TOKENS), models.apply(CONFIG, base, TOKENS), err_msg=init
-    )
+@pytest.mark.parametrize("init", [*lora.INITS, "pissa_niter_2"])
+def test_the_start_is_the_identity(base, init):
+  """To the last bit, but for "orthogonal", where the product of two random factors is zero up to rounding."""
+  params, _ = lora.init(KEY, base, targets=["all-linear", "embed"], init=init, rank=6, alpha=3.0)
+  atol = 1e-6 if init == "orthogonal" else 0
+  np.testing.assert_allclose(
+    models.apply(CONFIG, params, TOKENS), models.apply(CONFIG, base, TOKENS), atol=atol, rtol=0
+  )
 
 
 @pytest.mark.parametrize("kw", [{}, {"rslora": True, "rank": 3}, {"targets": "all-linear", "rank": 2}])
@@ -139,7 +141,15 @@ def test_unused_rank_stays_zero_in_training(base):
     ({"targets": "w_q"}, "'w_q' matches nothing; did you mean|valid: .*q"),
     ({"targets": "al-linear"}, "did you mean 'all-linear'"),
     ({"targets": "layers/9/attn/q"}, "matches nothing"),
-    ({"targets": "embed/kernel"}, "matches nothing"),
+    ({"targets": "embed/positions"}, "matches nothing"),
+    ({"layers_to_transform": [0, 3]}, r"\[3\] are no layers; the targets have 0 to 2"),
+    ({"init": "pissa_niter_"}, "did you mean 'pissa_niter_N'"),
+    ({"init": "pissa", "targets": "v", "rank": 9}, "layers/attn/v/kernel has no rank 9; at most 8"),
+    ({"init": "olora", "alpha": 0}, "alpha > 0"),
+    ({"init": "orthogonal", "rank": 3}, "even ranks"),
+    ({"bias": "lora"}, "'lora_only'"),
+    ({"bias": "all"}, "no biases"),
+    ({"lora_bias": True, "targets": "embed"}, "embed/kernel cannot have a bias"),
     ({"targets": "q("}, "no regular expression"),
     ({"rank_pattern": {"layers/7/": 2}}, "rank_pattern"),
     ({"init": "zeros"}, "init"),
@@ -355,8 +365,12 @@ def truncate(directory):
   [
     (broken({"peft_type": "LORRA"}), "did you mean 'LORA'"),
     (broken({"use_dora": True}), "use_dora"),
-    (broken({"bias": "all"}), "bias"),
-    (broken({"init_lora_weights": "pissa"}), "pissa"),
+    (broken({"bias": "most", "use_qalora": True}), "use_qalora=True; bias='most'"),
+    (broken({"init_lora_weights": "pissa_niter_4"}), "pissa_niter_4'.*path_initial_model_for_weight_conversion"),
+    (broken({"init_lora_weights": "loftq"}), "loftq'.* a part that is not in the adapter"),
+    (broken({"init_lora_weights": "lora_ga"}), "lora_ga"),
+    (broken({"init_lora_weights": "corda"}), "corda"),
+    (broken({"r": 4}), "q_proj.lora_A.weight is .8, 16., expected .4, 16.*layers.2.self_attn.v_proj.lora_B"),
     (broken({"r": "8", "lora_alpha": float("nan")}), "adapter_config.json: r is '8', .*; lora_alpha is nan, expected"),
     (broken({"r": True, "lora_dropout": 1.0}), "r is True.*lora_dropout is 1.0, expected a number in"),
     (broken({"alpha_pattern": ["q_proj"]}), "alpha_pattern is .*, expected an object"),

@@ -1,6 +1,7 @@
 """moe.py: routing and grouped matmuls against a dense loop over the experts."""
 
 import functools
+import zlib
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from lora_jax import moe, sharding, transformer, tree
+from lora_jax import moe, sharding, transformer, tree, weights as nodes
 
 D, F = 6, 10
 
@@ -200,3 +201,100 @@ def test_routing_stays_on_its_device():
     put = jax.device_put(params, jax.NamedSharding(mesh, jax.P()))
     text = jax.jit(moe.mlp, static_argnums=(2, 3, 4)).lower(x, put, "silu", 2, True).compile().as_text()
   assert not [c for c in ("all-reduce", "all-gather", "all-to-all", "collective-permute") if c in text]
+
+
+def with_lora(params, rank=3, start=False, seed=7):
+  """LoRA on the experts and the router of one layer, none of its factors zero."""
+
+  def node(name, w):
+    lead, inner, outer = w.shape[:-2], *w.shape[-2:]
+    draw = lambda i: (normal(seed + i, *lead, inner, rank), 0.3 * normal(seed + i + 1, *lead, rank, outer))
+    a, b = draw(zlib.crc32(name.encode()))
+    more = {"start": draw(zlib.crc32(name.encode()) + 5)} if start else {}
+    return nodes.LoRA(base=w, a=a, b=b, scale=jnp.float32(0.5), rank=jnp.int32(rank), **more)
+
+  return {name: {"kernel": node(name, p["kernel"])} for name, p in params.items()}
+
+
+@pytest.mark.parametrize("start", [False, True])
+def test_lora_on_experts_equals_the_merged_layer(start):
+  """Outputs, and the gradients of x and of all factors."""
+  x, params, weight = normal(3, 2, 13, D), with_lora(weights(5), start=start), normal(4, 2, 13, D)
+  merged = lambda p: {name: {"kernel": nodes.dense(w["kernel"])} for name, w in p.items()}
+  run = lambda x, p: moe.mlp(x, p, "silu", 2, True)
+  grads = lambda f: jax.jit(jax.value_and_grad(lambda x, p: (f(x, p) * weight).sum(), (0, 1), allow_int=True))(
+    x, params
+  )
+  ours, theirs = grads(run), grads(lambda x, p: dense_mlp(x, merged(p), 2, True))
+  np.testing.assert_allclose(ours[0], theirs[0], rtol=1e-5)
+  for (k, a), b in zip(tree.flatten(ours[1]).items(), jax.tree.leaves(theirs[1]), strict=True):
+    if a.dtype == jnp.float32:
+      np.testing.assert_allclose(a, b, atol=2e-5 * np.abs(b).max(), err_msg=k)
+      assert np.abs(b).max() > 1e-3, k
+
+
+def test_lora_on_experts_is_never_dense():
+  """Neither the forward pass nor the gradient of the factors makes a float array as large as an expert's matrices."""
+  E, D, F = 64, 32, 48  # so large that blocks of tokens are smaller
+  shapes = {"router": (D, E), "gate": (E, D, F), "up": (E, D, F), "down": (E, F, D)}
+  params = with_lora({k: {"kernel": normal(1, *s).astype(jnp.bfloat16)} for k, s in shapes.items()})
+  mask = tree.map_named(lambda k, _: k.endswith(("/a", "/b")), params)
+  trainable, frozen = tree.split(params, mask)
+
+  def loss(t, x):
+    return moe.mlp(x, tree.join(t, frozen), "silu", 2, True).astype(jnp.float32).sum()
+
+  jaxpr = jax.make_jaxpr(jax.value_and_grad(loss))(trainable, normal(2, 1, 8, D).astype(jnp.bfloat16))
+  sizes = [v.aval.size for eqn in equations(jaxpr.jaxpr) for v in eqn.outvars if floating(v.aval)]
+  assert max(sizes) < E * D * F
+
+
+def equations(jaxpr):
+  for eqn in jaxpr.eqns:
+    yield eqn
+    for inner in jax.tree.leaves(eqn.params, is_leaf=lambda p: hasattr(p, "jaxpr") or hasattr(p, "eqns")):
+      inner = getattr(inner, "jaxpr", inner)
+      if hasattr(inner, "eqns"):
+        yield from equations(inner)
+
+
+def floating(aval):
+  return hasattr(aval, "dtype") and jnp.issubdtype(aval.dtype, jnp.floating)
+
+
+@pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 2, 4)])
+def test_sharded_lora_on_experts_equals_unsharded(sizes):
+  x, params = normal(3, 8, 6, D), with_lora(weights(5), start=True)
+  run = jax.jit(
+    jax.grad(lambda x, p: (moe.mlp(x, p, "silu", 2, True) ** 2).sum(), (0, 1), allow_int=True),
+  )
+  expected, mesh = tree.flatten(run(x, params)), sharding.make_mesh(*sizes)
+  with jax.set_mesh(mesh):
+    x = sharding.put_batch({"x": np.asarray(x)}, mesh)["x"]
+    ours = tree.flatten(run(x, jax.device_put(params, jax.NamedSharding(mesh, jax.P()))))
+  for k, b in expected.items():
+    if b.dtype == jnp.float32:
+      np.testing.assert_allclose(ours[k], b, atol=3e-5 * np.abs(b).max(), err_msg=k)
+
+
+def test_dropout_of_experts():
+  """Elements of the routed rows are dropped, by other masks on each device; the base's part is not."""
+  x, params = normal(3, 8, 16, D), with_lora(weights(5))
+  for name in ("gate", "up", "down"):
+    w = params[name]["kernel"]
+    params[name]["kernel"] = w.replace(dropout=0.5, key=jax.random.key(len(name)))
+  run = jax.jit(lambda x, p: moe.mlp(x, p, "silu", 2, True))
+  keys = jax.random.split(jax.random.key(1), 400)
+  seeded = lambda key: {
+    k: {"kernel": p["kernel"].replace(key=None if k == "router" else tree.fold(key, k))} for k, p in params.items()
+  }
+  off = jax.tree.map(lambda w: w.replace(key=None), params, is_leaf=nodes.is_node)
+  down = {k: p if k == "down" else off[k] for k, p in params.items()}  # the layer is linear in this one
+  each = jax.lax.map(lambda key: run(x, down | {"down": seeded(key)["down"]}), keys)
+  assert np.abs(each[0] - run(x, off)).max() > 1e-2
+  np.testing.assert_allclose(each.mean(0), run(x, off), atol=6 * float(each.std(0).max()) / np.sqrt(400))
+  same = jnp.broadcast_to(x[:1, :1], x.shape)
+  mesh = sharding.make_mesh(8, 1, 1)
+  with jax.set_mesh(mesh):
+    y = run(sharding.put_batch({"x": np.asarray(same)}, mesh)["x"], params)
+  assert len(np.unique(np.asarray(y)[:, 0, 0])) == 8

@@ -115,8 +115,9 @@ def test_holes_have_no_state(name):
   trainable, _ = adapted()
   optimiser, _ = optim.make(steps=10, name=name, weight_decay=0.1)
   state = optimiser.init(trainable)
-  moments = {"adamw": 2, "lion": 1, "sgd": 1}[name]
-  assert sum(x.size for x in jax.tree.leaves(state) if x.ndim) == moments * tree.size(trainable)
+  moments = {"adamw": 2, "lion": 1, "sgd": 1, "adafactor": 0}[name]
+  have = sum(x.size for x in jax.tree.leaves(state) if x.ndim)
+  assert have == moments * tree.size(trainable) if moments else 0 < have < 2 * tree.size(trainable)
   updates, after = jax.jit(optimiser.update)(jax.tree.map(jnp.ones_like, trainable), state, trainable)
   assert jax.tree.structure(updates) == jax.tree.structure(trainable)
   assert jax.tree.structure(after) == jax.tree.structure(state)

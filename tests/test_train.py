@@ -83,7 +83,9 @@ def test_accumulation_equals_one_batch(method):
   keep = optax.GradientTransformation(lambda p: p, lambda g, s, p=None: (jax.tree.map(jnp.zeros_like, g), g))
   for accumulate in (1, 4):
     step = train.make_step(forward(CONFIG), objectives.causal_lm, keep, lambda n: 1.0, accumulate=accumulate)
-    after, metrics = jax.jit(step)(train.init_state(trainable, keep), frozen, data)
+    # Optimised, since the sums are then of one order on all versions of the compiler.
+    step = jax.jit(step, compiler_options={"xla_backend_optimization_level": 3})
+    after, metrics = step(train.init_state(trainable, keep), frozen, data)
     results[accumulate] = after.opt_state, metrics
   assert float(optax.tree.norm(results[1][0])) > 0.1
   close(results[4], results[1], atol=1e-6, rtol=1e-6)

@@ -2,8 +2,9 @@
 
 A directory holds adapter_config.json and adapter_model.safetensors, whose keys are `base_model.model.` + the module's
 Hugging Face name + a suffix. What stands in them is each method's own: a method module that has a PEFT form defines
-`PEFT_TYPE`, `to_peft(params, keys) -> (config, tensors) or None` and
-`from_peft(params, keys, config, tensors) -> params`.
+`PEFT_TYPE`, `to_peft(params, keys, trained) -> (config, tensors) or None` and
+`from_peft(params, keys, config, tensors) -> params`. One that PEFT has as a part of LoRA besides defines
+`beside(form, other) -> form` and `from_beside(params, keys, config, tensors) -> (params, config, tensors)`.
 """
 
 import math
@@ -12,52 +13,133 @@ import os
 import pathlib
 import re
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
+from types import ModuleType
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax import errors, families, methods, models, transformer, tree, weights
+from lora_jax import errors, families, methods, models, prompts, transformer, tree, weights
 from lora_jax.formats import hf, hub
+from lora_jax.methods import tokens
 
-PREFIX = "base_model.model."
-METHODS = {m.PEFT_TYPE: m for m in map(methods.get, methods.names()) if hasattr(m, "PEFT_TYPE")}
+TOP = "base_model."  # before a method's PEFT_SHARED, tensors of no module, and modules beside soft prompts
+PREFIX = f"{TOP}model."
+PROMPTS = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING")  # whose one tensor, PROMPT, has no prefix
+PROMPT = "prompt_embeddings"
+# Methods that are variants of another one use its functions.
+OWN = [
+  m for m in map(methods.get, methods.names()) if getattr(m, "to_peft", None) and m.to_peft.__module__ == m.__name__
+]
+METHODS = {m.PEFT_TYPE: m for m in OWN if hasattr(m, "from_peft")}
 
 
-def save(model: models.Model, params: Any, directory: str | os.PathLike, trained: Collection[str] = ()) -> None:
+class NoForm(errors.UserError):
+  """What was trained has no place in PEFT's format."""
+
+
+def save(
+  model: models.Model,
+  params: Any,
+  directory: str | os.PathLike,
+  trained: Collection[str] = (),
+  method: methods.Method | None = None,
+) -> None:
   """Writes the adapter in `params` as a directory that `peft.PeftModel.from_pretrained` loads.
 
   Args:
-    trained: names of leaves that were trained whole, such as a classifier's; they become `modules_to_save`.
+    trained: names of trained leaves; those of the pretrained model, such as a classifier's, become `modules_to_save`.
+    method: what was trained; None to find it out from the tree.
 
   Raises:
-    UserError: `params` holds no adapter that has a PEFT form.
+    NoForm: what was trained cannot be written like this.
   """
-  directory = pathlib.Path(directory)
-  forms = [form for m in METHODS.values() if (form := m.to_peft(params, model.keys))]
+  tried = OWN if method is None else [m for m, _ in methods.parts(method)]
+  odd = [m.__name__.rpartition(".")[2] for m in tried if not hasattr(m, "to_peft") and not getattr(m, "WHOLE", False)]
+  if odd:
+    raise NoForm(f"PEFT has no form for the method {odd[0]!r}")
+  keys, params = model.keys, prompts.unscaled(params, model.config.embed_scale)
+  try:
+    forms = [(m, form) for m in tried if hasattr(m, "to_peft") and (form := m.to_peft(params, keys, trained))]
+  except errors.UserError as e:
+    raise NoForm(str(e)) from None
+  forms = _joined([f for f in forms if not getattr(f[0], "WHOLE", False)] or forms)
   if len(forms) != 1:
-    raise errors.UserError(f"the parameters hold {len(forms)} kinds of adapters with a PEFT form; one can be saved")
-  config, tensors = forms[0]
-  flat = tree.flatten(params, is_leaf=weights.is_node)
-  whole = [key for key in model.keys if key.path in trained]
-  tensors |= {key.hf: key.to_hf(np.asarray(flat[key.path], np.float32)) for key in whole}
-  prefix = model.family.PREFIX
+    raise NoForm(f"the parameters hold {len(forms)} kinds of adapters with a PEFT form; one can be saved")
+  module, (config, tensors) = forms[0]
+  written = {k.replace(".base_layer.", ".") for k in tensors}  # biases, for instance, that a method stores itself
+  rest = {key.path for key in keys if key.hf.format(*[0] * key.hf.count("{}")) not in written} & set(trained)
+  whole = [] if getattr(module, "WHOLE", False) else _modules(keys, rest)
+  if whole and not getattr(module, "PEFT_WHOLE", True):
+    raise NoForm(f"PEFT's {module.PEFT_TYPE} has no place for modules that are trained whole")
+  tensors = tensors | _whole(whole, tree.flatten(params, is_leaf=weights.is_node))
+  tensors = {_prefix(module, k) + k: x for k, x in tensors.items()}
+  modules = _suffixes({key.module for key in whole}, {key.module for key in keys}) or None
   config = {
     "task_type": _task_type(model.config),
-    "modules_to_save": sorted({key.hf.removeprefix(prefix).split(".")[0] for key in whole}) or None,
+    **({"modules_to_save": modules} if getattr(module, "PEFT_WHOLE", True) else {}),
     "base_model_name_or_path": model.hub_name,
     "revision": model.revision,
     "inference_mode": True,
     **config,
   }
+  write(pathlib.Path(directory), config, {k: np.ascontiguousarray(x) for k, x in tensors.items()})
+
+
+def _joined(forms: list) -> list:
+  """LoRA and what can be a part of it as one form."""
+  parts = [f for f in forms if hasattr(f[0], "beside")]
+  rest = [f for f in forms if f not in parts]
+  if len(parts) != 1 or len(rest) != 1 or rest[0][1][0]["peft_type"] != "LORA":
+    return forms
+  (part, form), (module, other) = parts[0], rest[0]
+  return [(module, part.beside(form, other))]
+
+
+def write(directory: pathlib.Path, config: Mapping, tensors: Mapping[str, np.ndarray]) -> None:
+  """The two files of an adapter. The config, which makes a directory one, goes first and comes last: a killed writer
+  leaves no mixture."""
   directory.mkdir(parents=True, exist_ok=True)
-  # The config, which makes a directory an adapter, goes first and comes last: a killed writer leaves no mixture.
   (directory / "adapter_config.json").unlink(missing_ok=True)
-  tensors = {PREFIX + k: np.ascontiguousarray(x) for k, x in tensors.items()}
-  hf.save_tensors(directory / ".tensors.tmp", tensors)
+  hf.save_tensors(directory / ".tensors.tmp", dict(tensors))
   os.replace(directory / ".tensors.tmp", directory / "adapter_model.safetensors")
-  hf.write_json(directory / "adapter_config.json", config)
+  hf.write_json(directory / "adapter_config.json", dict(config))
+
+
+def _prefix(module: ModuleType, name: str) -> str:
+  if module.PEFT_TYPE in PROMPTS:
+    return "" if name == PROMPT else TOP
+  return TOP if name in getattr(module, "PEFT_SHARED", ()) else PREFIX
+
+
+def _modules(keys: Sequence[families.Key], trained: Collection[str]) -> list[families.Key]:
+  """The rows of all modules that have a trained leaf: PEFT saves modules whole."""
+  modules = {key.module for key in keys if key.path in trained}
+  return [key for key in keys if key.module in modules]
+
+
+def _suffixes(modules: Collection[str], every: Collection[str]) -> list[str]:
+  """Ends of module names, as short as they can be without ending another module, which PEFT would save too."""
+
+  def shortest(module):
+    parts = module.rpartition("{}.")[2].split(".")
+    ends = (".".join(parts[i:]) for i in reversed(range(len(parts))))
+    return next((e for e in ends if not any(m.endswith(e) for m in every if m not in modules)), module)
+
+  return sorted({shortest(m) for m in modules})
+
+
+def _whole(rows: Sequence[families.Key], flat: Mapping[str, Any]) -> dict[str, np.ndarray]:
+  """{Hugging Face name: tensor} of rows of the table."""
+  tensors = {}
+  for key in rows:
+    if key.path not in flat or weights.is_node(flat[key.path]):
+      raise NoForm(f"{key.hf} is both adapted and trained whole, which PEFT's format has no place for")
+    x = np.asarray(flat[key.path], np.float32)
+    stack = x.shape[: key.hf.count("{}")]
+    tensors |= {key.hf.format(*index): key.to_hf(x[index]) for index in np.ndindex(stack)}
+  return tensors
 
 
 def _task_type(config: transformer.Config) -> str:
@@ -66,18 +148,35 @@ def _task_type(config: transformer.Config) -> str:
   return {"lm": "CAUSAL_LM", "classification": "SEQ_CLS"}.get(config.head, "FEATURE_EXTRACTION")
 
 
-def _replace(params: Any, whole: Mapping[str, tuple[families.Key, np.ndarray]]) -> Any:
+def _replace(params: Any, whole: Mapping[str, tuple[families.Key, dict[str, np.ndarray]]]) -> Any:
   """`params` with whole leaves of an adapter in place of the base's; UserError for a wrong shape."""
 
   def leaf(k, x):
     if k not in whole:
       return x
-    key, tensor = whole[k]
-    if tensor.shape != key.hf_shape(x.shape):
-      raise errors.UserError(f"{key.hf} is {tensor.shape}, expected {key.hf_shape(x.shape)}")
-    return jnp.asarray(key.from_hf(tensor, x.shape))
+    key, tensors = whole[k]
+    stack = x.shape[: key.hf.count("{}")]
+    rows = [tensors[key.hf.format(*index)] for index in np.ndindex(stack)]
+    expected = key.hf_shape(x.shape[len(stack) :])
+    if wrong := [t.shape for t in rows if t.shape != expected]:
+      raise errors.UserError(f"{key.hf} is {wrong[0]}, expected {expected}")
+    rows = [key.from_hf(t, x.shape[len(stack) :]) for t in rows]
+    return jnp.asarray(np.stack(rows).reshape(x.shape))
 
   return tree.map_named(leaf, params)
+
+
+def _saved(
+  model: models.Model, config: Mapping, tensors: dict[str, np.ndarray]
+) -> dict[str, tuple[families.Key, dict[str, np.ndarray]]]:
+  """{leaf name: (row, its tensors)} of modules that an adapter holds whole; takes them out of `tensors`."""
+  found = {}
+  flat = tree.flatten(model.params)
+  for key in model.keys if config.get("modules_to_save") else ():
+    names = [key.hf.format(*index) for index in np.ndindex(flat[key.path].shape[: key.hf.count("{}")])]
+    if all(n in tensors for n in names):
+      found[key.path] = key, {n: tensors.pop(n) for n in names}
+  return found
 
 
 def resolve(name: str | os.PathLike) -> pathlib.Path:
@@ -93,7 +192,7 @@ def head(directory: str | os.PathLike) -> dict[str, Any]:
   if hf.read_json(directory / "adapter_config.json").get("task_type") != "SEQ_CLS":
     return {}
   table = [key for family in map(families.get, families.names()) for key in family.KEYS]
-  classifiers = {PREFIX + key.hf for key in table if key.path == "classifier/kernel"}
+  classifiers = {p + key.hf for key in table if key.path == "classifier/kernel" for p in (PREFIX, TOP)}
   source = hf.Tensors([directory / "adapter_model.safetensors"])
   n_labels = next((source.shape(k)[0] for k in source.names() if k in classifiers and source.shape(k)), None)
   return {"head": "classification", "n_labels": n_labels}
@@ -114,11 +213,16 @@ def _check(where: pathlib.Path, config: Mapping) -> None:
     "lora_alpha": ("a number", number),
     "lora_dropout": ("a number in [0, 1)", lambda x: number(x, least=0) and x < 1),
     "rank_pattern": ("an object of regular expressions and positive whole numbers", lambda x: patterns(x, rank)),
+    "init_r": ("a positive whole number", rank),
+    "vera_dropout": ("a number in [0, 1)", lambda x: number(x, least=0) and x < 1),
     "alpha_pattern": ("an object of regular expressions and numbers", lambda x: patterns(x, number)),
     "use_rslora": ("true or false", lambda x: isinstance(x, bool)),
     "modules_to_save": ("a list of names", lambda x: isinstance(x, list) and all(isinstance(k, str) for k in x)),
   }
-  optional = ("lora_dropout", "rank_pattern", "alpha_pattern", "modules_to_save")  # may be null
+  if config.get("peft_type") == "ADALORA":  # whose pattern says which of the ranks are in use
+    flags = lambda x: isinstance(x, list) and all(isinstance(v, bool) for v in x)
+    rules["rank_pattern"] = ("an object of names and lists of true and false", lambda x: patterns(x, flags))
+  optional = ("vera_dropout", "lora_dropout", "rank_pattern", "alpha_pattern", "modules_to_save")  # may be null
   bad = [
     f"{k} is {config[k]!r:.100}, expected {what}"
     for k, (what, fits) in rules.items()
@@ -150,17 +254,19 @@ def load(model: models.Model, directory: str | os.PathLike) -> Any:
   _check(directory / "adapter_config.json", config)
   method = errors.choose(str(config.get("peft_type")), METHODS, f"peft_type in {directory / 'adapter_config.json'}:")
   source = hf.Tensors([directory / "adapter_model.safetensors"])
-  foreign = [k for k in source.names() if not k.startswith(PREFIX)]
+  soft = method.PEFT_TYPE in PROMPTS
+  prefix, bare = (TOP, {PROMPT}) if soft else (PREFIX, set())
+  top = {TOP + k for k in getattr(method, "PEFT_SHARED", ())}
+  foreign = [k for k in source.names() if not k.startswith(prefix) and k not in top | bare]
   if foreign:
-    raise errors.UserError(f"{directory}: keys without the prefix {PREFIX!r}: {foreign[:5]}")
-  tensors = {k.removeprefix(PREFIX): source.read(k) for k in source.names()}
-  saved = config.get("modules_to_save") or []
-  whole = {
-    key.path: (key, tensors.pop(key.hf)) for key in model.keys if saved and "{}" not in key.hf and key.hf in tensors
-  }
+    raise errors.UserError(f"{directory}: keys without the prefix {prefix!r}: {foreign}")
+  tensors = {k.removeprefix(TOP if k in top else prefix): source.read(k) for k in source.names()}
+  whole = _saved(model, config, tensors)
   config = {k: v for k, v in config.items() if k != "modules_to_save" or not whole}
   try:
     params = _replace(model.params, whole)
+    if config.get("trainable_token_indices") and method.PEFT_TYPE == "LORA":
+      params, config, tensors = tokens.from_beside(params, model.keys, config, tensors)
     return method.from_peft(params, model.keys, config, tensors)
   except errors.UserError as e:
     raise errors.UserError(f"{directory}: {e}") from None

@@ -1,25 +1,36 @@
-"""Finetuning methods, one module each: what is trained.
+"""Finetuning methods, one module each: what is trained. A list of methods is a method.
 
-A method module has `init(key, params, **kw) -> (params, mask)`: the tree with the method's nodes in it, and a tree of
-booleans that says which leaves are trained. What it saves as an adapter is described in
-formats/peft.py.
+A method module has `init(key, params, **kw) -> (params, mask)`: the tree with what the method adds, and a tree of
+booleans that says which leaves are trained. It may define, with the same keywords:
+
+  STARTS                        why a model with it does not compute at first what it did before; absent if it does
+  prepare(kw, tokenizer, labels) -> kw     texts in its keywords as token ids
+  penalty(params, **kw)                    float32 [], added to the mean loss
+  direction(inner, **kw)                   an optimiser's gradient transformation, before decay and learning rate
+  optimiser(inner, *, steps, **kw)         the whole gradient transformation; both get and give an optax one
+  period(**kw), between(key, state, **kw)  what happens to a `train.State` after every so many steps
+  held(params, **kw)                       mask of the frozen leaves that `between` changes
+  PEFT_TYPE, to_peft, from_peft            see formats/peft.py
 """
 
+import functools
 import importlib
 import pkgutil
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from lora_jax import errors, tree
+from lora_jax import errors, tree, weights
+
+Method = Mapping[str, Any] | Sequence[Mapping[str, Any]]  # {"name": ..., keywords}, or several
 
 
 def names() -> list[str]:
   """Names of all methods."""
-  return [m.name for m in pkgutil.iter_modules(__path__)]
+  return [m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_")]
 
 
 def get(name: str) -> ModuleType:
@@ -27,7 +38,91 @@ def get(name: str) -> ModuleType:
   return importlib.import_module(f"{__name__}.{errors.choose(name, dict.fromkeys(names()), 'method') or name}")
 
 
+def parts(method: Method) -> list[tuple[ModuleType, dict[str, Any]]]:
+  """(module, keywords) of each method in `method`."""
+  each = [method] if isinstance(method, Mapping) else list(method)
+  if not each or not all(isinstance(m, Mapping) and m.get("name") for m in each):
+    raise errors.UserError(f"config.method needs a name, or is a list of methods that have one, not {method!r:.200}")
+  return [(get(m["name"]), {k: v for k, v in m.items() if k != "name"}) for m in each]
+
+
+def title(method: Method) -> str:
+  """The names of the methods, joined by a plus."""
+  return "+".join(module.__name__.rpartition(".")[2] for module, _ in parts(method))
+
+
+def check(method: Method) -> None:
+  """Raises UserError for a method or keyword that there is not."""
+  for i, (module, kw) in enumerate(parts(method)):
+    where = "config.method" if isinstance(method, Mapping) else f"config.method[{i}]"
+    errors.check_keywords(module.init, kw, where, ("key", "params"))
+
+
+def prepare(method: Method, tokenizer: Any = None, labels: Sequence[str] = ()) -> list[dict[str, Any]]:
+  """The methods with their texts as token ids, as `init` wants them."""
+  out = []
+  for module, kw in parts(method):
+    kw = module.prepare(kw, tokenizer, labels) if hasattr(module, "prepare") else kw
+    out.append({"name": module.__name__.rpartition(".")[2], **kw})
+  return out
+
+
+def init(key: jax.Array, params: Any, method: Method) -> tuple[Any, Any]:
+  """(params, mask) of one method or several, each applied to what those before it gave."""
+  trained = set()
+  for i, (module, kw) in enumerate(parts(method)):
+    params, mask = module.init(jax.random.fold_in(key, i) if i else key, params, **kw)
+    mask = tree.map_named(lambda k, m: m or any(x in trained for x in _earlier(k)), mask)
+    trained = {k for k, m in tree.flatten(mask).items() if m}
+  return params, mask
+
+
+def _earlier(name: str) -> list[str]:
+  """What a leaf may have been called before a method put the weight that it belongs to into a node."""
+  steps = name.split("/")
+  return [name, *("/".join(steps[:i] + steps[i + 1 :]) for i, s in enumerate(steps) if s == "base")]
+
+
 def train_also(params: Any, mask: Any, names: Collection[str]) -> tuple[Any, Any]:
   """(params, mask) with the leaves `names` trained besides, as float32 masters."""
   mask = tree.map_named(lambda k, m: m or k in names, mask)
   return jax.tree.map(lambda x, m: x.astype(jnp.float32) if m else x, params, mask), mask
+
+
+def size(params: Any, mask: Any) -> int:
+  """How many numbers are trained; columns that pad a smaller rank do not count."""
+
+  def count(w, m):
+    n = sum(x.size for x, t in zip(jax.tree.leaves(w), jax.tree.leaves(m), strict=True) if t)
+    if weights.is_node(w) and hasattr(w, "n_padding"):
+      n -= w.n_padding(m)
+    return n
+
+  return sum(jax.tree.leaves(jax.tree.map(count, params, mask, is_leaf=weights.is_node)))
+
+
+def penalty(method: Method) -> Callable[[Any], jax.Array] | None:
+  """What the methods add to the mean loss, as a function of the parameters; None if nothing."""
+  found = [functools.partial(m.penalty, **kw) for m, kw in parts(method) if hasattr(m, "penalty")]
+  return (lambda params: sum(fn(params) for fn in found)) if found else None
+
+
+def wrappers(method: Method, steps: int) -> dict[str, list[Callable]]:
+  """What the methods make of an optimiser: `direction` and `optimiser` for `optim.make`."""
+  each = parts(method)
+  return {
+    "direction": [functools.partial(m.direction, **kw) for m, kw in each if hasattr(m, "direction")],
+    "wrap": [functools.partial(m.optimiser, steps=steps, **kw) for m, kw in each if hasattr(m, "optimiser")],
+  }
+
+
+def between(method: Method) -> list[tuple[int, Callable[[jax.Array, Any], Any]]]:
+  """(period, function from a key and a state to a state) of the methods that act between steps."""
+  each = [(m, kw) for m, kw in parts(method) if hasattr(m, "between")]
+  return [(m.period(**kw), functools.partial(m.between, **kw)) for m, kw in each]
+
+
+def held(method: Method, params: Any) -> Any:
+  """The mask of the frozen leaves that methods change between steps; None where there is none."""
+  masks = [m.held(params, **kw) for m, kw in parts(method) if hasattr(m, "held")]
+  return jax.tree.map(lambda *ms: any(ms), *masks) if masks else None

@@ -6,15 +6,45 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lora_jax import tree
+from lora_jax import errors, tree
+
+WHOLE = True  # trains leaves of the pretrained model
+MODEL = True  # so many of them that the whole model is what a run leaves
+
+DTYPES = ("float32", "bfloat16")
 
 
-def init(key: jax.Array, params: Any, *, targets: str | Sequence[str] = ".*") -> tuple[Any, Any]:
-  """Trains every leaf whose name one of the regexes `targets` is found in; those become float32 masters.
+def init(
+  key: jax.Array, params: Any, *, targets: str | Sequence[str] = ".*", dtype: str = "float32"
+) -> tuple[Any, Any]:
+  """Trains every leaf whose name one of the regexes `targets` is found in.
+
+  Args:
+    dtype: of what is trained: "float32" masters, or "bfloat16", half as large, to which updates are rounded
+      stochastically (`train.round_stochastically`); the optimiser's moments are float32 either way, and the model
+      computes in its own dtype.
 
   Returns:
     (params, mask).
   """
   del key
   mask = tree.mask(params, [targets] if isinstance(targets, str) else list(targets), "config.method.targets")
-  return jax.tree.map(lambda x, m: x.astype(jnp.float32) if m else x, params, mask), mask
+  return masters(params, mask, dtype), mask
+
+
+def masters(params: Any, mask: Any, dtype: str = "float32") -> Any:
+  """The tree with what is trained in `dtype`; norms and biases, which models hold in float32, stay float32.
+
+  Raises:
+    UserError: a dtype that there is not, or a weight of integers, such as a quantised one.
+  """
+  errors.choose(dtype, dict.fromkeys(DTYPES), "config.method.dtype")
+
+  def leaf(k, x, m):
+    if not m:
+      return x
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+      raise errors.UserError(f"{k} is {x.dtype}, which cannot be trained; load a model that is not quantised")
+    return x.astype(jnp.float32 if dtype == "float32" or k.endswith(("/scale", "/bias")) else dtype)
+
+  return tree.map_named(leaf, params, mask)

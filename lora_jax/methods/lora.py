@@ -4,20 +4,19 @@
 https://arxiv.org/abs/2312.03732).
 """
 
-import math
-import re
-import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-import einops
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax import errors, families, transformer, tree, weights
+from lora_jax import architecture, errors, families, methods, transformer, tree, weights
+from lora_jax.methods import _lora_peft, _lora_values, _targets
 
-INITS = {"peft": "uniform", "paper": "gaussian"}
+INITS = _lora_values.INITS
+EMBED, HEAD = "embed/kernel", "head/kernel"
+BIASES = ("none", "all", "lora_only")
 
 
 def init(
@@ -30,10 +29,14 @@ def init(
   targets: str | Sequence[str] = "q,v",
   rank_pattern: Mapping[str, int] | None = None,
   alpha_pattern: Mapping[str, float] | None = None,
+  layers_to_transform: int | Sequence[int] | None = None,
   rslora: bool = False,
   init: str = "peft",
+  bias: str = "none",
+  lora_bias: bool = False,
+  tied: bool = True,
 ) -> tuple[Any, Any]:
-  """Wraps the target matrices in `weights.LoRA`; B starts at zero, so the model does not change.
+  """Wraps the target matrices in `weights.LoRA`; B starts at zero, or the start is subtracted: the model is the same.
 
   Args:
     key: of the initial values; each column of A follows from the leaf's name, its layer and its index alone.
@@ -41,251 +44,179 @@ def init(
     rank: R; 0 leaves a matrix alone.
     alpha: numerator of the scale.
     dropout: probability of dropping an input element of A in training.
-    targets: short names ("q,v"), "all-linear" (every matrix in the layers), regexes found in names such as
-      `layers/attn/q/kernel` or, for single layers, `layers/3/attn/q/kernel`, or a sequence of those.
+    targets: short names ("q,v", "embed", "head"), "all-linear" (every matrix in the layers), regexes found in names
+      such as `layers/attn/q/kernel` or, for single layers, `layers/3/attn/q/kernel`, or a sequence of those.
     rank_pattern, alpha_pattern: {target: value} that overrides rank or alpha; first match wins.
+    layers_to_transform: indices of the layers whose matrices are adapted; None is all.
     rslora: scale by alpha / sqrt(rank) rather than alpha / rank.
-    init: of A: "peft" is uniform in +-1/sqrt(in), as loralib and PEFT do; "paper" is normal with deviation 1/rank.
+    init: "peft", A uniform in +-1/sqrt(in), as loralib and PEFT do; "paper" or "gaussian", A normal with deviation
+      1/rank; "orthogonal", A and B random with A B = 0 up to rounding (even ranks); "pissa", "pissa_niter_N" and
+      "olora", parts of W, see `_lora_values.decompose`. Of an embedding A is zero and B standard normal.
+    bias: "all" trains every bias of the model besides, "lora_only" those beside an adapted matrix.
+    lora_bias: whether B has a bias, which starts at zero.
+    tied: whether an adapter of a table that the head shares acts on both its uses; if not, on the targeted one alone.
 
   Returns:
-    (params, mask): True at the leaves `a` and `b`, float32.
+    (params, mask): True at the leaves `a` and `b`, float32, and at biases as asked.
   """
-  errors.choose(init, INITS, "config.method.init")
+  _lora_values.check(init)
+  errors.choose(bias, dict.fromkeys(BIASES), "config.method.bias")
   if not 0 <= dropout < 1 or rank < 0:
     raise errors.UserError(f"LoRA needs rank >= 0 and 0 <= dropout < 1, not rank={rank}, dropout={dropout}")
-  flat = tree.flatten(params, is_leaf=weights.is_node)
-  linear = {k: w for k, w in flat.items() if transformer.in_axes(k)}
-  chosen = target_layers(targets, linear, "config.method.targets")
-  ranks = _values(rank_pattern, rank, linear, "config.method.rank_pattern")
-  alphas = _values(alpha_pattern, alpha, linear, "config.method.alpha_pattern")
-
-  def wrap(k, w):
-    if k not in chosen:
-      return w
-    r = np.where(chosen[k], ranks[k], 0)
-    return _node(tree.fold(key, k), k, w, r, alphas[k], dropout, rslora, init) if r.max() > 0 else w
-
-  params = tree.map_named(wrap, params, is_leaf=weights.is_node)
-  mask = trainable(params)
-  if not any(jax.tree.leaves(mask)):
+  params = _targets.split(params, targets)
+  linear = _matrices(params)
+  hits = _only(_targets.select(targets, linear, "config.method.targets"), layers_to_transform)
+  ranks = _targets.values(rank_pattern, rank, linear, "config.method.rank_pattern")
+  alphas = _targets.values(alpha_pattern, alpha, linear, "config.method.alpha_pattern")
+  chosen = {k: r.astype(int) for k, hit in hits.items() if (r := np.where(hit, ranks[k], 0)).max() > 0}
+  if not chosen:
     raise errors.UserError("LoRA adapts nothing: every target has rank 0")
-  return params, mask
+  shared = EMBED in linear and linear.get(HEAD) is linear[EMBED]  # the head's name is another one of the table then
+  if shared and tied and HEAD in chosen:
+    r = chosen.pop(HEAD)
+    if EMBED not in chosen:
+      chosen[EMBED], alphas[EMBED] = r, alphas[HEAD]
+  tables = {EMBED, HEAD} if shared else {EMBED}
+  specs = {k: _spec(k, linear[k], r, init, k in tables) for k, r in chosen.items()}
+  _check(specs, alphas, lora_bias, tables)
+  drawn = _lora_values.draw(key, [s for s in specs.values() if not _lora_values.decomposes(s.init)])
+
+  def node(k, w, _):
+    for name in [n for n in (EMBED, HEAD) if n in chosen] if shared and k == EMBED else [k]:
+      scale = _scale(chosen[name], alphas[name], rslora)
+      factors = _table(w, *drawn[name]) if name in tables else _matrix(key, w, specs[name], scale, drawn)
+      use = name.partition("/")[0] if shared and not tied else ""
+      w = _node(w, chosen[name], scale, factors, lora_bias, dropout=float(dropout), rslora=bool(rslora), use=use)
+    return w
+
+  adapted = _targets.wrap(params, chosen | ({EMBED: None} if shared and HEAD in chosen else {}), node)
+  return methods.train_also(adapted, trainable(adapted), _biases(params, chosen, bias))
 
 
 def trainable(params: Any) -> Any:
-  """The mask of a tree that holds LoRA nodes: True at their `a` and `b`."""
+  """The mask of a tree that holds LoRA nodes: True at their `a`, `b` and `bias`."""
 
-  def mask(w):
-    m = jax.tree.map(lambda _: False, w)
-    return m.replace(a=True, b=True) if isinstance(w, weights.LoRA) else m
+  def both(w, m):  # a table whose two uses are adapted apart has a node in a node
+    is_pair = isinstance(w, weights.LoRA) and isinstance(w.base, weights.LoRA) and w.use and w.base.use
+    return m.replace(base=m.base.replace(a=True, b=True)) if is_pair else m
 
-  return jax.tree.map(mask, params, is_leaf=weights.is_node)
-
-
-def target_layers(targets: str | Sequence[str], linear: Mapping[str, Any], what: str) -> dict[str, np.ndarray]:
-  """{leaf name: bool [L], or [] where not stacked} for the matrices that `targets` names; see `init`."""
-  patterns = [p for t in ([targets] if isinstance(targets, str) else targets) for p in _expand(t, linear, what)]
-  hits = {k: np.zeros(n.shape[:1] if transformer.stacked(k) else (), bool) for k, n in linear.items()}
-  for p in patterns:
-    found = False
-    for k in linear:
-      hit = _hits(p, k, hits[k].shape)
-      hits[k] |= hit
-      found |= bool(hit.any())
-    if not found:
-      raise errors.UserError(f"{what} {p!r} matches nothing; {errors.nearest(p, linear)}")
-  return {k: h for k, h in hits.items() if h.any()}
+  mask = _targets.mask(params, weights.LoRA, ("a", "b", "bias"))
+  return jax.tree.map(both, params, mask, is_leaf=weights.is_node)
 
 
-def _expand(target: str, linear: Mapping[str, Any], what: str) -> list[str]:
-  """Regexes for one target: short names and `all-linear` are spelled out, regexes are taken as they are."""
-  if target == "all-linear":
-    return ["(^|/)layers/.*kernel$"]
-  if not re.fullmatch(r"[\w\s,-]+", target):
-    return [target]
-  short = {k.split("/")[-2] for k in linear} | {"all-linear"}
-  words = [w.strip() for w in target.split(",") if w.strip()]
-  for w in words:
-    if w not in short:
-      raise errors.UserError(f"{what} {w!r} matches nothing; {errors.nearest(w, short)}")
-  return [p for w in words for p in (_expand(w, linear, what) if w == "all-linear" else [f"/?{w}/kernel$"])]
+def _matrices(params: Any) -> dict[str, Any]:
+  """{name: weight} of what can be adapted; a head that is tied to the table is there as the table."""
+  linear = _targets.matrices(params, experts=True)
+  table = tree.flatten(params, is_leaf=weights.is_node).get(EMBED)
+  if table is None:
+    return linear
+  return linear | {EMBED: table} | ({} if HEAD in linear or "classifier" in params else {HEAD: table})
 
 
-def _hits(pattern: str, k: str, stack: tuple[int, ...]) -> np.ndarray:
-  """Which layers of leaf `k` a pattern finds: by the stacked name all, else by the name with the layer's index."""
-  search = tree.compile_pattern(pattern).search
-  if search(k) or not stack:
-    return np.full(stack, bool(search(k)))
-  return np.array([bool(search(k.replace("layers/", f"layers/{i}/", 1))) for i in range(stack[0])])
+def _only(hits: Mapping[str, np.ndarray], layers: int | Sequence[int] | None) -> dict[str, np.ndarray]:
+  """`hits` in the layers of these indices; matrices outside the layers stay."""
+  if layers is None:
+    return dict(hits)
+  layers = [layers] if isinstance(layers, int) else list(layers)
+  depth = max((h.size for h in hits.values() if h.ndim), default=0)
+  if bad := [i for i in layers if not isinstance(i, int) or not 0 <= i < depth]:
+    raise errors.UserError(f"config.method.layers_to_transform: {bad} are no layers; the targets have 0 to {depth - 1}")
+  return {k: h & np.isin(np.arange(h.size), layers) if h.ndim else h for k, h in hits.items()}
 
 
-def _values(pattern: Mapping | None, default: float, linear: Mapping, what: str) -> dict[str, np.ndarray]:
-  """{leaf name: value per layer} from an ordered {target: value}."""
-  values = {k: np.full(w.shape[:1] if transformer.stacked(k) else (), default, float) for k, w in linear.items()}
-  for target, value in reversed(dict(pattern or {}).items()):
-    for k, hit in target_layers(target, linear, what).items():
-      values[k] = np.where(hit, value, values[k])
-  return values
+def _spec(name: str, w: Any, ranks: np.ndarray, init: str, table: bool) -> _lora_values.Spec:
+  if table:
+    init = "normal" if name == EMBED else init if init in ("paper", "gaussian") else "peft"
+    return _lora_values.Spec(name, (int(ranks),), 1, w.shape[1], w.shape[0], init)
+  axes = architecture.stack_axes(name)
+  shape, n_in = w.shape[axes:], transformer.in_axes(name)
+  experts = w.shape[1] if axes == 2 else 1
+  inner, outer = int(np.prod(shape[:n_in])), int(np.prod(shape[n_in:]))
+  return _lora_values.Spec(name, tuple(map(int, ranks.reshape(-1))), experts, inner, outer, init)
 
 
-def _node(key, k, w, ranks, alphas, dropout, rslora, init) -> weights.LoRA:
-  stack = ranks.shape
-  shape = w.shape[len(stack) :]
-  inner, outer = shape[: transformer.in_axes(k)], shape[transformer.in_axes(k) :]
-  columns, fan_in = int(ranks.max()), math.prod(inner)
+def _check(specs: Mapping[str, _lora_values.Spec], alphas: Mapping, lora_bias: bool, tables: Collection[str]) -> None:
+  """Raises UserError for ranks that an initialisation cannot have and a bias that an embedding cannot have."""
+  for k, s in specs.items():
+    if _lora_values.decomposes(s.init) and max(s.ranks) > min(s.inner, s.outer):
+      raise errors.UserError(f"init={s.init!r}: {k} has no rank {max(s.ranks)}; at most {min(s.inner, s.outer)}")
+    if _lora_values.decomposes(s.init) and np.min(alphas[k]) <= 0:
+      raise errors.UserError(f"init={s.init!r} needs alpha > 0, which for {k} is {np.min(alphas[k])}")
+    if s.init == "orthogonal" and any(r % 2 for r in s.ranks):
+      raise errors.UserError(f"init='orthogonal' needs even ranks; {k} has {sorted(set(s.ranks))}")
+    if lora_bias and (k in tables or s.experts > 1):
+      raise errors.UserError(f"lora_bias=True: {k} cannot have a bias; name other targets")
 
-  def column(layer, j, r):
-    kj = jax.random.fold_in(jax.random.fold_in(key, layer), j)
-    if init == "peft":
-      x = jax.random.uniform(kj, (fan_in,), minval=-1.0, maxval=1.0) / math.sqrt(fan_in)
-    else:
-      x = jax.random.normal(kj, (fan_in,)) / jnp.maximum(r, 1)
-    return jnp.where(j < r, x, 0.0)
 
-  per_layer = jax.vmap(column, (None, 0, None), out_axes=1)
-  r = jnp.asarray(ranks.reshape(-1), jnp.int32)
-  a = jax.vmap(per_layer, (0, None, 0))(jnp.arange(r.size), jnp.arange(columns), r)
+def _scale(ranks: np.ndarray, alphas: np.ndarray, rslora: bool) -> np.ndarray:
   scale = np.where(ranks > 0, alphas / np.maximum(np.sqrt(ranks) if rslora else ranks, 1), 0.0)
-  return weights.LoRA(
-    base=w,
-    a=a.reshape(*stack, *inner, columns),
-    b=jnp.zeros((*stack, columns, *outer), jnp.float32),
-    scale=jnp.asarray(scale, jnp.float32),
-    rank=jnp.asarray(ranks, jnp.int32),
-    dropout=float(dropout),
-    rslora=bool(rslora),
+  return scale.astype(np.float32)
+
+
+def _table(w, columns, _):
+  """(a, b, start) of an embedding table: a is zero."""
+  return jnp.zeros((w.shape[0], columns.shape[-1])), columns[0].T, None
+
+
+def _matrix(key, w, spec, scale, drawn):
+  """(a, b, start) of a matrix [*stack, *in, *out]."""
+  axes, n_in, columns = architecture.stack_axes(spec.name), transformer.in_axes(spec.name), max(spec.ranks)
+  stack, inner, outer = w.shape[:axes], w.shape[axes:][:n_in], w.shape[axes:][n_in:]
+  if spec.name in drawn:
+    a, b = drawn[spec.name]
+    b = jnp.zeros((*stack, columns, *outer)) if b is None else b.reshape(*stack, columns, *outer)
+    return a.reshape(*stack, *inner, columns), b, None
+  each = jax.tree.map(lambda x: x.reshape(-1, *x.shape[axes:]), w)
+  ranks, scale = (np.repeat(np.reshape(x, -1), spec.experts) for x in (spec.ranks, scale))
+  a, b = _lora_values.decompose(
+    tree.fold(key, spec.name), each, ranks, scale, n_in=n_in, columns=columns, init=spec.init
   )
+  a, b = a.reshape(*stack, *inner, columns), b.reshape(*stack, columns, *outer)
+  return a, b, (jnp.copy(a), jnp.copy(b))  # training gives the buffers of a and b away
+
+
+def _node(w, ranks, scale, factors, lora_bias, **static) -> weights.LoRA:
+  a, b, start = factors
+  stack = ranks.ndim
+  bias = jnp.zeros((*b.shape[:stack], *b.shape[stack + 1 :])) if lora_bias else None
+  ranks = jnp.asarray(ranks, jnp.int32)
+  return weights.LoRA(base=w, a=a, b=b, scale=jnp.asarray(scale), rank=ranks, start=start, bias=bias, **static)
+
+
+def _biases(params: Any, chosen: Mapping[str, np.ndarray], bias: str) -> set[str]:
+  """Names of the pretrained model's biases that are trained."""
+  flat = tree.flatten(params, is_leaf=weights.is_node)
+  names = {k for k in flat if k.endswith("/bias") and not set(k.split("/")) & set(weights.EXTRAS)}
+  if bias == "none":
+    return set()
+  if bias == "lora_only":
+    beside = {k: [n for n in chosen if n.startswith(f"{k.removesuffix('bias')}kernel")] for k in names}
+    names = {k for k, found in beside.items() if found}
+    if some := sorted(k for k in names if not all(np.all(chosen[n]) for n in beside[k])):
+      raise errors.UserError(
+        f"bias='lora_only': {some} are of all layers, but not all are adapted; use 'all' or 'none'"
+      )
+  if not names:
+    raise errors.UserError(f"config.method.bias={bias!r} finds no biases in this model; use 'none'")
+  return names
 
 
 PEFT_TYPE = "LORA"
-# Features of PEFT's LoraConfig that change the forward pass and that this module does not have.
-UNSUPPORTED = (
-  "use_dora lora_bias modules_to_save layer_replication trainable_token_indices target_parameters use_qalora "
-  "use_bdlora alora_invocation_tokens arrow_config kasa_config monteclora_config velora_config megatron_config"
-).split()
-# Initialisations that leave the base as it is; the others of PEFT subtract their start from it.
-PLAIN_INITS = (True, False, None, "gaussian", "orthogonal", "eva")
 
 
-def to_peft(params: Any, keys: Sequence[families.Key]) -> tuple[dict, dict[str, np.ndarray]] | None:
+def to_peft(
+  params: Any, keys: Sequence[families.Key], trained: Collection[str] = ()
+) -> tuple[dict, dict[str, np.ndarray]] | None:
   """(adapter config, tensors by Hugging Face module name) of the LoRA nodes in `params`; None if it has none.
 
   `lora_A.weight` is [r, in] and `lora_B.weight` [out, r], float32. The commonest rank and alpha become `r` and
-  `lora_alpha`, the others patterns.
+  `lora_alpha`, the others patterns. What has a `start` is written as LoRA of twice the rank, [a, a0] and [b, -b0].
   """
-  flat = tree.flatten(params, is_leaf=weights.is_node)
-  nodes = {key: flat[key.path] for key in keys if isinstance(flat[key.path], weights.LoRA)}
-  if not nodes:
-    return None
-  tensors, ranks, alphas = {}, {}, {}
-  for key, node in nodes.items():
-    pattern_a, pattern_b = key.low_rank()
-    scale, rank, a, b = (
-      np.atleast_1d(x) if x.ndim == 0 else np.asarray(x) for x in (node.scale, node.rank, node.a, node.b)
-    )
-    if not node.scale.ndim:
-      a, b = a[None], b[None]
-    modules = [key.module.format(i) for i in range(len(rank))]
-    sizes = key.sizes(node.shape[node.scale.ndim :])
-    for i, module in enumerate(modules):
-      if r := int(rank[i]):
-        tensors[f"{module}.lora_A.weight"] = _rearrange(a[i, ..., :r], _reverse(pattern_a), sizes)
-        tensors[f"{module}.lora_B.weight"] = _rearrange(b[i, :r], _reverse(pattern_b), sizes)
-        ranks[module] = r
-        alphas[module] = float(f"{scale[i] * (math.sqrt(r) if node.rslora else r):.6g}")
-  rank, rank_pattern = _commonest(ranks)
-  alpha, alpha_pattern = _commonest(alphas)
-  first = next(iter(nodes.values()))
-  config = {
-    "peft_type": PEFT_TYPE,
-    "r": rank,
-    "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
-    "lora_dropout": first.dropout,
-    "target_modules": _target_modules(ranks, keys, flat),
-    "rank_pattern": rank_pattern,
-    "alpha_pattern": alpha_pattern,
-    "use_rslora": first.rslora,
-    "bias": "none",
-    "init_lora_weights": True,
-    "fan_in_fan_out": any(key.transposed for key in nodes),
-  }
-  return config, tensors
-
-
-def _target_modules(adapted: Mapping[str, int], keys: Sequence[families.Key], flat: Mapping[str, Any]) -> list[str]:
-  """Last parts of the names of adapted modules, which PEFT matches from the end; whole names where others end alike."""
-  stacks = {key: flat[key.path].shape[: key.hf.count("{}")] for key in keys}
-  every = {key.module.format(*index) for key, stack in stacks.items() for index in np.ndindex(stack)}
-  short = lambda module: module.rpartition(".")[2]
-  taken = {short(module) for module in every - adapted.keys()}
-  return list(dict.fromkeys(m if short(m) in taken else short(m) for m in adapted))
+  return _lora_peft.write(params, keys, trained)
 
 
 def from_peft(params: Any, keys: Sequence[families.Key], config: Mapping, tensors: Mapping[str, np.ndarray]) -> Any:
   """The inverse of `to_peft`: `params` with LoRA nodes; UserError lists what is not understood or does not fit."""
-  bad = [f"{k}={config[k]!r}" for k in UNSUPPORTED if config.get(k)]
-  bad += [f"bias={config['bias']!r}"] if config.get("bias", "none") != "none" else []
-  start = config.get("init_lora_weights", True)
-  bad += [] if start in PLAIN_INITS else [f"init_lora_weights={start!r}, which changes the base weights"]
-  if bad:
-    raise errors.UserError("this LoRA adapter uses what is not supported: " + "; ".join(bad))
-  flat, left, wrong = tree.flatten(params, is_leaf=weights.is_node), dict(tensors), []
-  for key in keys:
-    w, in_axes = flat[key.path], transformer.in_axes(key.path)
-    layers = w.shape[0] if "{}" in key.hf else 1
-    modules = [key.module.format(i) for i in range(layers)]
-    pairs = [[left.pop(f"{m}.lora_{c}.weight", None) for c in "AB"] for m in modules] if in_axes else []
-    if not any(x is not None for pair in pairs for x in pair):
-      continue
-    shape = w.shape[1:] if "{}" in key.hf else w.shape
-    rank = [0 if p[0] is None else p[0].shape[0] for p in pairs]
-    a = np.zeros((layers, *shape[:in_axes], max(rank)), np.float32)
-    b = np.zeros((layers, max(rank), *shape[in_axes:]), np.float32)
-    for i, (pair, r) in enumerate(zip(pairs, rank, strict=True)):
-      views = zip(pair, (a[i, ..., :r], b[i, :r]), key.low_rank(), "AB", strict=True)
-      for x, view, pattern, c in views:
-        expected = _rearrange(view, _reverse(pattern), key.sizes(shape)).shape
-        if (x is None and r) or (x is not None and x.shape != expected):
-          wrong.append(f"{modules[i]}.lora_{c}.weight is {None if x is None else x.shape}, expected {expected}")
-        elif r:
-          view[...] = _rearrange(x.astype(np.float32), pattern, key.sizes(shape))
-    scale = [_peft_scale(config, m, r) for m, r in zip(modules, rank, strict=True)]
-    stack = slice(None) if "{}" in key.hf else 0
-    flat[key.path] = weights.LoRA(
-      base=w,
-      a=jnp.asarray(a[stack]),
-      b=jnp.asarray(b[stack]),
-      scale=jnp.asarray(np.float32(scale)[stack]),
-      rank=jnp.asarray(np.int32(rank)[stack]),
-      dropout=float(config.get("lora_dropout") or 0.0),
-      rslora=bool(config.get("use_rslora")),
-    )
-  if left or wrong or not tensors:
-    unknown = f"tensors of no matrix of this model: {sorted(left)[:10]}" if left else ""
-    raise errors.UserError("; ".join(filter(None, [unknown, *wrong[:10]])) or "the adapter holds no tensors")
-  return tree.map_named(lambda k, _: flat[k], params, is_leaf=weights.is_node)
-
-
-def _rearrange(x: np.ndarray, pattern: str, sizes: Mapping[str, int]) -> np.ndarray:
-  """`einops.rearrange` with the sizes of the axes that the pattern has."""
-  return einops.rearrange(x, pattern, **{k: n for k, n in sizes.items() if k in pattern})
-
-
-def _reverse(pattern: str) -> str:
-  left, right = pattern.split(" -> ")
-  return f"{right} -> {left}"
-
-
-def _commonest(values: Mapping[str, float]) -> tuple[float, dict[str, float]]:
-  """The most frequent value, and the modules that have another, by names that PEFT matches from the end."""
-  most = statistics.mode(values.values())
-  return most, {m.removeprefix("model."): v for m, v in values.items() if v != most}
-
-
-def _peft_scale(config: Mapping, module: str, rank: int) -> float:
-  """The scale that PEFT gives a module: its `alpha_pattern`'s first key that ends the name, else `lora_alpha`."""
-  if not rank:
-    return 0.0
-  found = (v for k, v in (config.get("alpha_pattern") or {}).items() if re.match(rf"(.*\.)?({k})$", module))
-  alpha = next(found, config.get("lora_alpha", 8))
-  return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+  if config.get("use_dora"):
+    return methods.get("dora").from_lora(params, keys, config, tensors)
+  return _lora_peft.read(params, keys, config, tensors)

@@ -1,0 +1,108 @@
+"""What a run has trained, in a directory of its own: in PEFT's format where that has a place for it, else in ours.
+
+Both have an adapter_config.json and an adapter_model.safetensors. In ours the config holds the methods and their
+keywords, from which the tree follows, and the tensors have the names of its leaves: those that were trained, and those
+that the methods have added.
+"""
+
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lora_jax import errors, fused, methods, models, transformer, tree, weights
+from lora_jax.formats import hf, peft
+
+TYPE = "LORA_JAX"
+
+
+def save(model: models.Model, params: Any, mask: Any, method: methods.Method, directory: str | os.PathLike) -> None:
+  """Writes the adapter in `params` as a directory that `load` reads.
+
+  Args:
+    mask: which leaves were trained.
+    method: what `methods.init` was called with.
+  """
+  trained = [k for k, m in tree.flatten(mask).items() if m]
+  # Leaves that no model of this config has, such as biases that BitFit adds: transformers would drop them.
+  added = set(tree.names(weights.strip(params))) - set(tree.names(transformer.shapes(model.config)))
+  try:
+    if not added:
+      peft.save(model, params, directory, trained, method)
+      return
+  except peft.NoForm:
+    pass
+  flat = tree.flatten(params)
+  base = tree.flatten(fused.like(weights.strip(params), params))
+  named = {k: x for k, x in flat.items() if k in trained or _plain(k) not in base}
+  config = {
+    "peft_type": TYPE,
+    "method": methods.prepare(method),
+    "base_model_name_or_path": model.hub_name,
+    "revision": model.revision,
+  }
+  peft.write(pathlib.Path(directory), config, {k: np.asarray(x, order="C") for k, x in named.items()})
+
+
+def load(model: models.Model, directory: str | os.PathLike) -> Any:
+  """The parameters of `model` with an adapter on them; `directory` may be `hf:org/name[@revision]`.
+
+  Raises:
+    UserError: see `peft.load`. All misfits are listed.
+  """
+  directory = peft.resolve(directory)
+  config = hf.read_json(directory / "adapter_config.json")
+  if config.get("peft_type") != TYPE:
+    return peft.load(model, directory)
+  tensors = hf.Tensors([directory / "adapter_model.safetensors"])
+  if not isinstance(config.get("method"), list):
+    raise errors.UserError(f"{directory / 'adapter_config.json'}: 'method' is no list")
+  try:
+    methods.check(config["method"])
+    shapes, mask = _shapes(model, config["method"])
+    base = tree.flatten(fused.like(model.params, shapes))
+    want = {k: s for k, s in tree.flatten(shapes).items() if _plain(k) not in base}
+    want |= {k: s for k, s in tree.flatten(shapes).items() if k in tensors.names()}
+    _check(want, tensors)
+  except errors.UserError as e:
+    raise errors.UserError(f"{directory}: {e}") from None
+  leaf = lambda k, s: jnp.asarray(tensors.read(k)).astype(s.dtype) if k in want else base[_plain(k)]
+  return tree.map_named(leaf, shapes)
+
+
+def _plain(name: str) -> str:
+  """The name of a leaf before it was put into nodes."""
+  return "/".join(s for s in name.split("/") if s != "base")
+
+
+def _shapes(model: models.Model, method: list) -> tuple[Any, Any]:
+  """The tree that a method makes, as shapes, and its mask; nothing is computed."""
+  static = []
+
+  def run(params):
+    params, mask = methods.init(jax.random.key(0), params, method)
+    static.append(mask)
+    return params
+
+  return jax.eval_shape(run, model.params), static[0]
+
+
+def _check(want: Mapping, tensors: hf.Tensors) -> None:
+  """Raises UserError listing all tensors that are missing, unknown or of another shape."""
+  have = set(tensors.names())
+  wrong = [
+    f"{k} is {tensors.shape(k)}, expected {s.shape}"
+    for k, s in want.items()
+    if k in have and tensors.shape(k) != s.shape
+  ]
+  problems = {
+    "missing tensors": sorted(want.keys() - have),
+    "unexpected tensors": sorted(have - want.keys()),
+    "": wrong,
+  }
+  if said := [f"{k} {v}".strip() for k, v in problems.items() if v]:
+    raise errors.UserError("; ".join(said))

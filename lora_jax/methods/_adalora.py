@@ -1,0 +1,171 @@
+"""AdaLoRA's weight node, and the optimiser that decides how many ranks each matrix keeps; see adalora.py."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import struct
+
+from lora_jax import errors, weights
+
+
+@struct.dataclass
+class AdaLoRA(weights.Additive):
+  """`W + scale * A diag(e) B`, A applied first.
+
+  Stacked over layers every field has a leading L.
+
+  Fields:
+    base: the adapted weight [*in, *out], an array or a node.
+    a: float32 [*in, R].
+    e: float32 [R].
+    b: float32 [R, *out].
+    scale: float32 []; alpha / (R + 1e-5) as in PEFT, 0 in layers that are not adapted.
+    key: random key []; present only in a training forward, where it switches dropout on.
+    dropout: probability that an input element is dropped before A.
+    layers: which layers of a stack are adapted; one entry where there is no stack.
+  """
+
+  base: weights.Weight
+  a: jax.Array
+  e: jax.Array
+  b: jax.Array
+  scale: jax.Array
+  key: jax.Array | None = None
+  dropout: float = struct.field(pytree_node=False, default=0.0)
+  layers: tuple[bool, ...] = struct.field(pytree_node=False, default=(True,))
+
+  def change(self, spec: str, x: jax.Array, dtype: Any = None) -> jax.Array:
+    """`scale * ((dropout(x) A) * e) B`."""
+    spec_a, spec_b = weights.split_spec(spec)
+    h = weights.dot(spec_a, weights.dropout(x, self.dropout, self.key), self.a, jnp.float32)
+    return weights.dot(spec_b, (h * self.e * self.scale).astype(x.dtype), self.b, dtype)
+
+  def layer_delta(self) -> jax.Array:
+    """What is added to a weight that is not stacked, float32."""
+    return self.scale * jnp.tensordot(self.a * self.e, self.b, 1, precision="highest")
+
+  def n_padding(self, mask: "AdaLoRA") -> int:
+    """How many trained numbers belong to layers that are not adapted."""
+    trained = sum(x.size for x, m in ((self.a, mask.a), (self.e, mask.e), (self.b, mask.b)) if m)
+    return trained // len(self.layers) * self.layers.count(False)
+
+  def used(self) -> "AdaLoRA":
+    """a, e and b of the adapted layers, always stacked; the other fields are None."""
+    index = np.flatnonzero(self.layers)
+    stacked = self.e.ndim > 1
+    pick = lambda x: (x if stacked else x[None])[index]
+    return self.replace(a=pick(self.a), e=pick(self.e), b=pick(self.b), base=None, scale=None, key=None)
+
+
+def is_node(w: Any) -> bool:
+  """Whether `w` is an `AdaLoRA`."""
+  return isinstance(w, AdaLoRA)
+
+
+class State(NamedTuple):
+  """State of `optimiser`.
+
+  Fields:
+    count: int32 [], how many steps are done.
+    sensitivity: moving average of |w * gradient|, for a, e and b of every node.
+    uncertainty: moving average of what |w * gradient| deviates from that.
+    keep: bool, for every e; what the last pruning left.
+    inner: of the wrapped transformation.
+  """
+
+  count: jax.Array
+  sensitivity: Any
+  uncertainty: Any
+  keep: Any
+  inner: Any
+
+
+def optimiser(
+  inner: optax.GradientTransformation,
+  *,
+  steps: int,
+  init_r: int = 12,
+  target_r: int = 8,
+  tinit: int = 0,
+  tfinal: int = 0,
+  deltaT: int = 1,
+  beta1: float = 0.85,
+  beta2: float = 0.85,
+  **others: Any,
+) -> optax.GradientTransformation:
+  """`inner`, after whose update the least important entries of e become zero.
+
+  The importance of a number w is its smoothed sensitivity |w * gradient| times the smoothed deviation from it; that of
+  an entry of e is its own plus the means over its column of A and row of B (equations 7 to 11). The least important
+  over all matrices are pruned, as many as exceed a budget that falls from `init_r` to `target_r` a matrix as a cubic of
+  the step (equation 12). w is the value after the step, and steps count from 1, so that the last pruning, at step
+  `steps - tfinal`, reaches the target; what that pruned stays zero. All as in PEFT.
+  """
+  del others
+  last = steps - tfinal
+  if tinit >= last:
+    raise errors.UserError(f"AdaLoRA has no step to prune at: tinit={tinit} and tfinal={tfinal} of {steps} steps")
+  # After one step nothing is known of importance: a run of one step prunes nothing.
+  due = np.array([s > tinit and s % deltaT == 0 for s in range(last)] + [last > 1, False])
+
+  def init(params: Any) -> State:
+    zeros = jax.tree.map(jnp.zeros_like, _tracked(params))
+    keep = jax.tree.map(lambda w: jnp.ones(w.e.shape, bool), zeros, is_leaf=is_node)
+    return State(jnp.zeros((), jnp.int32), zeros, zeros, keep, inner.init(params))
+
+  def update(grads: Any, state: State, params: Any = None) -> tuple[Any, State]:
+    updates, inner_state = inner.update(grads, state.inner, params)
+    t = jnp.minimum(state.count + 1, last + 1)
+    before = _tracked(params)
+    now = jax.tree.map(lambda p, u, g: jnp.abs((p + u) * g), before, _tracked(updates), _tracked(grads))
+    smooth = lambda beta: lambda old, new: jnp.where(t < last, beta * old + (1 - beta) * new, old)
+    sensitivity = jax.tree.map(smooth(beta1), state.sensitivity, now)
+    deviation = jax.tree.map(lambda i, s: jnp.abs(i - s), now, sensitivity)
+    uncertainty = jax.tree.map(smooth(beta2), state.uncertainty, deviation)
+    scores = jax.tree.map(_importance, jax.tree.map(jnp.multiply, sensitivity, uncertainty), is_leaf=is_node)
+
+    used = jax.tree.map(_used, before, scores, is_leaf=is_node)
+    ranked = jnp.sort(jnp.concatenate(jax.tree.leaves(used)))
+    n = ranked.size // init_r
+    excess = np.array([n * init_r - budget(s, n * init_r, n * target_r, tinit, last) for s in range(last + 2)])
+    excess = jnp.asarray(excess, jnp.int32)[t]
+    threshold = jnp.where(excess > 0, ranked[jnp.maximum(excess - 1, 0)], -jnp.inf)
+    prune = jnp.asarray(due)[t]
+    keep = jax.tree.map(lambda k, x: jnp.where(prune, x > threshold, k), state.keep, scores)
+
+    def masked(u, p, k):
+      return u.replace(e=jnp.where((prune | (t > last)) & ~k, -p.e, u.e)) if is_node(u) else u
+
+    updates = jax.tree.map(masked, updates, before, keep, is_leaf=is_node)
+    return updates, State(state.count + 1, sensitivity, uncertainty, keep, inner_state)
+
+  return optax.GradientTransformation(init, update)
+
+
+def budget(step: int, start: int, target: int, tinit: int, last: int) -> int:
+  """How many entries of e are left at a step: `start` up to `tinit`, `target` from `last` on, a cubic between."""
+  if step <= tinit:
+    return start
+  part = 1 - (min(step, last) - tinit) / (last - tinit)
+  return int((start - target) * part**3 + target)
+
+
+def _tracked(params: Any) -> Any:
+  """The tree with a, e and b of AdaLoRA nodes and None for all else."""
+  only = lambda w: w.replace(base=None, scale=None, key=None) if is_node(w) else None
+  return jax.tree.map(only, params, is_leaf=is_node)
+
+
+def _importance(w: AdaLoRA) -> jax.Array:
+  """[*stack, R]: the score of every entry of e, from the scores of all numbers."""
+  lead = w.e.shape
+  a = w.a.reshape(*lead[:-1], -1, lead[-1]).mean(-2)
+  return w.e + a + w.b.reshape(*lead, -1).mean(-1)
+
+
+def _used(w: AdaLoRA, scores: jax.Array) -> jax.Array:
+  """The scores of the layers that are adapted."""
+  return scores.reshape(len(w.layers), -1)[np.flatnonzero(w.layers)].ravel()

@@ -1,0 +1,233 @@
+"""LoRA in the `peft` library's format: what `lora.to_peft` and `lora.from_peft` do."""
+
+import math
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lora_jax import errors, families, fused, transformer, tree, weights
+from lora_jax.methods import _experts, _lora_tables, _lora_values, _peft
+
+EMBED, HEAD = _lora_tables.EMBED, _lora_tables.HEAD
+# Features of PEFT's LoraConfig that change the forward pass and that we do not have.
+UNSUPPORTED = (
+  "use_dora modules_to_save layer_replication trainable_token_indices use_qalora use_bdlora alora_invocation_tokens"
+  " arrow_config kasa_config monteclora_config velora_config megatron_config"
+).split()
+# Initialisations that leave the base as it is.
+PLAIN_INITS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
+
+
+def write(params: Any, keys: Sequence[families.Key], trained: Collection[str]) -> tuple[dict, dict] | None:
+  """See `lora.to_peft`."""
+  flat = {k: fused.as_lora(w) for k, w in tree.flatten(params, is_leaf=weights.is_node).items()}
+  nodes = [(key, node) for key in keys if _is_lora(flat[key.path]) for node in _nodes(flat[key.path])]
+  mixed = [w for w in flat.values() if isinstance(w, fused.Fused) and any(map(weights.is_node, w.parts.values()))]
+  inner = [n.base for _, n in nodes if isinstance(n.base, weights.Adapter) and not any(n.base is m for _, m in nodes)]
+  if not nodes or mixed or inner:  # PEFT has one adapter a matrix
+    return None
+  first, head = nodes[0][1], _lora_tables.tied_head(keys)
+  alpha_of = lambda scale, r: float(f"{scale * (math.sqrt(r) if first.rslora else r):.6g}")
+  tensors, ranks, scales, parameters = _experts.to_peft(keys, flat)
+  alphas = {k: alpha_of(scales[k], r) for k, r in ranks.items()}
+  for key, node in nodes:
+    for module, part, r in _factors(key, node, head) if "/moe/" not in key.path else ():
+      ranks[module], alphas[module] = r, alpha_of(float(part.scale), r)
+      tensors |= _tensors(key, module, part, module == head)
+  rank, rank_pattern = _peft.commonest(ranks)
+  alpha, alpha_pattern = _peft.commonest(alphas)
+  biases = _write_biases(flat, keys, trained, ranks)
+  modules = {k.rpartition(".")[0].removesuffix(".base_layer") for k in biases}
+  config = {
+    "peft_type": "LORA",
+    "r": rank,
+    "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
+    "lora_dropout": 0.0 if parameters else first.dropout,  # PEFT has none for parameters
+    "target_modules": _peft.target_modules({k: r for k, r in ranks.items() if k not in scales}, keys, flat),
+    "target_parameters": parameters or None,
+    "rank_pattern": rank_pattern,
+    "alpha_pattern": alpha_pattern,
+    "use_rslora": first.rslora,
+    "bias": "none" if not biases else "lora_only" if modules <= ranks.keys() else "all",
+    "lora_bias": any(node.bias is not None for _, node in nodes),
+    "init_lora_weights": True,
+    "fan_in_fan_out": any(key.transposed for key, _ in nodes if key.path != EMBED),
+    "ensure_weight_tying": _lora_tables.can_tie(keys) and any(k.path == EMBED and not n.use for k, n in nodes),
+  }
+  return config, tensors | biases
+
+
+def _is_lora(w: Any) -> bool:
+  return isinstance(w, weights.LoRA)
+
+
+def _nodes(node: weights.LoRA) -> list[weights.LoRA]:
+  """The node, and that of the other use of a table where each has its own."""
+  return [node, node.base] if node.use and _is_lora(node.base) and node.base.use else [node]
+
+
+def _factors(key, node, tied_head) -> Iterator[tuple[str, weights.LoRA, int]]:
+  """(module, node of its layer as numpy arrays without padding or start, rank) of all modules that a node adapts."""
+  stack = node.scale.ndim
+  parts = jax.tree.map(np.asarray, node.replace(base=None))
+  for i in range(node.scale.shape[0] if stack else 1):
+    part = jax.tree.map(lambda x: x[i], parts) if stack else parts
+    if not (r := int(part.rank)):
+      continue
+    a, b = part.a[..., :r], part.b[:r]
+    if part.start is not None:
+      a0, b0 = part.start
+      a, b, r = np.concatenate([a, a0[..., :r]], -1), np.concatenate([b, -b0[:r]], 0), 2 * r
+    names = [key.module.format(i)]
+    if key.path == EMBED:
+      names = [*_lora_tables.lookups(key)] if node.use != "head" else []
+      names += [tied_head] if tied_head and node.use != "embed" else []
+    for name in names:
+      yield name, part.replace(a=a, b=b, start=None), r
+
+
+def _tensors(key, module, part, head) -> dict[str, np.ndarray]:
+  """The tensors of one module; `part` is what `_factors` gives."""
+  if key.path == EMBED and not head:
+    return {f"{module}.lora_embedding_A": part.a.T, f"{module}.lora_embedding_B": part.b.T}
+  if head:
+    return {f"{module}.lora_A.weight": part.b, f"{module}.lora_B.weight": part.a}
+  pattern_a, pattern_b = (_peft.reverse(p) for p in key.low_rank())
+  sizes = key.sizes((*part.a.shape[:-1], *part.b.shape[1:]))
+  tensors = {
+    f"{module}.lora_A.weight": _peft.rearrange(part.a, pattern_a, sizes),
+    f"{module}.lora_B.weight": _peft.rearrange(part.b, pattern_b, sizes),
+  }
+  if part.bias is not None:
+    tensors[f"{module}.lora_B.bias"] = _peft.rearrange(part.bias[None], pattern_b, sizes)[:, 0]
+  return tensors
+
+
+def _write_biases(flat, keys, trained, adapted) -> dict[str, np.ndarray]:
+  """Trained biases by their names in PEFT, but for those of modules that are trained whole."""
+  whole = {key.module for key in keys if key.path in trained and not key.path.endswith("/bias")}
+  tensors = {}
+  for key in keys:
+    if key.path not in trained or not key.path.endswith("/bias") or key.module in whole:
+      continue
+    x = np.asarray(flat[key.path], np.float32)
+    for index in np.ndindex(x.shape[: key.hf.count("{}")]):
+      module = key.module.format(*index)
+      tensors[f"{module}{'.base_layer' * (module in adapted)}.bias"] = key.to_hf(x[index])
+  return tensors
+
+
+def read(params: Any, keys: Sequence[families.Key], config: Mapping, tensors: Mapping[str, np.ndarray]) -> Any:
+  """See `lora.from_peft`."""
+  flat, table = tree.flatten(params, is_leaf=weights.is_node), _lora_tables.rows(keys)
+  # With bias="all" PEFT stores those of modules that it saves whole thrice.
+  once = {k: x for k, x in tensors.items() if not re.search(r"\.(modules_to_save|original_module)\.bias$", k)}
+  config, left, wrong = _experts.from_peft(keys, config, once, flat, _peft.peft_scale)
+  _check(config)
+  for key in keys:
+    if key.path == EMBED:
+      modules = [*_lora_tables.lookups(key), _lora_tables.tied_head(keys)]
+      flat[EMBED] = _lora_tables.read_base(key, flat[EMBED], left, wrong, modules)
+      flat[EMBED] = _lora_tables.read(key, keys, flat[EMBED], config, left, wrong)
+    elif key.path == HEAD:
+      flat[HEAD] = _lora_tables.read_base(key, flat[HEAD], left, wrong, [key.module])
+    elif key.path.endswith("/bias"):
+      rows = {key, *(k for k in table if k.path == key.path)}  # a tied bias has two names
+      flat[key.path] = _read_bias(key, rows, flat[key.path], left, wrong)
+    if transformer.in_axes(key.path) and "/moe/" not in key.path:
+      flat[key.path] = _read_matrix(key, flat[key.path], config, left, wrong)
+  unknown = [f"tensors of no matrix of this model: {sorted(left)}"] if left else []
+  if unknown or wrong or not tensors:
+    raise errors.UserError("; ".join(unknown + wrong) or "the adapter holds no tensors")
+  return tree.map_named(lambda k, _: flat[k], params, is_leaf=weights.is_node)
+
+
+def _check(config: Mapping) -> None:
+  """Raises UserError listing what of PEFT's features is not supported."""
+  bad = [f"{k}={config[k]!r}" for k in UNSUPPORTED if config.get(k)]
+  if config.get("bias", "none") not in ("none", "all", "lora_only"):
+    bad.append(f"bias={config['bias']!r}")
+  start = config.get("init_lora_weights", True)
+  if str(start).startswith("pissa_niter"):
+    bad.append(
+      f"init_lora_weights={start!r}: its base lacks a random part that is drawn anew at each load; save it in PEFT "
+      "with path_initial_model_for_weight_conversion, as plain LoRA"
+    )
+  elif start not in (*PLAIN_INITS, "pissa", "olora"):
+    bad.append(
+      f"init_lora_weights={start!r}: its base has lost a part that is not in the adapter; save it in PEFT with "
+      "path_initial_model_for_weight_conversion, as plain LoRA, or save the base with it"
+    )
+  if bad:
+    raise errors.UserError("this LoRA adapter uses what is not supported: " + "; ".join(bad))
+
+
+def _read_matrix(key, w, config, left, wrong) -> Any:
+  """A matrix with LoRA, or itself where the adapter has nothing for it."""
+  stack, n_in = key.hf.count("{}"), transformer.in_axes(key.path)
+  shape = w.shape[stack:]
+  modules = [key.module.format(i) for i in range(w.shape[0] if stack else 1)]
+  names = [[k for c in ("A.weight", "B.weight", "B.bias") if (k := f"{m}.lora_{c}") in left] for m in modules]
+  rank = [_peft.peft_rank(config, m) if found else 0 for m, found in zip(modules, names, strict=True)]
+  if not max(rank):
+    return w
+  a = np.zeros((len(rank), *shape[:n_in], max(rank)), np.float32)
+  b = np.zeros((len(rank), max(rank), *shape[n_in:]), np.float32)
+  bias = np.zeros((len(rank), *shape[n_in:]), np.float32)
+  sizes, (pattern_a, pattern_b) = key.sizes(shape), key.low_rank()
+  for i, (m, r) in enumerate(zip(modules, rank, strict=True)):
+    if r:
+      for view, pattern, c in ((a[i, ..., :r], pattern_a, "A"), (b[i, :r], pattern_b, "B")):
+        expected = _peft.rearrange(view, _peft.reverse(pattern), sizes).shape
+        view[...] = _peft.rearrange(_peft.take(left, wrong, f"{m}.lora_{c}.weight", expected), pattern, sizes)
+    if r and config.get("lora_bias"):
+      x = _peft.take(left, wrong, f"{m}.lora_B.bias", (bias[i].size,))
+      bias[i] = _peft.rearrange(x[:, None], pattern_b, sizes)[0]
+  scale = np.float32([_peft.peft_scale(config, m, r) for m, r in zip(modules, rank, strict=True)])
+  start = _start(key, w, rank, scale, n_in, config, wrong)
+  put = lambda x: jnp.asarray(x if stack else x[0])
+  return weights.LoRA(
+    base=w,
+    a=put(a),
+    b=put(b),
+    scale=put(scale),
+    rank=put(np.int32(rank)),
+    start=None if start is None else tuple(map(put, start)),
+    bias=put(bias) if config.get("lora_bias") else None,
+    dropout=float(config.get("lora_dropout") or 0.0),
+    rslora=bool(config.get("use_rslora")),
+  )
+
+
+def _start(key, w, rank, scale, n_in, config, wrong) -> tuple[jax.Array, jax.Array] | None:
+  """What PEFT takes out of the base when it loads the adapter, from our base, [L or 1, ...]."""
+  init = config.get("init_lora_weights")
+  if init not in ("pissa", "olora"):
+    return None
+  if init == "olora" and key.transposed:
+    wrong.append(f"init_lora_weights='olora': PEFT decomposes the transpose of {key.module}, which is none of its own")
+    return None
+  stack = key.hf.count("{}")
+  inner, outer = math.prod(w.shape[stack:][:n_in]), math.prod(w.shape[stack:][n_in:])
+  if max(rank) > min(inner, outer):
+    wrong.append(f"init_lora_weights={init!r}: {key.module} has no rank {max(rank)}, at most {min(inner, outer)}")
+    return None
+  each = w if stack else jax.tree.map(lambda x: x[None], w)
+  return _lora_values.decompose(jax.random.key(0), each, np.int32(rank), scale, n_in=n_in, columns=max(rank), init=init)
+
+
+def _read_bias(key, rows, x, left, wrong) -> Any:
+  """A bias with what the adapter has for it, by the name of any of the rows, in place of the base's."""
+  stack, places = x.shape[: key.hf.count("{}")], ("bias", "base_layer.bias")
+  names = [(i, f"{k.module.format(*i)}.{place}") for i in np.ndindex(stack) for k in rows for place in places]
+  found = [(i, name) for i, name in names if name in left]
+  if not found:
+    return x
+  x, shape = np.array(x), x.shape[len(stack) :]
+  for i, name in found:
+    x[i] = key.from_hf(_peft.take(left, wrong, name, key.hf_shape(shape)), shape)
+  return jnp.asarray(x)

@@ -1,0 +1,49 @@
+"""BitFit: only biases are trained (Ben Zaken et al. 2021, https://arxiv.org/abs/2106.10199, section 3).
+
+All of them, or some groups: the authors find those of the query and of the first feed-forward matrix, "q,up", nearly
+as good.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax import architecture, tree, weights
+from lora_jax.methods import _targets, norms
+
+WHOLE = True  # trains leaves of the pretrained model
+
+
+def init(key: jax.Array, params: Any, *, targets: str | Sequence[str] = "all") -> tuple[Any, Any]:
+  """Trains biases as float32 masters; a matrix of the layers that has none gets one of zeros.
+
+  Such a bias is no part of the pretrained model, but `weights.strip`, which takes off what methods add, keeps it. A
+  norm without a bias stays so, as the bias is what makes a layer norm of an RMS norm; experts have none either.
+
+  Args:
+    targets: "all"; "norm", those of all norms; short names of matrices and norms ("q,v"), regexes found in names such
+      as `layers/mlp/up/bias`, or a sequence of those.
+
+  Returns:
+    (params, mask).
+  """
+  del key
+  names = tree.names(params, is_leaf=weights.is_node)
+  old = {k for k in names if k.endswith("/bias") and not set(k.split("/")) & set(weights.EXTRAS)}
+  new = {}
+  for k, w in _targets.matrices(params).items():
+    bias = k.removesuffix("kernel") + "bias"
+    if k.endswith("/kernel") and architecture.stacked(k) and "/moe/" not in k and bias not in old:
+      new[bias] = (w.shape[0], *w.shape[1 + architecture.in_axes(k) :])
+  picked = norms.chosen(targets, sorted(old | new.keys()), "config.method.targets")
+  for k in sorted(new.keys() & picked):
+    params = _put(params, k.split("/"), jnp.zeros(new[k], jnp.float32))
+  mask = tree.map_named(lambda k, _: k in picked, params)
+  return tree.map_named(lambda k, x: x.astype(jnp.float32) if k in picked else x, params), mask
+
+
+def _put(params: Any, path: Sequence[str], x: jax.Array) -> Any:
+  """The tree with a leaf at `path`."""
+  return {**params, path[0]: x if len(path) == 1 else _put(params[path[0]], path[1:], x)}

@@ -1,0 +1,218 @@
+"""DoRA: weight-decomposed low-rank adaptation (Liu et al. 2024, https://arxiv.org/abs/2402.09353).
+
+`m * (W + s A B) / ||W + s A B||`, equation 5: LoRA changes the direction of each output's weights and a trained `m`
+their length. The norm is over the inputs, one number an output, and gets no gradient (section 4.3).
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from lora_jax import architecture, errors, families, transformer, tree, weights
+from lora_jax.methods import _peft, lora
+
+
+@struct.dataclass
+class DoRA(weights.Adapter):
+  """`W + s A B`, a LoRA node, with the length of each output's weights replaced by `magnitude`.
+
+  Stacked over layers every field has a leading L. Layers that LoRA does not adapt are left as they are.
+
+  Fields:
+    base: weights.LoRA of W [*in, *out].
+    magnitude: float32 [*out].
+    norm: float32 [*out]; ||W||, which `magnitude` starts from. With it no step needs the sum over W's squares.
+  """
+
+  base: weights.LoRA
+  magnitude: jax.Array
+  norm: jax.Array
+
+  def gain(self, dtype: Any = jnp.float32) -> jax.Array:
+    """`magnitude / ||W + s A B||`, float32 [*out]: 1 where nothing has been trained.
+
+    The square of the norm is `||W||^2 + 2 s (W^T A) . B + s^2 B^T (A^T A) B`: the product A B is never formed. The
+    product with W has `dtype`, the others are float32.
+    """
+    a, b = self.base.a, self.base.b
+    if self.base.start is not None:  # a b - a0 b0 = a (b - b0) + (a - a0) b0, exactly 0 at first
+      a0, b0 = self.base.start
+      a, b = jnp.concatenate([a, a - a0], -1), jnp.concatenate([b - b0, b0], 0)
+    a, b, s = jax.lax.stop_gradient((a, b, self.base.scale))
+    letters = "abcdefgh"[: a.ndim + b.ndim - 2]
+    inner, outer = letters[: a.ndim - 1], letters[a.ndim - 1 :]
+    aw = weights.dot(f"{inner}R,{letters}->R{outer}", a.astype(dtype), self.base.base)
+    aw = jax.lax.stop_gradient(aw).astype(jnp.float32)
+    aa = jnp.tensordot(a, a, ([*range(a.ndim - 1)],) * 2, precision="highest")
+    change = s * jnp.sum(b * (2 * aw + s * jnp.tensordot(aa, b, 1, precision="highest")), 0)
+    # Relative to ||W||, so that the gain is 1 to the last bit where there is no change.
+    norm = jnp.where(self.norm > 0, self.norm, 1.0)
+    square = (self.norm > 0) + change / norm**2
+    gain = self.magnitude / norm / jnp.sqrt(jnp.maximum(square, 1e-12))
+    return jnp.where(s == 0, 1.0, gain)
+
+  def dot(self, spec: str, x: jax.Array, dtype: Any = None) -> jax.Array:
+    """`gain * dot(spec, x, W + s A B)`.
+
+    With dropout, of d(x), it is that of d(x) plus `W (x - d(x))`, as in PEFT and the authors' code; that costs a
+    second product with W.
+    """
+    lora, gain = self.base, self.gain(x.dtype)
+    if lora.key is None or not lora.dropout:
+      return _scaled(lora.dot(spec, x, dtype), gain)
+    kept = jnp.where(lora.scale == 0, x, weights.dropout(x, lora.dropout, lora.key))
+    lora = lora.replace(key=None)
+    rest = lora.base if lora.start is None else lora.replace(b=jnp.zeros_like(lora.b))
+    return weights.dot(spec, x - kept, rest, dtype) + _scaled(lora.dot(spec, kept, dtype), gain)
+
+  def dense(self) -> jax.Array:
+    """The merged weight in the dtype of the base; computed in float32."""
+
+    def layer(node):
+      w = weights.dense(node.base.base)
+      return (node.gain() * (w.astype(jnp.float32) + node.base.layer_delta())).astype(w.dtype)
+
+    return jax.vmap(layer)(self) if self.base.scale.ndim else layer(self)
+
+  def clean(self) -> "DoRA":
+    """The node with LoRA's padding zeroed."""
+    return self.replace(base=self.base.clean())
+
+  def n_padding(self, mask: "DoRA") -> int:
+    """How many trained numbers are padding: LoRA's, and the magnitudes of layers that are not adapted."""
+    layers = int(np.sum(np.asarray(self.base.scale) == 0))
+    unused = layers * (self.magnitude.size // max(self.base.scale.size, 1)) if mask.magnitude else 0
+    return self.base.n_padding(mask.base) + unused
+
+
+def _scaled(y: jax.Array, gain: jax.Array) -> jax.Array:
+  """`y * gain` computed in float32; the backward pass keeps y in its own dtype."""
+  product = lambda y, gain: (y.astype(jnp.float32) * gain).astype(y.dtype)
+  return jax.checkpoint(product, prevent_cse=False)(y, gain)
+
+
+def _is_lora(w: Any) -> bool:
+  return isinstance(w, weights.LoRA)
+
+
+def norm(w: weights.Weight, stack: int, in_axes: int) -> jax.Array:
+  """||W||, float32 [*stack, *out], of a weight [*stack, *in, *out]; layer by layer, as packed weights are unpacked."""
+
+  def layer(w):
+    return jnp.sqrt(jnp.sum(jnp.square(weights.dense(w).astype(jnp.float32)), range(in_axes)))
+
+  return jax.lax.map(layer, w) if stack else layer(w)
+
+
+def init(
+  key: jax.Array,
+  params: Any,
+  *,
+  rank: int = 8,
+  alpha: float = 16.0,
+  dropout: float = 0.0,
+  targets: str | Sequence[str] = "q,v",
+  rank_pattern: Mapping[str, int] | None = None,
+  alpha_pattern: Mapping[str, float] | None = None,
+  layers_to_transform: int | Sequence[int] | None = None,
+  rslora: bool = False,
+  init: str = "peft",
+  bias: str = "none",
+) -> tuple[Any, Any]:
+  """LoRA on the target matrices and a trained magnitude, which starts as ||W||: the model does not change.
+
+  Args:
+    as those of `lora.init`.
+
+  Returns:
+    (params, mask): True at `a`, `b` and `magnitude`, float32, and at biases as asked.
+  """
+  adapted, mask = lora.init(
+    key,
+    params,
+    rank=rank,
+    alpha=alpha,
+    dropout=dropout,
+    targets=targets,
+    rank_pattern=rank_pattern,
+    alpha_pattern=alpha_pattern,
+    layers_to_transform=layers_to_transform,
+    rslora=rslora,
+    init=init,
+    bias=bias,
+  )
+  before = {k: w.a for k, w in tree.flatten(params, is_leaf=_is_lora).items() if _is_lora(w)}
+  new = {k for k, w in tree.flatten(adapted, is_leaf=_is_lora).items() if _is_lora(w) and w.a is not before.get(k)}
+  if other := sorted(k for k in new if not transformer.in_axes(k) or architecture.stack_axes(k) > 1):
+    raise errors.UserError(f"DoRA does not adapt embeddings or experts, here {', '.join(other)}; name other targets")
+  mask = tree.map_named(lambda k, m: DoRA(m, True, False) if k in new else m, mask, is_leaf=_is_lora)
+  return tree.map_named(lambda k, w: _node(w) if k in new else w, adapted, is_leaf=_is_lora), mask
+
+
+def _node(w: weights.LoRA) -> DoRA:
+  stack = w.scale.ndim
+  length = norm(w.base, stack, w.a.ndim - 1 - stack)
+  return DoRA(w, length, length)
+
+
+PEFT_TYPE = lora.PEFT_TYPE  # DoRA has no type of its own: `lora.from_peft` gives what says `use_dora` to `from_lora`
+MAGNITUDE = "lora_magnitude_vector"
+
+
+def to_peft(
+  params: Any, keys: Sequence[families.Key], trained: Collection[str] = ()
+) -> tuple[dict, dict[str, np.ndarray]] | None:
+  """As `lora.to_peft`, with `lora_magnitude_vector` [out] for each module; None without DoRA nodes."""
+  nodes = _peft.nodes(params, keys, DoRA, lambda w: w.base.base)
+  plain = lambda w: w.base if isinstance(w, DoRA) else weights.base(w)
+  form = nodes and lora.to_peft(jax.tree.map(plain, params, is_leaf=weights.is_node), keys, trained)
+  if not form:
+    return None
+  config, tensors = form
+  for key, node in nodes.items():
+    stack = node.base.scale.ndim
+    sizes, pattern = key.sizes(node.shape[stack:]), _peft.reverse(key.low_rank()[1])
+    for i, m in enumerate(np.asarray(node.magnitude).reshape(-1, *node.magnitude.shape[stack:])):
+      module = key.module.format(i)
+      if np.atleast_1d(node.base.scale)[i]:
+        tensors[f"{module}.{MAGNITUDE}"] = _peft.rearrange(m[None], pattern, sizes)[:, 0]
+  return config | {"use_dora": True}, tensors
+
+
+def from_lora(params: Any, keys: Sequence[families.Key], config: Mapping, tensors: Mapping[str, np.ndarray]) -> Any:
+  """The inverse of `to_peft`; UserError lists what is not understood or does not fit."""
+  vectors = {k: x for k, x in tensors.items() if k.endswith(f".{MAGNITUDE}")}
+  rest = {k: x for k, x in tensors.items() if k not in vectors}
+  wrong, adapted = [], params
+  try:
+    adapted = lora.from_peft(params, keys, {k: v for k, v in config.items() if k != "use_dora"}, rest)
+  except errors.UserError as e:
+    wrong.append(str(e))
+  flat = tree.flatten(adapted, is_leaf=weights.is_node)
+  for key in keys:
+    if not _is_lora(w := flat[key.path]):
+      continue
+    if w.bias is not None or not transformer.in_axes(key.path) or architecture.stack_axes(key.path) > 1:
+      wrong.append(f"use_dora: DoRA of {key.module} is not supported, nor is lora_bias with it")
+      continue
+    node, stack = _node(w), w.scale.ndim
+    sizes, pattern = key.sizes(w.shape[stack:]), key.low_rank()[1]
+    magnitude = np.array(node.norm).reshape(-1, *node.norm.shape[stack:])
+    for i, m in enumerate(magnitude):
+      x = vectors.pop(f"{key.module.format(i)}.{MAGNITUDE}", None)
+      if not np.atleast_1d(w.scale)[i] and x is None:
+        continue
+      if x is None or x.shape != (m.size,):
+        found = None if x is None else x.shape
+        wrong.append(f"use_dora: {key.module.format(i)}.{MAGNITUDE} is {found}, expected {(m.size,)}")
+      else:
+        m[...] = _peft.rearrange(x[:, None].astype(np.float32), pattern, sizes)[0]
+    flat[key.path] = node.replace(magnitude=jnp.asarray(magnitude.reshape(node.norm.shape)))
+  wrong += [f"tensors of no adapted matrix: {sorted(vectors)}"] if vectors and adapted is not params else []
+  if wrong:
+    raise errors.UserError("; ".join(wrong))
+  return tree.map_named(lambda k, _: flat[k], params, is_leaf=weights.is_node)

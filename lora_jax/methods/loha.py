@@ -1,0 +1,202 @@
+"""LoHa: the Hadamard product of two low-rank matrices (Hyeon-Woo et al. 2022, https://arxiv.org/abs/2108.06098).
+
+`W + s (A1 B1) o (A2 B2)`, proposition 1: with 2 R (in + out) numbers its rank may be R^2. FedPara in the paper, LoHa in
+LyCORIS (Yeh et al. 2024, https://arxiv.org/abs/2309.14859, section 3.2) and PEFT.
+"""
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from lora_jax import errors, families, transformer, tree, weights
+from lora_jax.methods import _lycoris, _peft, _targets
+
+INITS = ("peft", "lycoris")
+FACTORS = ("a1", "b1", "a2", "b2")
+
+
+@struct.dataclass
+class LoHa(weights.Additive):
+  """`W + scale * (a1 b1) o (a2 b2)`.
+
+  Stacked over layers every field has a leading L. Layers of smaller rank than R have zero columns in a1 and a2 and zero
+  rows in b1 and b2, which have no gradient.
+
+  Fields:
+    base: the adapted weight [*in, *out].
+    a1, a2: float32 [*in, R].
+    b1, b2: float32 [R, *out].
+    scale: float32 []; alpha / rank.
+    rank: int32 []; how many of the R columns are in use.
+    key: random key []; present only in a training forward, where it switches dropout on.
+    dropout: probability that an output's part of the change is dropped, which PEFT calls `rank_dropout`.
+  """
+
+  base: weights.Weight
+  a1: jax.Array
+  b1: jax.Array
+  a2: jax.Array
+  b2: jax.Array
+  scale: jax.Array
+  rank: jax.Array
+  key: jax.Array | None = None
+  dropout: float = struct.field(pytree_node=False, default=0.0)
+
+  def change(self, spec: str, x: jax.Array, dtype: Any = None) -> jax.Array:
+    """`x` times the change of the weight.
+
+    It equals A B, where a row of A [in, R^2] holds the products of a row of a1 with one of a2, and B likewise: where
+    that is less work than the matrix [in, out], that is not formed. Else it is formed, also in the backward pass.
+    """
+    b1 = self.b1 * _lycoris.output_mask(self.key, self.dropout, self.b1.shape[1:], True)
+    a1, a2, b2 = self.a1, self.a2, self.b2
+    inner, outer, r = math.prod(a1.shape[:-1]), math.prod(b1.shape[1:]), b1.shape[0]
+    if r * r * (inner + outer) < inner * outer:
+      a = (a1[..., :, None] * a2[..., None, :]).reshape(*a1.shape[:-1], r * r)
+      b = (self.scale * b1[:, None] * b2[None]).reshape(r * r, *b1.shape[1:])
+      spec_a, spec_b = weights.split_spec(spec)
+      return weights.dot(spec_b, weights.dot(spec_a, x, a), b, dtype)
+    product = lambda x, *factors: weights.dot(spec, x, hadamard(*factors), dtype)
+    return jax.checkpoint(product)(x, a1, b1, a2, b2, self.scale)
+
+  def layer_delta(self) -> jax.Array:
+    """`scale * (a1 b1) o (a2 b2)`, float32, in the shape of a `base` that is not stacked."""
+    return hadamard(self.a1, self.b1, self.a2, self.b2, self.scale)
+
+  def clean(self) -> "LoHa":
+    """The node with the columns beyond each layer's rank zeroed."""
+    axes = dict(a1=-1, b1=self.rank.ndim, a2=-1, b2=self.rank.ndim)
+    return self.replace(**{f: _lycoris.within(getattr(self, f), self.rank, axis) for f, axis in axes.items()})
+
+  def n_padding(self, mask: "LoHa") -> int:
+    """How many trained numbers are columns beyond a layer's rank."""
+    return sum(
+      _lycoris.unused(getattr(self, f), self.rank, self.b1.shape[self.rank.ndim]) for f in FACTORS if getattr(mask, f)
+    )
+
+
+def hadamard(a1: jax.Array, b1: jax.Array, a2: jax.Array, b2: jax.Array, scale: jax.Array) -> jax.Array:
+  """`scale * (a1 b1) o (a2 b2)`, float32."""
+  first, second = (jnp.tensordot(a, b, 1, precision="highest") for a, b in ((a1, b1), (a2, b2)))
+  return scale * first * second
+
+
+def init(
+  key: jax.Array,
+  params: Any,
+  *,
+  rank: int = 8,
+  alpha: float = 8.0,
+  dropout: float = 0.0,
+  targets: str | Sequence[str] = "q,v",
+  rank_pattern: Mapping[str, int] | None = None,
+  alpha_pattern: Mapping[str, float] | None = None,
+  init: str = "peft",
+) -> tuple[Any, Any]:
+  """Wraps the target matrices in `LoHa`; one factor starts at zero, so the model does not change.
+
+  Args:
+    rank, alpha, targets, rank_pattern, alpha_pattern: as of `lora.init`.
+    dropout: probability of dropping an output's part of the change in training; the others are scaled up.
+    init: "peft": uniform in +-1/sqrt(in) and +-1/sqrt(rank), a2 zero. "lycoris": normal, with deviation 1 for a1 and
+      a2 and 0.1 for b1; b2 zero.
+
+  Returns:
+    (params, mask): True at the four factors, float32.
+  """
+  errors.choose(init, dict.fromkeys(INITS, True), "config.method.init")
+  _lycoris.check_dropout("LoHa", dropout)
+  params, plans = _lycoris.plan("LoHa", params, targets, rank, alpha, rank_pattern, alpha_pattern)
+
+  def node(k, w, _):
+    return _node(tree.fold(key, k), k, w, *plans[k], dropout, init)
+
+  params = _targets.wrap(params, plans, node)
+  return params, _targets.mask(params, LoHa, FACTORS)
+
+
+def _node(key, k, w, ranks, scale, dropout, init) -> LoHa:
+  stack = ranks.shape
+  shape, n = w.shape[len(stack) :], transformer.in_axes(k)
+  inner, outer, r = shape[:n], shape[n:], int(ranks.max())
+
+  def factor(i, sizes, draw):
+    return _lycoris.columns(jax.random.fold_in(key, i), ranks, math.prod(sizes), draw)
+
+  per_rank = jax.lax.rsqrt(jnp.maximum(ranks.reshape(-1, 1, 1), 1).astype(jnp.float32))
+  if init == "peft":
+    a1, a2 = factor(0, inner, _lycoris.uniform) / math.sqrt(math.prod(inner)), jnp.zeros((ranks.size, *inner, r))
+    b1, b2 = factor(1, outer, _lycoris.uniform) * per_rank, factor(2, outer, _lycoris.uniform) * per_rank
+  else:
+    a1, a2 = factor(0, inner, jax.random.normal), factor(2, inner, jax.random.normal)
+    b1, b2 = 0.1 * factor(1, outer, jax.random.normal), jnp.zeros((ranks.size, math.prod(outer), r))
+  return LoHa(
+    base=w,
+    a1=a1.reshape(*stack, *inner, r),
+    b1=b1.swapaxes(1, 2).reshape(*stack, r, *outer),
+    a2=a2.reshape(*stack, *inner, r),
+    b2=b2.swapaxes(1, 2).reshape(*stack, r, *outer),
+    scale=jnp.asarray(scale, jnp.float32),
+    rank=jnp.asarray(ranks, jnp.int32),
+    dropout=float(dropout),
+  )
+
+
+PEFT_TYPE = "LOHA"
+NAMES = {"hada_w1_a": "b1", "hada_w1_b": "a1", "hada_w2_a": "b2", "hada_w2_b": "a2"}
+
+
+def to_peft(
+  params: Any, keys: Sequence[families.Key], trained: Collection[str] = ()
+) -> tuple[dict, dict[str, np.ndarray]] | None:
+  """(config, tensors) of PEFT's LoHa; None without LoHa nodes, UserError for what PEFT has none for: see
+  `_lycoris.nodes`."""
+  found = _lycoris.nodes(params, keys, LoHa)
+  if not found:
+    return None
+  tensors = {}
+  for key, node in found.items():
+    patterns = dict(zip("ab", map(_peft.reverse, key.low_rank()), strict=True))
+    sizes = key.sizes(node.shape[node.scale.ndim :])
+    for i, module, r in _lycoris.adapted(key, node):
+      for name, field in NAMES.items():
+        x = np.asarray(getattr(node, field))[i]
+        x = x[..., :r] if field[0] == "a" else x[:r]
+        tensors[f"{module}.{name}"] = _peft.rearrange(x, patterns[field[0]], sizes)
+  return {"peft_type": PEFT_TYPE, "init_weights": True, **_lycoris.peft_config(found, params, keys)}, tensors
+
+
+def from_peft(params: Any, keys: Sequence[families.Key], config: Mapping, tensors: Mapping[str, np.ndarray]) -> Any:
+  """The inverse of `to_peft`; UserError lists what is not understood or does not fit."""
+  _lycoris.check_config(config)
+  wrong = []
+
+  def build(key, w, modules, rows):
+    shape = w.shape[1:] if "{}" in key.hf else w.shape
+    patterns, sizes = dict(zip("ab", key.low_rank(), strict=True)), key.sizes(shape)
+    n, ranks, scale = transformer.in_axes(key.path), *_lycoris.ranks_of(config, modules, rows)
+    inner, outer = shape[:n], shape[n:]
+    fields = {
+      f: np.zeros((len(rows), *inner, max(ranks)) if f[0] == "a" else (len(rows), max(ranks), *outer), np.float32)
+      for f in FACTORS
+    }
+    for i, (module, row, r) in enumerate(zip(modules, rows, ranks, strict=True)):
+      theirs = {"a": (r, math.prod(inner)), "b": (math.prod(outer), r)}
+      for name, f in NAMES.items() if r else ():
+        x = row.get(name)
+        if x is None or x.shape != theirs[f[0]]:
+          wrong.append(f"{module}.{name} is {None if x is None else x.shape}, expected {theirs[f[0]]}")
+          continue
+        view = fields[f][i, ..., :r] if f[0] == "a" else fields[f][i, :r]
+        view[...] = _peft.rearrange(x.astype(np.float32), patterns[f[0]], sizes)
+    stack = slice(None) if "{}" in key.hf else 0
+    arrays = {f: jnp.asarray(x[stack]) for f, x in fields.items()}
+    scale, rank = jnp.asarray(np.float32(scale)[stack]), jnp.asarray(np.int32(ranks)[stack])
+    return LoHa(base=w, **arrays, scale=scale, rank=rank, dropout=float(config.get("rank_dropout") or 0.0))
+
+  return _lycoris.read(params, keys, tensors, NAMES, build, wrong)

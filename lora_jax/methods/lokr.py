@@ -1,0 +1,299 @@
+"""LoKr: a Kronecker product as the change of a matrix (LyCORIS; Yeh et al. 2024, https://arxiv.org/abs/2309.14859,
+section 3.3; after Edalati et al. 2022, https://arxiv.org/abs/2212.10650).
+
+`W + s kron(left, right)`, the larger factor, or both, of low rank.
+"""
+
+import math
+import re
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from lora_jax import errors, families, transformer, tree, weights
+from lora_jax.methods import _lycoris, _targets
+
+INITS = ("peft", "lycoris")
+Factor = Any  # jax.Array, or (a, b) of low rank
+
+
+@struct.dataclass
+class LoKr(weights.Additive):
+  """`W + scale * kron(left, right)`, W being [in, out] with its axes flattened.
+
+  Stacked over layers every field has a leading L. A factor is an array, or the pair (a [.., R], b [R, ..]) of one of
+  rank R; columns of a and rows of b beyond a layer's own rank are zero and have no gradient.
+
+  Fields:
+    base: the adapted weight [*in, *out].
+    left: float32 [M, O], in torch's orientation `lokr_w1` transposed.
+    right: float32 [N, P]; M N is in, O P is out.
+    scale: float32 []; alpha / rank.
+    rank: int32 []; R that was asked for.
+    key: random key []; present only in a training forward, where it switches dropout on.
+    dropout: probability that an output's part of the change is dropped, which PEFT calls `rank_dropout`.
+    rescale: whether what dropout leaves is scaled up.
+    factor, both: of `init`, kept for the adapter file.
+  """
+
+  base: weights.Weight
+  left: Factor
+  right: Factor
+  scale: jax.Array
+  rank: jax.Array
+  key: jax.Array | None = None
+  dropout: float = struct.field(pytree_node=False, default=0.0)
+  rescale: bool = struct.field(pytree_node=False, default=False)
+  factor: int = struct.field(pytree_node=False, default=-1)
+  both: bool = struct.field(pytree_node=False, default=False)
+
+  def change(self, spec: str, x: jax.Array, dtype: Any = None) -> jax.Array:
+    """x as [.., M, N] times both factors: the product [in, out] is not formed."""
+    operands, out = spec.replace(" ", "").split("->")
+    x_axes, w_axes = operands.split(",")
+    inner = "".join(c for c in w_axes if c not in out)
+    outer = "".join(c for c in w_axes if c in out)
+    kept = "".join(c for c in x_axes if c not in inner)
+    (m, _), (n, _) = shape(self.left), shape(self.right)
+    x = jnp.einsum(f"{x_axes}->{kept}{inner}", x)
+    x = x.reshape(*x.shape[: len(kept)], m, n)
+    specs, factors = zip(*_chain(self.left, "mro"), *_chain(self.right, "nsp"), strict=True)
+    factors = [self.scale * factors[0], *factors[1:]]
+    product = f"{kept}mn,{','.join(specs)}->{kept}op"
+    y = jnp.einsum(product, x, *(f.astype(x.dtype) for f in factors), preferred_element_type=dtype)
+    y = y * jnp.asarray(_lycoris.output_mask(self.key, self.dropout, y.shape[-2:], self.rescale), y.dtype)
+    sizes = dict(zip(w_axes, self.base.shape, strict=True))
+    return jnp.einsum(f"{kept}{outer}->{out}", y.reshape(*y.shape[:-2], *(sizes[c] for c in outer)))
+
+  def layer_delta(self) -> jax.Array:
+    """`scale * kron(left, right)`, float32, in the shape of a `base` that is not stacked."""
+    return (self.scale * jnp.kron(_full(self.left), _full(self.right))).reshape(self.base.shape)
+
+  def clean(self) -> "LoKr":
+    """The node with the columns beyond each layer's rank zeroed."""
+    rank = self.rank
+
+    def clean(f):
+      return (_lycoris.within(f[0], rank, -1), _lycoris.within(f[1], rank, rank.ndim)) if isinstance(f, tuple) else f
+
+    return self.replace(left=clean(self.left), right=clean(self.right))
+
+  def n_padding(self, mask: "LoKr") -> int:
+    """How many trained numbers are columns beyond a layer's rank, or belong to a layer that is not adapted."""
+    n = 0
+    for name in ("left", "right"):
+      f, m = getattr(self, name), getattr(mask, name)
+      pairs = zip(f, m, strict=True) if isinstance(f, tuple) else [(f, m)]
+      for x, trained in pairs if any(jax.tree.leaves(m)) else ():
+        columns = f[0].shape[-1] if isinstance(f, tuple) else 1
+        n += _lycoris.unused(x, np.minimum(np.asarray(self.rank), columns), columns) if trained else 0
+    return n
+
+
+def shape(f: Factor) -> tuple[int, int]:
+  """Rows and columns of a factor of one layer."""
+  return (f[0].shape[-2], f[1].shape[-1]) if isinstance(f, tuple) else f.shape[-2:]
+
+
+def _chain(f: Factor, axes: str) -> list[tuple[str, jax.Array]]:
+  a, r, b = axes
+  return [(a + r, f[0]), (r + b, f[1])] if isinstance(f, tuple) else [(a + b, f)]
+
+
+def _full(f: Factor) -> jax.Array:
+  return jnp.matmul(*f, precision="highest") if isinstance(f, tuple) else f
+
+
+def factorization(size: int, factor: int = -1) -> tuple[int, int]:
+  """`size` as a product: (factor, the rest) where `factor` divides it, else the largest divisor that is at most
+  `factor` and the square root, and the rest; -1 is no limit."""
+  if factor > 0 and size % factor == 0:
+    return factor, size // factor
+  most = math.isqrt(size) if factor == -1 else max(1, min(factor, math.isqrt(size)))
+  m = max(d for d in range(1, most + 1) if size % d == 0)
+  return m, size // m
+
+
+def sizes(inner: int, outer: int, rank: int, factor: int, both: bool) -> dict[str, tuple[int, ...]]:
+  """{"left": (M, O) or (M, R, O), "right": (N, P) or (N, R, P)}; R where the factor is of low rank: where that is
+  less than half of its larger side, and for the left one only if `both`."""
+  (m, n), (o, p) = factorization(inner, factor), factorization(outer, factor)
+  left = (m, rank, o) if both and rank < max(m, o) / 2 else (m, o)
+  return {"left": left, "right": (n, rank, p) if rank < max(n, p) / 2 else (n, p)}
+
+
+def init(
+  key: jax.Array,
+  params: Any,
+  *,
+  rank: int = 8,
+  alpha: float = 8.0,
+  dropout: float = 0.0,
+  rescale: bool = False,
+  targets: str | Sequence[str] = "q,v",
+  rank_pattern: Mapping[str, int] | None = None,
+  alpha_pattern: Mapping[str, float] | None = None,
+  decompose_factor: int = -1,
+  decompose_both: bool = False,
+  init: str = "peft",
+) -> tuple[Any, Any]:
+  """Wraps the target matrices in `LoKr`; one factor starts at zero, so the model does not change.
+
+  Args:
+    rank, alpha, targets, rank_pattern, alpha_pattern: as of `lora.init`; the scale is alpha / rank also where a factor
+      is so small that it is kept whole.
+    dropout: probability of dropping an output's part of the change in training; the rest is scaled up if `rescale`.
+    decompose_factor: rows and columns of the left factor, or the next smaller divisors; -1: about the square roots.
+    decompose_both: whether the left factor is of low rank too.
+    init: "peft": the left factor starts at zero. "lycoris": the right one. All else uniform in +-1/sqrt(columns), as
+      seen from torch.
+
+  Returns:
+    (params, mask): True at the factors, float32.
+  """
+  errors.choose(init, dict.fromkeys(INITS, True), "config.method.init")
+  _lycoris.check_dropout("LoKr", dropout)
+  if decompose_factor != -1 and decompose_factor < 1:
+    raise errors.UserError(f"LoKr needs config.method.decompose_factor >= 1, or -1, not {decompose_factor}")
+  params, plans = _lycoris.plan("LoKr", params, targets, rank, alpha, rank_pattern, alpha_pattern)
+  static = dict(dropout=float(dropout), rescale=rescale, factor=int(decompose_factor), both=bool(decompose_both))
+
+  def node(k, w, _):
+    return _node(tree.fold(key, k), k, w, *plans[k], init, static)
+
+  params = _targets.wrap(params, plans, node)
+  return params, _targets.mask(params, LoKr, ("left", "right"))
+
+
+def _layout(name: str, inner: int, outer: int, ranks: Sequence[int], static: Mapping) -> dict[str, tuple[int, ...]]:
+  """`sizes` for the largest of the layers' ranks; UserError if a factor is of low rank in some layers only."""
+  each = [sizes(inner, outer, int(r), static["factor"], static["both"]) for r in sorted({int(r) for r in ranks} - {0})]
+  if len({tuple(len(s[side]) for side in ("left", "right")) for s in each}) > 1:
+    raise errors.UserError(
+      f"LoKr: the ranks {sorted({int(r) for r in ranks})} of {name} make a factor whole in some layers only"
+    )
+  return each[-1]
+
+
+def _node(key, k, w, ranks, scale, init, static) -> LoKr:
+  stack = ranks.shape
+  axes, n = w.shape[len(stack) :], transformer.in_axes(k)
+  layout = _layout(k, math.prod(axes[:n]), math.prod(axes[n:]), ranks.reshape(-1), static)
+  per_rank = jax.lax.rsqrt(jnp.maximum(ranks.reshape(-1, 1, 1), 1).astype(jnp.float32))
+
+  def factor(i, size, zero):
+    """Torch's kaiming_uniform_ divides by the root of the columns there, which are the rows here."""
+    side = jax.random.fold_in(key, i)
+    if len(size) == 2:
+      draw = lambda layer: _lycoris.uniform(jax.random.fold_in(side, layer), size) / math.sqrt(size[0])
+      f = jnp.zeros((ranks.size, *size)) if zero else jax.vmap(draw)(jnp.arange(ranks.size))
+      return f.reshape(*stack, *size)
+    a = _lycoris.columns(jax.random.fold_in(side, 0), ranks, size[0], _lycoris.uniform) / math.sqrt(size[0])
+    b = _lycoris.columns(jax.random.fold_in(side, 1), ranks, size[2], _lycoris.uniform).swapaxes(1, 2) * per_rank
+    a, b = (a, jnp.zeros_like(b)) if zero == "b" else (jnp.zeros_like(a), b) if zero == "a" else (a, b)
+    return a.reshape(*stack, *size[:2]), b.reshape(*stack, *size[1:])
+
+  # Of a left pair PEFT zeroes torch's `lokr_w1_a`, LyCORIS of a right one `lokr_w2_b`: here b and a.
+  return LoKr(
+    base=w,
+    left=factor(0, layout["left"], "b" if init == "peft" else ""),
+    right=factor(1, layout["right"], "a" if init == "lycoris" else ""),
+    scale=jnp.asarray(scale, jnp.float32),
+    rank=jnp.asarray(ranks, jnp.int32),
+    **static,
+  )
+
+
+PEFT_TYPE = "LOKR"
+# (field, index in a pair) of each tensor; torch's are transposed.
+NAMES = {
+  "lokr_w1": ("left", None),
+  "lokr_w1_a": ("left", 1),
+  "lokr_w1_b": ("left", 0),
+  "lokr_w2": ("right", None),
+  "lokr_w2_a": ("right", 1),
+  "lokr_w2_b": ("right", 0),
+}
+
+
+def in_order(key: families.Key) -> bool:
+  """Whether their axes, flattened, lie in the order of ours, which a Kronecker product needs; not in GPT-NeoX's qkv."""
+  letters = lambda side: [c for c in re.findall(r"\w+", side) if c != "r"]
+  return all(letters(left) == letters(right) for left, right in (p.split("->") for p in key.low_rank()))
+
+
+def to_peft(
+  params: Any, keys: Sequence[families.Key], trained: Collection[str] = ()
+) -> tuple[dict, dict[str, np.ndarray]] | None:
+  """(config, tensors) of PEFT's LoKr; None without LoKr nodes. UserError for what PEFT has none for: see
+  `_lycoris.nodes` and `in_order`; and where nodes differ in `factor`, `both` or dropout."""
+  found = _lycoris.nodes(params, keys, LoKr)
+  if not found:
+    return None
+  static = {(w.factor, w.both, w.dropout, w.rescale) for w in found.values()}
+  if odd := [key.path for key in found if not in_order(key)]:
+    raise errors.UserError(f"PEFT's axes of {', '.join(odd)} are interleaved: a Kronecker product is none there")
+  if len(static) > 1:
+    raise errors.UserError("PEFT has one decompose_factor, decompose_both and dropout for all LoKr matrices")
+  tensors = {}
+  for key, node in found.items():
+    for i, module, r in _lycoris.adapted(key, node):
+      for name, (field, part) in NAMES.items():
+        f = getattr(node, field)
+        if isinstance(f, tuple) == (part is not None):
+          x = np.asarray(f if part is None else f[part])[i].T
+          tensors[f"{module}.{name}"] = x if part is None else x[:, :r] if part == 1 else x[:r]
+  factor, both, _, rescale = static.pop()
+  own = {"decompose_factor": factor, "decompose_both": both, "rank_dropout_scale": rescale, "init_weights": True}
+  return {"peft_type": PEFT_TYPE, **own, **_lycoris.peft_config(found, params, keys)}, tensors
+
+
+def from_peft(params: Any, keys: Sequence[families.Key], config: Mapping, tensors: Mapping[str, np.ndarray]) -> Any:
+  """The inverse of `to_peft`; UserError lists what is not understood or does not fit."""
+  boolean = ("true or false", lambda x: isinstance(x, bool))
+  whole = ("a whole number", lambda x: isinstance(x, int) and not isinstance(x, bool))
+  rules = {"decompose_factor": whole, "decompose_both": boolean, "rank_dropout_scale": boolean}
+  _lycoris.check_config(config, rules)
+  wrong = []
+  static = dict(
+    dropout=float(config.get("rank_dropout") or 0.0),
+    rescale=bool(config.get("rank_dropout_scale")),
+    factor=config.get("decompose_factor", -1),
+    both=bool(config.get("decompose_both")),
+  )
+
+  def build(key, w, modules, rows):
+    axes, n = w.shape["{}" in key.hf :], transformer.in_axes(key.path)
+    ranks, scale = _lycoris.ranks_of(config, modules, rows)
+    if not in_order(key):
+      wrong.append(f"{key.module}: a Kronecker product over its interleaved axes is not supported")
+      return w
+    layout = _layout(key.module, math.prod(axes[:n]), math.prod(axes[n:]), ranks, static)
+    fields = {f: _zeros(len(rows), size) for f, size in layout.items()}
+    for i, (module, row, r) in enumerate(zip(modules, rows, ranks, strict=True)):
+      for name, (field, part) in NAMES.items() if r else ():
+        f, x = fields[field], row.get(name)
+        view = f[i] if part is None and not isinstance(f, tuple) else None
+        if isinstance(f, tuple) and part is not None:
+          view = f[1][i, :r] if part else f[0][i, :, :r]
+        expected = None if view is None else view.T.shape
+        if (None if x is None else x.shape) != expected:
+          wrong.append(f"{module}.{name} is {None if x is None else x.shape}, expected {expected}")
+        elif x is not None:
+          view[...] = x.astype(np.float32).T
+    stack = slice(None) if "{}" in key.hf else 0
+    arrays = jax.tree.map(lambda x: jnp.asarray(x[stack]), fields)
+    scale, rank = jnp.asarray(np.float32(scale)[stack]), jnp.asarray(np.int32(ranks)[stack])
+    return LoKr(base=w, **arrays, scale=scale, rank=rank, **static)
+
+  return _lycoris.read(params, keys, tensors, NAMES, build, wrong)
+
+
+def _zeros(layers: int, size: tuple[int, ...]) -> Any:
+  if len(size) == 2:
+    return np.zeros((layers, *size), np.float32)
+  return np.zeros((layers, *size[:2]), np.float32), np.zeros((layers, *size[1:]), np.float32)

@@ -1,0 +1,72 @@
+"""LoRA+: LoRA whose B learns faster than A (Hayou et al. 2024, https://arxiv.org/abs/2402.12354, section 4)."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import optax
+
+from lora_jax import tree
+from lora_jax.methods import lora
+
+
+def init(
+  key: jax.Array,
+  params: Any,
+  *,
+  rank: int = 8,
+  alpha: float = 16.0,
+  dropout: float = 0.0,
+  targets: str | Sequence[str] = "q,v",
+  rank_pattern: Mapping[str, int] | None = None,
+  alpha_pattern: Mapping[str, float] | None = None,
+  layers_to_transform: int | Sequence[int] | None = None,
+  rslora: bool = False,
+  init: str = "peft",
+  bias: str = "none",
+  lr_ratio: float = 16.0,
+  embedding_lr_ratio: float = 0.005,
+) -> tuple[Any, Any]:
+  """As `lora.init`; see `optimiser` for the ratios."""
+  del lr_ratio, embedding_lr_ratio
+  return lora.init(
+    key,
+    params,
+    rank=rank,
+    alpha=alpha,
+    dropout=dropout,
+    targets=targets,
+    rank_pattern=rank_pattern,
+    alpha_pattern=alpha_pattern,
+    layers_to_transform=layers_to_transform,
+    rslora=rslora,
+    init=init,
+    bias=bias,
+  )
+
+
+def optimiser(
+  inner: optax.GradientTransformation, *, steps: int, lr_ratio: float = 16.0, embedding_lr_ratio: float = 0.005, **_
+) -> optax.GradientTransformation:
+  """`inner` with updates as if some leaves had other learning rates.
+
+  Args:
+    lr_ratio: learning rate of B, and of biases, over that of A.
+    embedding_lr_ratio: that of both factors of an embedding. The authors' code has 1e-6 there whatever the other is;
+      the default is that at 2e-4.
+  """
+  del steps
+
+  def scale(updates: Any, _: Any = None) -> Any:
+    return tree.map_named(lambda k, u: u * _ratio(k, lr_ratio, embedding_lr_ratio), updates)
+
+  return optax.chain(inner, optax.stateless(scale))
+
+
+def _ratio(name: str, lr_ratio: float, embedding_lr_ratio: float) -> float:
+  if name.startswith(lora.EMBED) and name.endswith(("/a", "/b")):
+    return embedding_lr_ratio
+  return lr_ratio if name.endswith(("/b", "/bias")) else 1.0
+
+
+PEFT_TYPE, to_peft, from_peft = lora.PEFT_TYPE, lora.to_peft, lora.from_peft

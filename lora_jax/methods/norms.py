@@ -1,0 +1,111 @@
+"""Norm tuning: the scales and biases of the norms alone are trained (Zhao et al. 2023, "Tuning LayerNorm in Attention",
+https://arxiv.org/abs/2312.11420, section 2)."""
+
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lora_jax import errors, families, tree, weights
+from lora_jax.methods import _peft
+
+WHOLE = True  # trains leaves of the pretrained model
+NORM = r"(^|/)\w*norm/(scale|bias)$"
+
+
+def init(key: jax.Array, params: Any, *, targets: str | Sequence[str] = "norm") -> tuple[Any, Any]:
+  """Trains the scale of each chosen norm, and its bias where it has one, as float32 masters.
+
+  Where a model multiplies by 1 + scale (Gemma) that is what stays in the tree.
+
+  Args:
+    targets: "norm", all of them; names of norms ("attn_norm,mlp_norm"), regexes found in names of leaves such as
+      `layers/attn_norm/scale`, `^norm/` being the last one, or a sequence of those.
+
+  Returns:
+    (params, mask).
+  """
+  del key
+  picked = chosen(targets, leaves(params), "config.method.targets")
+  mask = tree.map_named(lambda k, _: k in picked, params)
+  return tree.map_named(lambda k, x: x.astype(jnp.float32) if k in picked else x, params), mask
+
+
+def leaves(params: Any) -> list[str]:
+  """Names of the scales and biases of all norms."""
+  return [k for k in tree.names(params, is_leaf=weights.is_node) if re.search(NORM, k)]
+
+
+def chosen(targets: str | Sequence[str], names: Iterable[str], what: str) -> set[str]:
+  """The names that `targets` means: short names, which are last but one in them ("q,v"), "norm" (every norm), "all",
+  regexes, or a sequence of those. UserError for what is found in none; `what` is the key of the config."""
+  names, out = list(names), set()
+  short = {k.split("/")[-2] for k in names} | {"all"}
+  for target in [targets] if isinstance(targets, str) else targets:
+    is_words = re.fullmatch(r"[\w\s,-]+", target)
+    for word in filter(None, map(str.strip, target.split(","))) if is_words else [target]:
+      pattern = {"all": "", "norm": NORM}.get(word, rf"(^|/){word}/\w+$") if is_words else word
+      found = {k for k in names if tree.compile_pattern(pattern).search(k)}
+      if not found:
+        raise errors.UserError(f"{what} {word!r} matches nothing; {errors.nearest(word, short if is_words else names)}")
+      out |= found
+  return out
+
+
+PEFT_TYPE = "LN_TUNING"
+PART = "ln_tuning_layers"
+
+
+def to_peft(
+  params: Any, keys: Sequence[families.Key], trained: Collection[str] = ()
+) -> tuple[dict, dict[str, np.ndarray]] | None:
+  """(config, tensors): a copy of each norm that is trained, and whole modules of what is trained besides, such as a
+  classifier. None where that is no part of the pretrained model."""
+  flat = tree.flatten(params, is_leaf=weights.is_node)
+  norms, whole = set(leaves(params)), {key.path for key in keys if not weights.is_node(flat[key.path])}
+  if not norms & set(trained) or set(trained) - whole:
+    return None
+  modules = {key.module for key in keys if key.path in trained}
+  tensors, adapted, saved = {}, {}, set()
+  for key in keys:
+    if key.module not in modules:
+      continue
+    x = np.asarray(flat[key.path], np.float32)
+    for index in np.ndindex(x.shape[: key.hf.count("{}")]):
+      module, _, part = key.hf.format(*index).rpartition(".")
+      if key.path in norms:
+        adapted[module], part = True, f"{PART}.{part}"
+      else:
+        saved.add(key.module.rpartition("{}.")[2])
+      tensors[f"{module}.{part}"] = key.to_hf(x[index])
+  config = {"modules_to_save": sorted(saved)} if saved else {}
+  return {"peft_type": PEFT_TYPE, "target_modules": _peft.target_modules(adapted, keys, flat)} | config, tensors
+
+
+def from_peft(params: Any, keys: Sequence[families.Key], config: Mapping, tensors: Mapping[str, np.ndarray]) -> Any:
+  """The inverse of `to_peft`; UserError lists what is not understood or does not fit."""
+  wrong = [f"modules_to_save={config['modules_to_save']!r} has no tensors"] if config.get("modules_to_save") else []
+  flat, left, norms = tree.flatten(params, is_leaf=weights.is_node), dict(tensors), set(leaves(params))
+  modules = {k.partition(f".{PART}.")[0] for k in tensors}
+  for key in keys:
+    if key.path not in norms:
+      continue
+    stack = flat[key.path].shape[: key.hf.count("{}")]
+    new = np.array(flat[key.path], np.float32)
+    indices = [i for i in np.ndindex(stack) if key.module.format(*i) in modules]
+    for index in indices:
+      name = f"{key.module.format(*index)}.{PART}.{key.hf.rpartition('.')[2]}"
+      x, shape = left.pop(name, None), key.hf_shape(new[index].shape)
+      if x is None or x.shape != shape:
+        wrong.append(f"{name} is {None if x is None else x.shape}, expected {shape}")
+      else:
+        new[index] = key.from_hf(x.astype(np.float32), new[index].shape)
+    flat[key.path] = jnp.asarray(new) if indices else flat[key.path]
+  wrong += [f"tensors of no norm of this model: {sorted(left)}"] if left else []
+  wrong += [] if tensors else ["the adapter holds no tensors"]
+  if wrong:
+    raise errors.UserError("; ".join(wrong))
+  return tree.map_named(lambda k, _: flat[k], params, is_leaf=weights.is_node)

@@ -1,0 +1,146 @@
+"""P-tuning: a soft prompt that a small network computes (Liu et al. 2021, https://arxiv.org/abs/2103.10385, section 3).
+
+The network ties the tokens of the prompt together; only its output is needed after training.
+"""
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from lora_jax import errors, layers, tree
+from lora_jax.methods import prompt_tuning
+
+STARTS = prompt_tuning.STARTS
+MERGES = False
+ENCODERS = ("mlp", "lstm")
+
+
+@struct.dataclass
+class Encoder:
+  """An embedding, an LSTM in two directions if `lstm` is not empty, and linear layers with ReLU between them.
+
+  Fields, all float32:
+    embedding: [P, D].
+    lstm: per layer {"forward", "backward"}: {"input" [C, 4, H], "state" [H, 4, H], "bias" [4, H]}, the gates in the
+      order of torch: input, forget, cell, output.
+    mlp: per layer {"kernel", "bias"}.
+    placement: one of `prompts.PLACEMENTS`.
+  """
+
+  embedding: jax.Array
+  lstm: list
+  mlp: list
+  placement: str = struct.field(pytree_node=False, default="prefix")
+
+  def __call__(self) -> jax.Array:
+    """float32 [P, D]."""
+    x = self.embedding
+    with jax.default_matmul_precision("highest"):
+      for layer in self.lstm:
+        x = jnp.concatenate([run(layer["forward"], x), run(layer["backward"], x[::-1])[::-1]], axis=-1)
+      for i, layer in enumerate(self.mlp):
+        x = layers.linear("PC,CD->PD", jax.nn.relu(x) if i else x, layer)
+    return x
+
+  @property
+  def length(self) -> int:
+    """P, how many soft tokens there are."""
+    return self.embedding.shape[-2]
+
+  @property
+  def scaled(self) -> bool:
+    """False: see `prompt_tuning.Prompt`."""
+    return False
+
+  def bake(self) -> prompt_tuning.Prompt:
+    """What it computes, without the network."""
+    return prompt_tuning.Prompt(self(), self.placement)
+
+
+def run(cell: Mapping[str, jax.Array], x: jax.Array) -> jax.Array:
+  """States [P, H] of an LSTM over x [P, C] (Hochreiter & Schmidhuber 1997; with forget gate and without peepholes)."""
+
+  def step(carry, x):
+    h, c = carry
+    i, f, g, o = x + jnp.einsum("H,HGC->GC", h, cell["state"])
+    c = jax.nn.sigmoid(f) * c + jax.nn.sigmoid(i) * jnp.tanh(g)
+    h = jax.nn.sigmoid(o) * jnp.tanh(c)
+    return (h, c), h
+
+  x = jnp.einsum("PC,CGH->PGH", x, cell["input"]) + cell["bias"]
+  zero = jnp.zeros(cell["state"].shape[-1], x.dtype)
+  return jax.lax.scan(step, (zero, zero), x)[1]
+
+
+def init(
+  key: jax.Array,
+  params: Any,
+  *,
+  length: int = 20,
+  encoder: str = "mlp",
+  hidden: int | None = None,
+  placement: str = "prefix",
+) -> tuple[Any, Any]:
+  """Adds an `Encoder`, with the initial values of PEFT's: embeddings normal, the others uniform in +-1/sqrt(fan).
+
+  Args:
+    length: P.
+    encoder: "mlp" is three linear layers; "lstm" two layers of an LSTM in both directions and two linear layers.
+    hidden: width of the linear layers, and of each direction of the LSTM; None is that of the embedding.
+    placement: see `prompt_tuning.init`.
+
+  Returns:
+    (params, mask): True at `prompt/...`, float32.
+  """
+  prompt_tuning.check(params, length, placement)
+  errors.choose(encoder, dict.fromkeys(ENCODERS), "config.method.encoder")
+  if hidden is not None and (not isinstance(hidden, int) or hidden < 1):
+    raise errors.UserError(f"config.method.hidden={hidden!r} must be a whole number, at least 1")
+  D = params["embed"]["kernel"].shape[1]
+  H = D if hidden is None else hidden
+  widths, lstm = [D, H, H, D], []
+  if encoder == "lstm":
+    shapes = lambda C: {"input": (C, 4, H), "state": (H, 4, H), "bias": (4, H)}
+    cell = lambda name, C: {k: uniform(key, f"prompt/lstm/{name}/{k}", s, H) for k, s in shapes(C).items()}
+    sides = ("forward", "backward")
+    lstm = [{side: cell(f"{i}/{side}", C) for side in sides} for i, C in enumerate((D, 2 * H))]
+    widths = [2 * H, 2 * H, D]
+  pairs = zip(widths[:-1], widths[1:], strict=True)
+  mlp = [dense(key, f"prompt/mlp/{i}", (C,), (O,)) for i, (C, O) in enumerate(pairs)]
+  embedding = jax.random.normal(tree.fold(key, "prompt/embedding"), (length, D))
+  return prompt_tuning.add(params, Encoder(embedding, lstm, mlp, placement))
+
+
+def uniform(key: jax.Array, name: str, shape: tuple[int, ...], fan: int) -> jax.Array:
+  """float32, uniform in +-1/sqrt(fan), as torch begins linear and recurrent layers."""
+  return jax.random.uniform(tree.fold(key, name), shape, minval=-1.0, maxval=1.0) / math.sqrt(fan)
+
+
+def dense(key: jax.Array, name: str, inner: tuple[int, ...], outer: tuple[int, ...]) -> dict[str, jax.Array]:
+  """Kernel [*inner, *outer] and bias of a linear layer, as torch begins it."""
+  fan = math.prod(inner)
+  parts = {"kernel": (*inner, *outer), "bias": outer}
+  return {k: uniform(key, f"{name}/{k}", shape, fan) for k, shape in parts.items()}
+
+
+PEFT_TYPE = "P_TUNING"
+from_peft = prompt_tuning.from_peft
+
+
+def to_peft(
+  params: Any, keys: Sequence[Any], trained: Collection[str] = ()
+) -> tuple[dict, dict[str, np.ndarray]] | None:
+  """(adapter config, {"prompt_embeddings": [P, D]}) of an `Encoder` before everything: what it computes."""
+  found = prompt_tuning.form(params, PEFT_TYPE, Encoder)
+  if found is None:
+    return None
+  config, tensors = found
+  prompt = params["prompt"]
+  hidden = prompt.mlp[0]["kernel"].shape[1] // (2 if prompt.lstm else 1)
+  kind = "LSTM" if prompt.lstm else "MLP"
+  return config | {"encoder_reparameterization_type": kind, "encoder_hidden_size": hidden}, tensors

@@ -1,0 +1,108 @@
+"""Partial finetuning: the last layers and what comes after them are trained, the layers below stay as they are.
+
+The baseline that Houlsby et al. 2019 (https://arxiv.org/abs/1902.00751, section 3.2, "fine-tune only the top n
+layers") compare adapters with.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from lora_jax import errors, tree, weights
+from lora_jax.methods import full
+
+WHOLE = True
+MODEL = True
+
+AFTER = "^(norm|project|head|pooler|classifier)/"  # what a model may have after its layers
+
+
+@struct.dataclass
+class Parts:
+  """A leaf that is stacked over layers, in two parts, which `transformer.hidden` scans one after the other.
+
+  So the gradient and the optimiser's moments exist for the upper part alone, and no backward pass runs through the
+  layers of the lower part; the price is that the layer is compiled twice.
+
+  Fields:
+    lower: frozen [L - k, ...], an array or a node.
+    upper: [k, ...].
+  """
+
+  lower: weights.Weight
+  upper: jax.Array
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    """Shape of the whole stack."""
+    return (self.lower.shape[0] + self.upper.shape[0], *self.upper.shape[1:])
+
+  def __getitem__(self, index: tuple[int, ...]) -> weights.Weight:
+    """What `index` finds in the whole stack: a layer, or an expert of one."""
+    layer, *rest = index
+    n = self.lower.shape[0]
+    part, layer = (self.lower, layer) if layer < n else (self.upper, layer - n)
+    return jax.tree.map(lambda x: x[(layer, *rest)], part)
+
+  def dense(self) -> jax.Array:
+    """The whole stack in the dtype of the lower part: a copy."""
+    lower = weights.dense(self.lower)
+    return jnp.concatenate([lower, self.upper.astype(lower.dtype)])
+
+  def dot(self, spec: str, x: jax.Array, dtype: Any = None) -> jax.Array:
+    """`weights.dot` with the whole stack."""
+    return weights.dot(spec, x, self.dense(), dtype)
+
+
+def init(
+  key: jax.Array,
+  params: Any,
+  *,
+  layers: int = 2,
+  targets: str | Sequence[str] = ".*",
+  also: str | Sequence[str] = AFTER,
+  dtype: str = "float32",
+) -> tuple[Any, Any]:
+  """Trains the last layers, norms and biases included, and leaves outside of the layers.
+
+  Args:
+    layers: how many; 0 is none. Those of the decoder, where there is an encoder too.
+    targets: regexes; of the leaves in those layers, such as `layers/attn/q/kernel`, the ones to train.
+    also: regexes; leaves outside of the layers that are trained besides: by default the final norm and the head.
+    dtype: as in full.py.
+
+  Returns:
+    (params, mask): where some layers are trained and some not, `Parts` in place of all leaves of the layers.
+  """
+  del key
+  flat = {k: w for k, w in tree.flatten(params, is_leaf=weights.is_node).items() if k.startswith("layers/")}
+  depth = next(iter(flat.values())).shape[0]
+  if not 0 <= layers <= depth:
+    raise errors.UserError(f"config.method.layers={layers} is not within the {depth} layers of the model")
+  if found := [k for k, w in flat.items() if hasattr(w, "base")]:
+    raise errors.UserError(f"{found[0]} is adapted already; in a list of methods 'partial' comes before those")
+  targets, also = ([x] if isinstance(x, str) else list(x) for x in (targets, also))
+  tree.check_patterns(targets if layers else (), flat, "config.method.targets")
+  tree.check_patterns(set(also) - {AFTER}, tree.names(params), "config.method.also")
+  inside, outside = (tree.first_match([(p, True) for p in patterns], False) for patterns in (targets, also))
+
+  def trained(k):
+    if k.startswith("layers/"):
+      return layers > 0 and inside(k.removesuffix("/upper")) and (layers == depth or k.endswith("/upper"))
+    return outside(k)
+
+  def part(k, w):
+    if not k.startswith("layers/"):
+      return w
+    lower, upper = (jax.tree.map(lambda x: x[at], w) for at in (slice(depth - layers), slice(depth - layers, None)))
+    return Parts(lower, weights.dense(upper))
+
+  if 0 < layers < depth:
+    params = tree.map_named(part, params, is_leaf=weights.is_node)
+  mask = tree.map_named(lambda k, _: trained(k), params)
+  if not any(jax.tree.leaves(mask)):
+    raise errors.UserError("partial finetuning trains nothing: config.method.layers is 0 and no leaf fits `also`")
+  return full.masters(params, mask, dtype), mask

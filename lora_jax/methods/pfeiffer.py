@@ -1,0 +1,32 @@
+"""One adapter a layer, after feed-forward (Pfeiffer et al. 2021, AdapterFusion, https://arxiv.org/abs/2005.00247).
+
+The module of houlsby.py with a ReLU: `h + up(relu(down(h)))` on the output h of the feed-forward projection, before the
+residual is added. Norms stay frozen. AdapterHub's `SeqBnConfig` adds at the same place but feeds `down` with something
+else: h plus the residual, through the pretrained norm where one follows the sum, as in BERT.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from lora_jax.methods import _bottleneck
+
+MERGES = False  # it is not linear
+
+
+def init(
+  key: jax.Array,
+  params: Any,
+  *,
+  size: int = 64,
+  activation: str = "relu",
+  init: str = "zero",
+  targets: str | Sequence[str] = _bottleneck.FEED_FORWARD,
+) -> tuple[Any, Any]:
+  """Puts a bottleneck after the target matrices; keywords are those of `houlsby.init`.
+
+  Returns:
+    (params, mask).
+  """
+  return _bottleneck.add(key, params, targets, size=size, activation=activation, init=init)

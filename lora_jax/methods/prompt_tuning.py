@@ -1,0 +1,178 @@
+"""Prompt tuning: learned embeddings before the text (Lester et al. 2021, https://arxiv.org/abs/2104.08691, section 2).
+
+The model reads [P; X] instead of X, and only P is trained. It goes with a task's own template: see prompts.py.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from lora_jax import errors, prompts, tree, weights
+
+STARTS = "the text begins with vectors that the model has not seen"
+MERGES = False
+INITS = ("random", "vocab", "text", "labels")
+
+
+@struct.dataclass
+class Prompt:
+  """A table of embeddings.
+
+  Fields:
+    table: float32 [P, D].
+    placement: one of `prompts.PLACEMENTS`.
+    scaled: whether the model multiplies the table by its `embed_scale`, as it does rows of its own embedding; what
+      enters the layers is then `embed_scale * table`.
+  """
+
+  table: jax.Array
+  placement: str = struct.field(pytree_node=False, default="prefix")
+  scaled: bool = struct.field(pytree_node=False, default=False)
+
+  def __call__(self) -> jax.Array:
+    """float32 [P, D]."""
+    return self.table
+
+  @property
+  def length(self) -> int:
+    """P, how many soft tokens there are."""
+    return self.table.shape[-2]
+
+
+def init(
+  key: jax.Array,
+  params: Any,
+  *,
+  length: int = 20,
+  init: str = "random",
+  text: str | Sequence[int] | None = None,
+  labels: Sequence[Sequence[int]] | None = None,
+  top: int = 5000,
+  placement: str = "prefix",
+) -> tuple[Any, Any]:
+  """Adds a `Prompt`.
+
+  Args:
+    length: P.
+    init: "random" is uniform in +-0.5; "vocab" rows of the embedding, drawn from the `top` first, which are the
+      commonest tokens of many vocabularies; "text" the rows of a text's tokens, repeated or cut to P as PEFT does, but
+      without special tokens; "labels" a row for each label, the mean of its tokens' rows, and "vocab" for the rest.
+    text, labels: token ids; `prepare` makes them of a text and of the task's labels.
+    placement: "prefix" (before everything, as in PEFT), "after_bos" (after the token that begins a text) or "suffix"
+      (between prompt and response; a classifier's end).
+
+  Returns:
+    (params, mask): True at `prompt/table`, float32.
+  """
+  check(params, length, placement)
+  errors.choose(init, dict.fromkeys(INITS), "config.method.init")
+  kernel, key = params["embed"]["kernel"], tree.fold(key, "prompt")
+  rows = lambda ids: weights.take(kernel, jnp.asarray(ids, jnp.int32)).astype(jnp.float32)
+  V, D = kernel.shape
+  if init == "random":
+    table = jax.random.uniform(key, (length, D), minval=-0.5, maxval=0.5)
+  elif init == "text":
+    table = rows(np.resize(_ids([text], "text", V)[0], length))
+  else:
+    if not isinstance(top, int) or top < 1:
+      raise errors.UserError(f"config.method.top={top!r} must be a whole number, at least 1")
+    n = min(top, V)
+    table = rows(jax.random.choice(key, n, (length,), replace=length > n))
+    if init == "labels":
+      means = jnp.stack([rows(ids).mean(0) for ids in _ids(labels, "labels", V)])[:length]
+      table = table.at[: len(means)].set(means)
+  return add(params, Prompt(table, placement, init != "random"))
+
+
+def check(params: Any, length: int, placement: str) -> None:
+  """Raises UserError for a prompt that cannot be."""
+  errors.choose(placement, dict.fromkeys(prompts.PLACEMENTS), "config.method.placement")
+  if not isinstance(length, int) or length < 1:
+    raise errors.UserError(f"config.method.length={length!r} must be a whole number, at least 1")
+  if "prompt" in params:
+    raise errors.UserError("config.method: one soft prompt can be trained, not two")
+
+
+def add(params: Any, prompt: Any) -> tuple[Any, Any]:
+  """(params, mask) with a soft prompt, all of which is trained."""
+  params = params | {"prompt": prompt}
+  return params, tree.map_named(lambda k, _: k.startswith("prompt/"), params)
+
+
+def _ids(texts: Any, name: str, vocabulary: int) -> list[list[int]]:
+  """Texts as lists of ids; UserError if they are none."""
+  given = [np.asarray(x) for x in texts or ()]
+  if not given or any(x.ndim != 1 or not x.size or x.dtype.kind not in "iu" for x in given):
+    raise errors.UserError(f"config.method.init={name!r} needs {name}: {_NEEDS[name]}")
+  if any(x.min() < 0 or x.max() >= vocabulary for x in given):
+    raise errors.UserError(f"config.method.{name} has ids beyond the {vocabulary} tokens of the model")
+  return [x.tolist() for x in given]
+
+
+_NEEDS = {
+  "text": "config.method.text is a text that is not empty, and the model has a tokenizer; or it is ids",
+  "labels": "a task that has labels, and a model that has a tokenizer; or config.method.labels as ids",
+}
+
+
+def prepare(kw: Mapping[str, Any], tokenizer: Any = None, labels: Sequence[str] = ()) -> dict[str, Any]:
+  """The keywords with `text`, and for init="labels" the task's labels, as ids."""
+  kw = dict(kw)
+  if tokenizer is not None and isinstance(kw.get("text"), str):
+    kw["text"] = tokenizer.encode(kw["text"])
+  if tokenizer is not None and kw.get("init") == "labels" and kw.get("labels") is None and labels:
+    kw["labels"] = tokenizer.encode_batch(list(labels))
+  return kw
+
+
+PEFT_TYPE = "PROMPT_TUNING"
+
+
+def to_peft(
+  params: Any, keys: Sequence[Any], trained: Collection[str] = ()
+) -> tuple[dict, dict[str, np.ndarray]] | None:
+  """(adapter config, {"prompt_embeddings": [P, D]}) of a `Prompt` that stands before everything; None of others.
+
+  Its `scaled` must be False: `prompts.unscaled` sees to that.
+  """
+  return form(params, PEFT_TYPE, Prompt)
+
+
+def form(params: Any, kind: str, node: type) -> tuple[dict, dict[str, np.ndarray]] | None:
+  """The PEFT form of a soft prompt of class `node`: what it computes. See `to_peft`."""
+  prompt = params.get("prompt")
+  if not isinstance(prompt, node) or prompt.placement != "prefix":
+    return None
+  table = np.asarray(prompt(), np.float32)
+  layers = params["layers"]["attn"]
+  config = {
+    "peft_type": kind,
+    "num_virtual_tokens": len(table),
+    "token_dim": table.shape[1],
+    "num_transformer_submodules": 1,  # an encoder-decoder's has two tables, of which PEFT uses the first
+    "num_attention_heads": layers["o"]["kernel"].shape[1],
+    "num_layers": layers["o"]["kernel"].shape[0],
+  }
+  return config, {"prompt_embeddings": table}
+
+
+def from_peft(params: Any, keys: Sequence[Any], config: Mapping, tensors: Mapping[str, np.ndarray]) -> Any:
+  """The inverse of `to_peft`: `params` with a `Prompt`; UserError lists what does not fit."""
+  table, D = embeddings(tensors), params["embed"]["kernel"].shape[1]
+  count = config.get("num_virtual_tokens") or len(table)
+  if table.ndim != 2 or table.shape[1] != D or table.shape[0] not in (count, 2 * count):
+    raise errors.UserError(f"prompt_embeddings is {table.shape}, expected {(count, D)}")
+  return params | {"prompt": Prompt(jnp.asarray(table[:count], jnp.float32))}
+
+
+def embeddings(tensors: Mapping[str, np.ndarray]) -> np.ndarray:
+  """The one tensor of a prompt-learning adapter; UserError if there are others or none."""
+  if extra := sorted(tensors.keys() - {"prompt_embeddings"}):
+    raise errors.UserError(f"tensors of no soft prompt: {extra}")
+  if "prompt_embeddings" not in tensors:
+    raise errors.UserError("the adapter has no tensor prompt_embeddings")
+  return tensors["prompt_embeddings"]

@@ -1,0 +1,143 @@
+"""ReLoRA: LoRA that is merged into the weights and started anew every `cycle` steps (Lialin et al. 2023).
+
+https://arxiv.org/abs/2307.05695, algorithm 1. Changes of low rank add up to one of high rank. After each merge most of
+the optimiser's moments of A and B are pruned, and the learning rate should start from zero again: the schedule
+"cosine_restarts" with the same `cycle`, see `optim.make_schedule`.
+"""
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax import architecture, errors, train, tree, weights
+from lora_jax.methods import _targets, lora
+
+MODEL = True  # the run leaves the merged model
+
+KEEP = {"random": 0.001, "magnitude": 0.1, "zero": 0.0}  # the share of the moments that pruning leaves
+
+
+def init(
+  key: jax.Array,
+  params: Any,
+  *,
+  cycle: int = 1000,
+  rank: int = 8,
+  alpha: float = 2.0,
+  dropout: float = 0.0,
+  targets: str | Sequence[str] = "all-linear",
+  rank_pattern: Mapping[str, int] | None = None,
+  alpha_pattern: Mapping[str, float] | None = None,
+  rslora: bool = False,
+  also: str | Sequence[str] = (),
+  prune: str = "random",
+  keep: float | None = None,
+) -> tuple[Any, Any]:
+  """Wraps the target matrices in `weights.LoRA`, as lora.py does.
+
+  Args:
+    cycle: steps between two merges.
+    rank, alpha, dropout, targets, rank_pattern, alpha_pattern, rslora: as in lora.py. alpha / rank is that of the
+      paper's code, 32 / 128.
+    also: regexes; leaves such as norms and embeddings that are trained besides, as float32 masters.
+    prune: which moments of A and B a merge sets to zero: "random" ones, those of small "magnitude", or all ("zero").
+    keep: the share that stays; None is 0.001 for "random" and 0.1 for "magnitude".
+
+  Returns:
+    (params, mask).
+  """
+  errors.choose(prune, KEEP, "config.method.prune")
+  if cycle < 1 or not 0 <= (keep or 0) <= 1:
+    raise errors.UserError(f"ReLoRA needs cycle >= 1 and 0 <= keep <= 1, not cycle={cycle}, keep={keep}")
+  also = [also] if isinstance(also, str) else list(also)
+  tree.check_patterns(also, tree.names(params), "config.method.also")
+  trained = tree.first_match([(p, True) for p in also], False)
+  params, mask = lora.init(
+    key,
+    params,
+    rank=rank,
+    alpha=alpha,
+    dropout=dropout,
+    targets=targets,
+    rank_pattern=rank_pattern,
+    alpha_pattern=alpha_pattern,
+    rslora=rslora,
+  )
+  for k, w in _nodes(params).items():
+    if weights.is_node(w.base) or k == "embed/kernel":
+      what = f"a {type(w.base).__name__}" if weights.is_node(w.base) else "a table, which `also` can train"
+      raise errors.UserError(f"ReLoRA merges into matrices that are arrays; {k} is {what}")
+  mask = tree.map_named(lambda k, m, h: not h and (m or trained(k)), mask, held(params))
+  return jax.tree.map(lambda x, m: x.astype(jnp.float32) if m else x, params, mask), mask
+
+
+def period(*, cycle: int = 1000, **_) -> int:
+  """Steps from one `between` to the next."""
+  return cycle
+
+
+def held(params: Any, **_) -> Any:
+  """The mask of the matrices that are merged into, and of the scales and ranks that this takes."""
+  return _targets.mask(params, weights.LoRA, ("base", "scale", "rank"))
+
+
+def between(
+  key: jax.Array, state: train.State, *, prune: str = "random", keep: float | None = None, **_
+) -> train.State:
+  """The state with scale * A B merged into the weights, A drawn anew, B zero, and the moments of both pruned.
+
+  The model stays what it was: the sum is taken in float32, and for weights in bfloat16 rounded stochastically, so that
+  small changes are not lost. Counts of the optimiser go on.
+  """
+  whole = tree.join(state.trainable, state.held)
+
+  def restart(k, w):
+    if not isinstance(w, weights.LoRA):
+      return w
+    base = train.apply_updates({k: w.base}, {k: w.delta()}, key)[k]
+    bound = 1 / math.sqrt(math.prod(w.a.shape[architecture.stack_axes(k) : -1]))  # as lora.py draws A
+    a = jax.random.uniform(tree.fold(key, f"{k}/a"), w.a.shape, minval=-bound, maxval=bound)
+    return w.replace(base=base, a=a, b=jnp.zeros_like(w.b)).clean()
+
+  new = weights.map_nodes(restart, whole)
+  pick = lambda old: jax.tree.map(lambda x, y: None if x is None else y, old, new, is_leaf=lambda x: x is None)
+  return state.replace(
+    trainable=pick(state.trainable),
+    held=pick(state.held),
+    opt_state=_prune(key, state.opt_state, _nodes(whole), prune, KEEP[prune] if keep is None else keep),
+  )
+
+
+def _nodes(params: Any) -> dict[str, weights.LoRA]:
+  """{name: node}"""
+  found = {}
+
+  def note(k, w):
+    if isinstance(w, weights.LoRA):
+      found[k] = w
+    return w
+
+  weights.map_nodes(note, params)
+  return found
+
+
+def _prune(key: jax.Array, opt_state: Any, nodes: Collection[str], how: str, keep: float) -> Any:
+  """The optimiser's state with its arrays for A and B pruned, which end in the names of those."""
+  stacked = {f"/{k}/{field}": architecture.stacked(k) for k in nodes for field in "ab"}
+
+  def leaf(k, x):
+    name = next((end for end in stacked if k.endswith(end)), None)
+    if name is None:
+      return x
+    if how == "random":
+      return jnp.where(jax.random.bernoulli(tree.fold(key, k), keep, x.shape), x, 0.0)
+    if how == "magnitude":
+      size = jnp.abs(x).reshape(x.shape[0] if stacked[name] else 1, -1)
+      kept = size > jnp.quantile(size, 1 - keep, axis=1, keepdims=True)
+      return jnp.where(kept.reshape(x.shape), x, 0.0)
+    return jnp.zeros_like(x)
+
+  return tree.map_named(leaf, opt_state)

@@ -1,0 +1,181 @@
+"""Trained tokens: chosen rows of the embedding are trained, all others stay, as PEFT's `trainable_token_indices` do.
+
+For tokens that a tokenizer reserves, or that get a new meaning. A head that is the transposed embedding has the new
+rows too. It costs n rows of D numbers in place of the whole table, and goes beside LoRA in a list of methods.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from lora_jax import errors, families, tree, weights
+from lora_jax.methods import _lora_tables, _targets
+
+EMBED = "embed/kernel"
+DEFAULT = 4  # rows from the end of the table
+
+
+@struct.dataclass
+class Rows(weights.Adapter):
+  """An embedding table with other rows at some ids.
+
+  Fields:
+    base: the table [V, D], an array or a node.
+    ids: int32 [n], rising.
+    rows: float32 [n, D].
+  """
+
+  base: weights.Weight
+  ids: jax.Array
+  rows: jax.Array
+
+  def take(self, ids: jax.Array) -> jax.Array:
+    """Rows `ids` of the table."""
+    y = weights.take(self.base, ids)
+    at = jnp.clip(jnp.searchsorted(self.ids, ids), 0, self.ids.size - 1)
+    return jnp.where((self.ids[at] == ids)[..., None], self.rows[at].astype(y.dtype), y)
+
+  def dot(self, spec: str, x: jax.Array, dtype: Any = None) -> jax.Array:
+    """The product with the transposed table, `BTD,VD->BTV`: a tied head."""
+    y = weights.dot(spec, x, self.base, dtype)
+    w, out = spec.replace(" ", "").split(",")[1].split("->")
+    at = (slice(None),) * out.index(w[0])
+    return y.at[(*at, self.ids)].set(weights.dot(spec, x, self.rows, dtype).astype(y.dtype))
+
+  def dense(self) -> jax.Array:
+    """The table with the rows in it, in the dtype of the base."""
+    w = weights.dense(self.base)
+    return w.at[self.ids].set(self.rows.astype(w.dtype))
+
+
+def init(
+  key: jax.Array, params: Any, *, ids: Sequence[int] | None = None, tokens: str | Sequence[str] | None = None
+) -> tuple[Any, Any]:
+  """Trains rows of the embedding, which start as they are.
+
+  Args:
+    ids: of the tokens; by default the last few of the table, which many tokenizers leave unused.
+    tokens: the tokens as texts; `prepare` makes ids of them.
+
+  Returns:
+    (params, mask): True at `embed/kernel/rows`, float32.
+  """
+  del key
+  if tokens is not None:
+    raise errors.UserError(f"config.method.tokens={tokens!r} are texts, and there is no tokenizer; give ids")
+  table = params["embed"]["kernel"]
+  ids = range(max(table.shape[0] - DEFAULT, 0), table.shape[0]) if ids is None else ids
+  ids = jnp.asarray(sorted(_checked(ids, table.shape[0], "config.method.ids")), jnp.int32)
+  params = put(params, ids, weights.take(table, ids).astype(jnp.float32))
+  return params, _targets.mask(params, Rows, ("rows",))
+
+
+def put(params: Any, ids: jax.Array, rows: jax.Array) -> Any:
+  """The tree with `rows` at `ids` of the embedding."""
+  return params | {"embed": params["embed"] | {"kernel": Rows(params["embed"]["kernel"], ids, rows)}}
+
+
+def prepare(kw: Mapping[str, Any], tokenizer: Any = None, labels: Sequence[str] = ()) -> dict[str, Any]:
+  """The keywords with `tokens` as `ids`; UserError for a text that is not one token."""
+  del labels
+  kw = dict(kw)
+  if tokenizer is None or kw.get("tokens") is None:
+    return kw
+  texts = kw.pop("tokens")
+  texts = [texts] if isinstance(texts, str) else list(texts)
+  each = tokenizer.encode_batch(texts)
+  if bad := [f"{t!r} is {len(ids)} tokens" for t, ids in zip(texts, each, strict=True) if len(ids) != 1]:
+    raise errors.UserError(f"config.method.tokens: {', '.join(bad)}; each must be one")
+  return kw | {"ids": sorted({*(kw.get("ids") or ()), *(ids[0] for ids in each)})}
+
+
+def _checked(ids: Any, size: int, what: str) -> list[int]:
+  """`ids` as a list; UserError unless they are different whole numbers below `size`."""
+  ids = list(ids) if isinstance(ids, Sequence) and not isinstance(ids, str) else [ids]
+  bad = [i for i in ids if not isinstance(i, int) or isinstance(i, bool) or not 0 <= i < size]
+  if bad or not ids or len(set(ids)) < len(ids):
+    why = f"{bad} are no rows of a table of {size}" if bad else "each once" if ids else "at least one"
+    raise errors.UserError(f"{what}: {why}; expected ids of tokens")
+  return ids
+
+
+PEFT_TYPE = "TRAINABLE_TOKENS"
+PEFT_WHOLE = False  # this type alone has no modules_to_save
+SUFFIX, BESIDE_SUFFIX = "trainable_tokens_delta", "token_adapter.trainable_tokens_delta"
+
+
+def to_peft(
+  params: Any, keys: Sequence[families.Key], trained: Collection[str] = ()
+) -> tuple[dict, dict[str, np.ndarray]] | None:
+  """(adapter config, {module + ".trainable_tokens_delta": rows [n, D]}) of every module that has the table; None
+  without trained rows.
+
+  The name notwithstanding, what it holds are the new rows, not their differences from the old ones. PEFT 0.21 leaves
+  out the bias of a tied head, such as BERT's, when it computes with them; we do not.
+  """
+  table = tree.flatten(params, is_leaf=weights.is_node).get(EMBED)
+  if not isinstance(table, Rows):
+    return None
+  if isinstance(table.base, weights.Adapter):
+    raise errors.UserError("PEFT has no place for trained rows of an embedding that is adapted besides")
+  config = {"peft_type": PEFT_TYPE, "token_indices": [int(i) for i in table.ids], "target_modules": None}
+  return config, {f"{m}.{SUFFIX}": np.asarray(table.rows) for m in [_module(keys), *_others(keys)]}
+
+
+def from_peft(params: Any, keys: Sequence[families.Key], config: Mapping, tensors: Mapping[str, np.ndarray]) -> Any:
+  """The inverse of `to_peft`; UserError for tokens or tensors that do not fit."""
+  params, left = _read(params, keys, config.get("token_indices"), "token_indices", SUFFIX, tensors)
+  own = tensors[f"{_module(keys)}.{SUFFIX}"]
+  same = {k for m in _others(keys) if np.array_equal(left.get(k := f"{m}.{SUFFIX}"), own)}
+  if odd := sorted(left.keys() - same):
+    raise errors.UserError(f"tensors of no embedding of this model, or of other rows than {_module(keys)}: {odd}")
+  return params
+
+
+def beside(form: tuple[dict, dict], other: tuple[dict, dict]) -> tuple[dict, dict]:
+  """Another method's (config, tensors) with those of `to_peft` in it, as LoRA's `trainable_token_indices`."""
+  (config, tensors), (theirs, more) = form, other
+  (module, _, _), *_ = (k.partition(f".{SUFFIX}") for k in tensors)  # PEFT ties the others to the first
+  renamed = {f"{module}.{BESIDE_SUFFIX}": tensors[f"{module}.{SUFFIX}"]}
+  return theirs | {"trainable_token_indices": config["token_indices"]}, more | renamed
+
+
+def from_beside(
+  params: Any, keys: Sequence[families.Key], config: Mapping, tensors: Mapping[str, np.ndarray]
+) -> tuple[Any, dict, dict[str, np.ndarray]]:
+  """(params with the trained rows of another method's adapter, its config and tensors without them)."""
+  indices = config.get("trainable_token_indices")
+  rest = {k: v for k, v in config.items() if k != "trainable_token_indices"}
+  if isinstance(indices, Mapping):
+    names = [k for k in indices if not f".{_module(keys)}".endswith(f".{k}")]
+    if names or len(indices) != 1:
+      raise errors.UserError(f"trainable_token_indices of {names or list(indices)}; only rows of {_module(keys)}")
+    indices = next(iter(indices.values()))
+  params, left = _read(params, keys, indices, "trainable_token_indices", BESIDE_SUFFIX, tensors)
+  return params, rest, left
+
+
+def _module(keys: Sequence[families.Key]) -> str:
+  return next(key.module for key in keys if key.path == EMBED)
+
+
+def _others(keys: Sequence[families.Key]) -> list[str]:
+  """Further modules that have the table: those of an encoder-decoder that look it up, and a tied head."""
+  key = next(key for key in keys if key.path == EMBED)
+  names = [*_lora_tables.lookups(key), _lora_tables.tied_head(keys)]
+  return [m for m in names if m and m != key.module]
+
+
+def _read(params, keys, ids, what, suffix, tensors) -> tuple[Any, dict[str, np.ndarray]]:
+  """(params with trained rows, the tensors that are left)."""
+  left, name = dict(tensors), f"{_module(keys)}.{suffix}"
+  size, width = params["embed"]["kernel"].shape
+  ids, rows = _checked(ids, size, what), left.pop(name, None)
+  if rows is None or rows.shape != (len(ids), width):
+    raise errors.UserError(f"{name} is {None if rows is None else rows.shape}, expected {(len(ids), width)}")
+  order = np.argsort(ids)
+  return put(params, jnp.asarray(np.int32(ids)[order]), jnp.asarray(rows[order].astype(np.float32))), left

@@ -1,0 +1,483 @@
+"""Soft prompts: a table of a text's own embeddings is that text, where they go in batches, and parity with peft."""
+
+import copy
+import dataclasses
+import functools
+import json
+
+import einops
+import hypothesis
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+
+from lora_jax import (
+  classify,
+  data,
+  decode,
+  errors,
+  evaluate,
+  experiment,
+  generate,
+  methods,
+  models,
+  objectives,
+  prompts,
+  sampling,
+  seq2seq,
+  tasks,
+  train,
+  transformer,
+  tree,
+)
+from lora_jax.formats import adapter, peft as peft_format
+from lora_jax.methods import p_tuning, prefix_tuning, prompt_tuning
+from tests import test_classification, test_experiment, test_seq2seq
+from tests.test_data import BOS, Bytes, iterator, task
+from tests.test_families import SEEN, SMALL, SOURCE, TOKENS, jitted, pair
+from tests.test_prefix import CONFIGS, base, first, unwrapped
+
+pytestmark = [
+  pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning"),
+  pytest.mark.filterwarnings("ignore:Position ids are not supported:UserWarning"),
+]
+files, config, compiled = test_experiment.files, test_experiment.config, test_experiment.compiled
+classifiers = test_classification.files
+KEY = jax.random.key(0)
+P = 5
+SOFT = -1 - np.arange(P)
+close = functools.partial(np.testing.assert_allclose, atol=2e-5, rtol=1e-4)
+
+
+def of_text(params, ids, **kw):
+  """The soft prompt whose embeddings are those of ids."""
+  kw = dict(length=len(ids), init="text", text=list(map(int, ids))) | kw
+  return prompt_tuning.init(KEY, params, **kw)[0]
+
+
+# A table that is scaled after it is looked up (gemma), projected (opt), and used by a head (both): see CONFIGS.
+@pytest.mark.parametrize("name", ["llama", "gemma2", "opt", "gpt2"])
+def test_a_prompt_of_a_texts_embeddings_is_that_text(name):
+  c, params = CONFIGS[name], base(name)
+  soft = TOKENS.copy()
+  soft[:, 3 : 3 + P] = SOFT
+  hard = TOKENS.copy()
+  hard[:, 3 : 3 + P] = TOKENS[0, :P]
+  adapted = of_text(params, TOKENS[0, :P])
+  want = jitted(c, params, hard)
+  close(jitted(c, adapted, soft), want)
+  # In the units of what enters the layers, as peft has them.
+  assert (adapted["prompt"].scaled, c.embed_scale is not None) == (True, name == "gemma2")
+  close(jitted(c, prompts.unscaled(adapted, c.embed_scale), soft), want)
+  _, cache = transformer.hidden(c, adapted, soft[:, :6], cache=transformer.init_cache(c, 2, TOKENS.shape[1]))
+  at = np.tile(np.arange(6, TOKENS.shape[1]), (2, 1))
+  x, _ = transformer.hidden(c, adapted, soft[:, 6:], positions=at, cache=cache)
+  close(transformer.logits(c, adapted, x), want[:, 6:])
+
+
+def test_generation_and_scores_are_those_of_the_whole_text():
+  """Greedy, by beams, without repetitions, and the likelihoods of labels; prompts of two lengths."""
+  c, params = CONFIGS["llama"], base("llama")
+  lengths = np.array([P + 7, P + 4], np.int32)
+  hard, mask = TOKENS[:, : P + 7].astype(np.int32), np.arange(P + 7) < lengths[:, None]
+  hard[:, 1 : 1 + P] = TOKENS[0, :P]
+  soft = hard.copy()
+  soft[:, 1 : 1 + P] = SOFT
+  adapted, how = of_text(params, TOKENS[0, :P]), dict(max_new_tokens=8, end=(96,))
+  *_, want = decode.continuations(c, params, hard, mask, **how)
+  *_, got = decode.continuations(c, adapted, soft, mask, **how)
+  np.testing.assert_array_equal(got, want)
+  beams = (decode.beam_search(c, p, t, mask, beams=3, **how) for p, t in ((adapted, soft), (params, hard)))
+  for a, b in zip(*beams, strict=True):
+    close(a, b)
+  labels = np.array([[3, 4, 5], [6, 0, 0]], np.int32), np.array([3, 1], np.int32)
+  jax.tree.map(
+    close,
+    evaluate.score(c, adapted, soft, lengths, *labels, 3, 96),
+    evaluate.score(c, params, hard, lengths, *labels, 3, 96),
+  )
+
+
+def test_soft_tokens_ban_no_token():
+  """-1 is no index from the end of the vocabulary."""
+  ids = jnp.array([[-1, -2, 3, 4, 3, 0]])
+  banned = np.isneginf(sampling.ban_repeats(jnp.zeros((1, 6)), ids, jnp.array([5]), 1))
+  assert np.flatnonzero(banned[0]).tolist() == [3, 4]
+  ids = jnp.array([[3, -1, 4, 3, 0]])
+  assert not np.isneginf(sampling.ban_repeats(jnp.zeros((1, 6)), ids, jnp.array([4]), 2)).any()
+
+
+texts = st.text("ab", max_size=20)
+
+
+@hypothesis.given(texts, texts, st.integers(P + 1, 40), st.booleans(), st.sampled_from(prompts.PLACEMENTS))
+@hypothesis.settings(deadline=None, max_examples=300)
+def test_soft_tokens_take_their_room_and_change_nothing_else(prompt, response, seq_len, add_bos, placement):
+  tok, soft = Bytes(add_bos=add_bos), prompts.Soft(P, placement)
+  formatted = [tasks.Formatted(prompt, response)]
+  (plain,), cut = data.encode_all(tok, formatted, seq_len - P, 0.25)
+  (got,), cut_too = data.encode_all(tok, formatted, seq_len, 0.25, soft=soft)
+  assert cut == cut_too and len(got["tokens"]) == len(plain["tokens"]) + P <= seq_len
+  at = np.flatnonzero(got["tokens"] < 0)
+  assert got["tokens"][at].tolist() == SOFT.tolist() and (np.diff(at) == 1).all()
+  np.testing.assert_array_equal(np.delete(got["tokens"], at), plain["tokens"])
+  begins = plain["tokens"][0] == BOS
+  n = len(plain["weights"]) - (plain["weights"] == 1).sum() + 1  # tokens of the prompt
+  assert at[0] == {"prefix": 0, "after_bos": int(begins), "suffix": n}[placement]
+  # A soft token is no target, the last one predicts what it precedes, the others what they did.
+  to_soft = at - 1 if at[0] else at[:-1]
+  assert not got["targets"][to_soft].any() and not got["weights"][to_soft].any()
+  if at[0]:
+    for k in ("targets", "weights"):
+      np.testing.assert_array_equal(np.delete(got[k], to_soft), plain[k])
+  else:
+    assert got["targets"][P - 1] == plain["tokens"][0] and got["weights"][P - 1] == np.float32(0.25)
+    np.testing.assert_array_equal(got["targets"][P:], plain["targets"])
+    np.testing.assert_array_equal(got["weights"][P:], plain["weights"])
+
+
+def test_a_first_token_that_a_cut_keeps_is_of_the_prompt():
+  """Also where what it takes the place of was in an earlier response."""
+  said = [{"role": role, "content": role[0] * 9} for role in ("user", "assistant", "user", "assistant")]
+  tok = Bytes(add_bos=True)
+  full = data.encode(tok, tasks.Chat(said), 99, 0.25)
+  learned = np.flatnonzero(full["weights"] == 1)[0] + 1
+  for n in range(1, 9):  # tokens cut
+    (got,), cut = data.encode_all(
+      tok, [tasks.Chat(said)], len(full["tokens"]) - learned - n + P, 0.25, soft=prompts.Soft(P)
+    )
+    assert cut == 1 and got["targets"][P - 1] == BOS and got["weights"][P - 1] == 0.25
+
+
+def test_too_little_room_is_refused():
+  formatted, soft = [tasks.Formatted("a", "b")], prompts.Soft(P)
+  for call in (
+    lambda n: data.encode_all(Bytes(), formatted, n, soft=soft),
+    lambda n: data.eval_batches(*task(formatted), Bytes(), batch_size=1, seq_len=n, soft=soft),
+    lambda n: classify.encode(test_classification.word_tokenizer(), [("a",)], n, soft),
+  ):
+    with pytest.raises(errors.UserError, match=f"seq_len={P} has no room for text beside {P} soft tokens"):
+      call(P)
+
+
+@pytest.mark.parametrize("placement", prompts.PLACEMENTS)
+def test_prompts_to_continue_are_those_of_training(placement):
+  """Also when they are cut."""
+  formatted, soft = [tasks.Formatted("abc", "d"), tasks.Formatted("e" * 40, "f")], prompts.Soft(P, placement)
+  tok = Bytes(add_bos=True)
+  (batch,) = data.eval_batches(*task(formatted), tok, batch_size=2, seq_len=20, soft=soft)
+  rows = {int(i): row[:n].tolist() for i, row, n in zip(batch["index"], batch["tokens"], batch["lengths"], strict=True)}
+  trained = [e["tokens"].tolist() for e in data.encode_all(tok, formatted, 20, eos=False, soft=soft)[0]]
+  assert rows[0] == trained[0] and len(rows[1]) == len(trained[1]) == 20
+  assert rows[1] == trained[1]  # a response of one token is no input
+
+
+@pytest.mark.parametrize("placement", prompts.PLACEMENTS)
+def test_packed_rows_and_rows_apart_have_the_same_loss(placement):
+  formatted = [tasks.Formatted("a" * n, "b" * (9 - n)) for n in range(1, 9)]
+  c = transformer.Config(264, 16, 2, 4, 2, 4, 24, dtype="float32", tied=True)
+  params = prompt_tuning.init(KEY, transformer.init(c, KEY), length=P, placement=placement)[0]
+  packed = next(iterator(formatted, Bytes(add_bos=True), batch_size=2, pack=True, soft=prompts.of(params)))
+  names = ("tokens", "targets", "weights")
+  segments = [
+    (r, packed["segment_ids"][r] == s) for r in range(2) for s in range(1, packed["segment_ids"][r].max() + 1)
+  ]
+  apart = data.pad([{k: packed[k][r][real] for k in names} for r, real in segments], 40, 7)
+  assert len(segments) > 2 and ((apart["tokens"] == -P).sum(1) == 1).all()
+  losses = [objectives.causal_lm(train.Forward(c, packed=b is packed), params, b)[:2] for b in (packed, apart)]
+  jax.tree.map(close, *losses)
+
+
+def test_pairs_and_types_of_tokens():
+  """[CLS] a [SEP] b [SEP], as a classifier reads it; cut to what is left."""
+  tok = test_classification.word_tokenizer()
+  cls, sep, film, good = 2, 3, tok.encode("film")[0], tok.encode("good")[0]
+  rows = {
+    "prefix": ([*SOFT, cls, film, sep, good, sep], [0] * (P + 3) + [1] * 2),
+    "after_bos": ([cls, *SOFT, film, sep, good, sep], [0] * (P + 3) + [1] * 2),
+    "suffix": ([cls, film, sep, good, sep, *SOFT], [0] * 3 + [1] * (P + 2)),
+  }
+  for placement, (tokens, types) in rows.items():
+    (got,), truncated = classify.encode(tok, [("film", "good good good")], 5 + P, prompts.Soft(P, placement))
+    assert (got["tokens"].tolist(), got["token_types"].tolist(), truncated) == (tokens, types, 1)
+
+
+def test_prompts_of_an_encoder_decoder():
+  tok, soft = test_seq2seq.unigram(), prompts.Soft(P)
+  formatted = [tasks.Formatted("a film", "good")]
+  (got,), _ = seq2seq.encode_all(tok, formatted, 20, 8, 0, soft=soft)
+  (plain,), _ = seq2seq.encode_all(tok, formatted, 20, 8, 0)
+  assert got["inputs"].tolist() == [*SOFT, *plain["inputs"]] and got["targets"].tolist() == plain["targets"].tolist()
+
+
+@pytest.mark.parametrize("placement", ["prefix", "after_bos"])
+def test_soft_tokens_put_into_a_batch_are_those_of_the_pipeline(placement):
+  params = prompt_tuning.init(KEY, transformer.init(dataclasses.replace(CONFIGS["llama"]), KEY), length=P)[0]
+  params["prompt"] = params["prompt"].replace(placement=placement)
+  formatted, tok = [tasks.Formatted("^abc", "d"), tasks.Formatted("^a", "bcdef")], Bytes()
+  plain = data.pad(data.encode_all(tok, formatted, 30)[0], 12, 7)
+  want = data.pad(data.encode_all(tok, formatted, 30, soft=prompts.of(params))[0], 12 + P, 7)
+  got = prompts.insert_batch(params, plain)
+  if placement == "prefix":  # a batch does not tell what predicting its first token counts
+    want["weights"][:, P - 1] = 0
+  assert got.keys() == want.keys()
+  for k, x in want.items():
+    np.testing.assert_array_equal(got[k], x, err_msg=k)
+    assert got[k].dtype == x.dtype
+  assert prompts.insert_batch(prompts.without(params), plain) == plain
+  params["prompt"] = params["prompt"].replace(placement="suffix")
+  with pytest.raises(errors.UserError, match="data pipeline"):
+    prompts.insert_batch(params, plain)
+
+
+def test_initial_values():
+  params = base("llama")
+  rows = np.asarray(params["embed"]["kernel"])
+  table = lambda **kw: np.asarray(prompt_tuning.init(KEY, params, **kw)[0]["prompt"].table)
+  random = table(length=50)
+  assert (
+    random.dtype == np.float32
+    and random.shape == (50, 32)
+    and -0.5 <= random.min() < -0.48 < 0.48 < random.max() <= 0.5
+  )
+  found = lambda x: [int(np.flatnonzero((rows == r).all(1))[0]) for r in x]
+  ids = found(table(length=10, init="vocab", top=10))
+  assert sorted(ids) == list(range(10)) != ids
+  assert len(found(table(length=20, init="vocab", top=10))) == 20
+  assert found(table(length=5, init="text", text=[4, 9])) == [4, 9, 4, 9, 4]
+  assert found(table(length=2, init="text", text=[4, 9, 8])) == [4, 9]
+  got = table(length=4, init="labels", labels=[[7], [8, 9]], top=3)
+  close(got[:2], [rows[7], rows[8:10].mean(0)])
+  assert set(found(got[2:])) <= {0, 1, 2}
+  assert found(table(length=1, init="labels", labels=[[7], [8, 9]])) == [7]
+  _, mask = prompt_tuning.init(KEY, params)
+  assert [k for k, m in tree.flatten(mask).items() if m] == ["prompt/table"]
+
+
+def test_texts_become_ids_once():
+  tok = Bytes()
+  method = [{"name": "prompt_tuning", "init": "text", "text": "ab"}, {"name": "prompt_tuning", "init": "labels"}]
+  ready = methods.prepare(method, tok, ["a", "bc"])
+  assert ready[0]["text"] == [100, 101] and ready[1]["labels"] == [[100], [101, 102]]
+  assert methods.prepare(ready) == ready
+
+
+@pytest.mark.parametrize(
+  "init, message",
+  [
+    (lambda p: prompt_tuning.init(KEY, p, init="text"), "needs text: config.method.text"),
+    (lambda p: prompt_tuning.init(KEY, p, init="text", text="no tokenizer"), "needs text"),
+    (lambda p: prompt_tuning.init(KEY, p, init="text", text=[97]), "beyond the 97 tokens"),
+    (lambda p: prompt_tuning.init(KEY, p, init="labels"), "needs labels: a task that has labels"),
+    (lambda p: prompt_tuning.init(KEY, p, init="label"), "did you mean 'labels'"),
+    (lambda p: prompt_tuning.init(KEY, p, init="vocab", top=0), "top=0"),
+    (lambda p: prompt_tuning.init(KEY, p, length=0), "length=0"),
+    (lambda p: prompt_tuning.init(KEY, p, placement="middle"), "valid: after_bos, prefix, suffix"),
+    (lambda p: prompt_tuning.init(KEY, p | {"prompt": None}), "one soft prompt"),
+    (lambda p: p_tuning.init(KEY, p, encoder="lstn"), "did you mean 'lstm'"),
+    (lambda p: p_tuning.init(KEY, p, hidden=0), "hidden=0"),
+    (lambda p: prefix_tuning.init(KEY, p, length=0), "length=0"),
+    (lambda p: prefix_tuning.init(KEY, p, hidden=0.5), "hidden=0.5"),
+    (lambda p: prefix_tuning.init(KEY, p | {"prefix": None}), "one prefix"),
+    (lambda p: prefix_tuning.init(KEY, p | {"encoder": {}}), "encoder-decoders"),
+  ],
+)
+def test_bad_settings_are_refused(init, message):
+  with pytest.raises(errors.UserError, match=message):
+    init(base("llama"))
+
+
+@pytest.mark.parametrize("encoder", p_tuning.ENCODERS)
+def test_the_encoder_is_that_of_peft(encoder):
+  torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
+  kw = dict(num_virtual_tokens=P, token_dim=32, num_transformer_submodules=1, encoder_hidden_size=6)
+  kw |= dict(encoder_reparameterization_type=encoder.upper())
+  theirs = peft.PromptEncoder(peft.PromptEncoderConfig(peft_type="P_TUNING", **kw))
+  ours = p_tuning.init(KEY, base("llama"), length=P, encoder=encoder, hidden=6)[0]["prompt"]
+  array = lambda x: jnp.asarray(x.detach().numpy())
+  linear = [m for m in theirs.mlp_head if hasattr(m, "weight")]
+  lstm = []
+  if encoder == "lstm":
+    raw = theirs.lstm_head.state_dict()
+    gates = lambda x: einops.rearrange(x.numpy(), "(g h) c -> c g h", g=4)
+    for i in range(2):
+      ends = {"forward": f"l{i}", "backward": f"l{i}_reverse"}
+      get = lambda kind, end: raw[f"{kind}_{end}"]
+      bias = lambda end: (get("bias_ih", end) + get("bias_hh", end)).numpy().reshape(4, -1)
+      cell = lambda e: {"input": gates(get("weight_ih", e)), "state": gates(get("weight_hh", e)), "bias": bias(e)}
+      lstm.append(jax.tree.map(jnp.asarray, {side: cell(end) for side, end in ends.items()}))
+  mlp = [{"kernel": array(m.weight).T, "bias": array(m.bias)} for m in linear]
+  same = p_tuning.Encoder(array(theirs.embedding.weight), lstm, mlp)
+  jax.tree.map(lambda a, b: np.testing.assert_array_equal(a.shape, b.shape), ours, same)
+  np.testing.assert_allclose(same(), theirs(torch.arange(P)).detach().numpy(), atol=1e-6)
+
+
+def test_a_baked_encoder_computes_the_same():
+  params, _ = p_tuning.init(KEY, base("llama"), length=P, encoder="lstm", placement="suffix")
+  baked = prompts.bake(params)
+  assert isinstance(baked["prompt"], prompt_tuning.Prompt) and prompts.of(baked) == prompts.of(params)
+  np.testing.assert_allclose(baked["prompt"](), params["prompt"](), atol=1e-6)
+
+
+CASES = "llama gemma opt-350m gpt2 mixtral t5 bert-classifier qwen2-classifier".split()
+KINDS = {"t5": "SEQ_2_SEQ_LM", "bert-classifier": "SEQ_CLS", "qwen2-classifier": "SEQ_CLS"}
+
+
+def logits(model, params):
+  """Ours after the soft prompt that `params` asks for."""
+  put = lambda x: np.concatenate([np.tile(SOFT, (2, 1)), x], axis=1) if "prompt" in params else x
+  if not model.config.encoder_layers:
+    return jitted(model.config, params, put(TOKENS))
+  seen = np.pad(SEEN, [(0, 0), (P if "prompt" in params else 0, 0)], constant_values=True)
+  encoded = transformer.encode(model.config, params, put(SOURCE), seen)
+  return jitted(model.config, params, TOKENS, encoded=encoded, seen=seen)
+
+
+def of_peft(theirs):
+  """The logits of a peft model."""
+  torch = pytest.importorskip("torch")
+
+  if not theirs.config.is_encoder_decoder:
+    return first(theirs)
+  source, seen = torch.tensor(SOURCE), torch.tensor(SEEN).long()
+  with torch.no_grad():
+    return theirs(input_ids=source, attention_mask=seen, decoder_input_ids=torch.tensor(TOKENS))[0].numpy()
+
+
+def agree(model, params, theirs):
+  ours = logits(model, params)
+  np.testing.assert_allclose(ours, of_peft(theirs), atol=1e-4, rtol=1e-4)
+  if ours.ndim == 2 or model.config.encoder_layers:
+    assert np.abs(ours - logits(model, model.params)).max() > 1e-2
+  else:
+    assert np.abs(ours[:, P:] - logits(model, model.params)).max() > 1e-2
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_peft_loads_what_we_save(tmp_path, case):
+  peft = pytest.importorskip("peft")
+  ref, model = pair(case)
+  params = of_text(model.params, [7, 8, 9], length=P)
+  if case == "gpt2":
+    params = p_tuning.init(KEY, model.params, length=P, encoder="lstm", hidden=6)[0]
+  peft_format.save(model, params, tmp_path, ["prompt/table", *model.head_leaves])
+  saved = json.loads((tmp_path / "adapter_config.json").read_text())
+  assert saved["peft_type"] == ("P_TUNING" if case == "gpt2" else "PROMPT_TUNING")
+  agree(model, params, peft.PeftModel.from_pretrained(unwrapped(ref), str(tmp_path)).eval())
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_we_load_what_peft_saves(tmp_path, case):
+  peft = pytest.importorskip("peft")
+  torch = pytest.importorskip("torch")
+
+  ref, model = pair(case)
+  kind = peft.PromptEncoderConfig if case in ("gpt2", "bert-classifier") else peft.PromptTuningConfig
+  width = 16 if case == "opt-350m" else None  # which peft takes from the layers, but is that of the table
+  made = kind(task_type=KINDS.get(case, "CAUSAL_LM"), num_virtual_tokens=P, token_dim=width)
+  torch.manual_seed(0)
+  theirs = peft.get_peft_model(unwrapped(ref), made).eval()
+  with torch.no_grad():
+    for k, p in theirs.named_parameters():
+      if "modules_to_save" in k:
+        p.add_(torch.randn_like(p))
+  theirs.save_pretrained(str(tmp_path))
+  agree(model, peft_format.load(model, tmp_path), theirs)
+  if KINDS.get(case) == "SEQ_CLS":
+    assert peft_format.head(tmp_path) == {"head": "classification", "n_labels": 3}
+
+
+@pytest.mark.parametrize(
+  "edit, message",
+  [
+    (lambda t: t | {"base_model.x": t["prompt_embeddings"]}, r"tensors of no soft prompt: \['x'\]"),
+    (lambda t: t | {"x": t["prompt_embeddings"]}, r"keys without the prefix 'base_model.': \['x'\]"),
+    (lambda t: {"base_model.x": t["prompt_embeddings"]}, "no soft prompt"),
+    (lambda t: {"prompt_embeddings": t["prompt_embeddings"][:, 1:].copy()}, "expected"),
+    (lambda t: {"prompt_embeddings": t["prompt_embeddings"][1:].copy()}, "expected"),
+  ],
+)
+@pytest.mark.parametrize("method", [prompt_tuning, prefix_tuning])
+def test_foreign_adapters_are_refused(tmp_path, method, edit, message):
+  import safetensors.numpy
+
+  model = models.Model("tiny", CONFIGS["llama"], base("llama"), None, SMALL | {"model_type": "llama"})
+  peft_format.save(model, method.init(KEY, model.params, length=P)[0], tmp_path)
+  path = tmp_path / "adapter_model.safetensors"
+  safetensors.numpy.save_file(edit(safetensors.numpy.load_file(path)), path)
+  with pytest.raises(errors.UserError, match=message):
+    peft_format.load(model, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["prompt_tuning", "p_tuning"])
+def test_what_peft_cannot_hold_is_saved_in_our_own_form(tmp_path, name):
+  model = models.Model("tiny", CONFIGS["llama"], base("llama"), None, SMALL | {"model_type": "llama"})
+  method = [{"name": name, "length": P, "placement": "suffix"}]
+  params, mask = methods.init(KEY, model.params, method)
+  adapter.save(model, params, mask, method, tmp_path)
+  assert json.loads((tmp_path / "adapter_config.json").read_text())["peft_type"] == "LORA_JAX"
+  again = adapter.load(model, tmp_path)
+  assert jax.tree.structure(again) == jax.tree.structure(params)
+  jax.tree.map(np.testing.assert_array_equal, again, params)
+
+
+METHODS = {
+  "prompt_tuning": {"length": P, "init": "text", "text": "Reverse:", "placement": "after_bos"},
+  "p_tuning": {"length": P, "placement": "suffix"},
+  "prefix_tuning": {"length": P, "mlp": True, "hidden": 16},
+}
+
+
+@pytest.mark.parametrize("name", [pytest.param("p_tuning", marks=pytest.mark.slow), "prompt_tuning", "prefix_tuning"])
+def test_a_run(files, config, tmp_path, name):
+  """Packed, with the task's own template; the adapter generates what the run's own model does."""
+  settings = copy.deepcopy(config)
+  settings["method"] = {"name": name} | METHODS[name]
+  settings["data"] |= {"pack": True}
+  settings["optim"] |= {"learning_rate": 0.1}
+  summary = experiment.run(settings, tmp_path)
+  assert summary["train"]["loss_last"] < summary["train"]["loss_first"]
+  ours = experiment.trained(tmp_path)
+  loaded = dataclasses.replace(
+    ours, params=adapter.load(dataclasses.replace(ours, params=plain(ours)), tmp_path / "adapter")
+  )
+  asked = ["Write abc backwards:", "Write"]
+  texts = generate.generate(ours, asked, max_new_tokens=6)
+  assert texts == generate.generate(loaded, asked, max_new_tokens=6)
+  soft, tok = prompts.of(ours.params), ours.tokenizer
+  ids = prompts.insert(soft, tok.encode(asked[0]), False)
+  n = len(ids)
+  for _ in range(6):
+    row = np.pad(ids, (0, 48 - len(ids)))[None]
+    ids = np.append(ids, jitted(ours.config, ours.params, row)[0, len(ids) - 1].argmax())
+  assert texts[0] == generate.complete(tok, generate.until_eos(ids[n:], tok.eos_id))
+
+
+def plain(model):
+  return {k: v for k, v in model.params.items() if k not in ("prompt", "prefix")}
+
+
+@pytest.mark.parametrize("name", ["prompt_tuning", "p_tuning_v2"])
+def test_a_run_of_a_classifier(classifiers, tmp_path, name):
+  """Prompt and head are trained, and saved; a prefix takes positions of the text."""
+  settings = test_classification.config(classifiers)
+  settings["method"] = {"name": name, "length": P}
+  settings["optim"] |= {"learning_rate": 1e-2}
+  summary = experiment.run(settings, tmp_path / "run")
+  assert summary["train"]["loss_last"] < 0.95 * summary["train"]["loss_first"]
+  ours = experiment.trained(tmp_path / "run")
+  start = models.load(str(classifiers / "bert"), dtype="float32", head="classification", n_labels=2)
+  saved = adapter.load(start, tmp_path / "run" / "adapter")
+  jax.tree.map(np.testing.assert_array_equal, saved, ours.params)
+  before = tree.flatten(start.params)
+  changed = {k for k, x in tree.flatten(saved).items() if k not in before or not np.array_equal(x, before[k])}
+  prompt = ["prompt/table"] if name == "prompt_tuning" else ["prefix/k", "prefix/v"]
+  assert changed == {*prompt, *start.head_leaves}
+  long = settings | {"data": {"batch_size": 16, "seq_len": 36}}
+  if name == "p_tuning_v2":
+    with pytest.raises(errors.UserError, match="seq_len=36 after a prefix of 5 is more than the 40 positions"):
+      experiment.build(long)
+  else:
+    experiment.build(long)
