@@ -2,8 +2,8 @@
 
 Command: python -m experiments.run --config configs/methods.py
   `configs/methods.py:lora,dora,ia3` runs some of them.
-Hardware: see experiments/results/methods.
-Expected: experiments/results/methods/report.md.
+Hardware: one NVIDIA H100: about 15 minutes, of which training is 4 s a method and the rest compiling and evaluating.
+Expected: experiments/results/methods/report.md: 75.6% before, from 75.8% (loha) to 87.2% (lora_plus) after.
 
 What is compared: accuracy on 850 test sentences, forgetting (loss on BBC news articles after minus before), trained
 parameters, memory and time of a step, size of what is saved. Published rates belong to published numbers of steps: 200
@@ -26,9 +26,8 @@ METHODS = {
     {"name": "relora", "rank": 8, "alpha": 16.0, "cycle": 100},
     {"learning_rate": 1e-3, "schedule": "cosine_restarts", "cycle": 100, "restart_warmup": 10},
   ),
-  # Low rank. Hu et al. 2021, table 11; Kalajdzievski 2023; Zhang et al. 2023 (LoRA-FA); Hayou et al. 2024, GPT-2 script;
-  # Liu et al. 2024, LLaMA script; Meng et al. 2024, README; Kopiczko et al. 2024, table 8 (SST-2); Zhang et al. 2023
-  # (AdaLoRA), table 8 (SST-2). OLoRA, LoHa and LoKr: no rate for this in their papers, LoRA's.
+  # Low rank. LoRA: Hu et al. 2021, table 11. LoRA+: GPT-2 script. DoRA: LLaMA script. PiSSA: README. From memory of the
+  # papers: rsLoRA, VeRA and AdaLoRA (SST-2). LoRA-FA, OLoRA, LoHa and LoKr: no rate for this, LoRA's.
   "lora": ({"name": "lora", **LOW_RANK}, {"learning_rate": 2e-4, "weight_decay": 0.01}),
   "rslora": ({"name": "rslora", **LOW_RANK}, {"learning_rate": 5e-5}),
   "lora_fa": ({"name": "lora_fa", **LOW_RANK}, {"learning_rate": 2e-4}),

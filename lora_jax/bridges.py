@@ -1,8 +1,8 @@
 """Flax models with the layers' own inputs at hand: adapters run beside the layers and are not merged into weights.
 
 Adapters are those of `foreign.adapt` for the same parameters and rules, and so are the results up to rounding. What
-has no faster form here (other layers and subclasses, layers with a product or convolution of their own, grouped convolutions, methods
-other than LoRA on convolutions and embeddings, weights stacked by nnx.vmap) is merged on the fly.
+has no faster form here (other layers and subclasses, layers with a product or convolution of their own, grouped
+convolutions, methods other than LoRA on convolutions and embeddings, weights stacked by nnx.vmap) is merged on the fly.
 """
 
 import functools

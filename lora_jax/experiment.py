@@ -371,7 +371,7 @@ def export(exp: Experiment, workdir: pathlib.Path) -> None:
     return
   method = methods.prepare(exp.config["method"], model.tokenizer, exp.task.labels or ())
   if any(getattr(m, "MODEL", False) for m, _ in methods.parts(method)):
-    models.save(dataclasses.replace(model, params=weights.merge(model.params)), workdir / "model")
+    models.save(model, workdir / "model")
   else:
     adapter.save(model, model.params, exp.mask, method, workdir / "adapter")
 

@@ -295,16 +295,13 @@ def _writer(pattern: str, sizes: tuple, place: jax.sharding.Sharding | None) -> 
 
 
 def export(model: Model) -> Iterator[tuple[str, np.ndarray]]:
-  """(Hugging Face name, array in `config.dtype`) for every tensor, adapters merged; one at a time."""
-  flat = tree.flatten(model.params, is_leaf=weights.is_node)
+  """(Hugging Face name, array in `config.dtype`) for every tensor, adapters merged."""
+  flat = tree.flatten(weights.merge(model.params))
   dtype = jnp.dtype(model.config.dtype)
   for key in model.keys:
-    node = flat[key.path]
-    stack = node.shape[: key.hf.count("{}")]
-    for index, name in _tensors(key, stack):
-      one = jax.tree.map(lambda x: x[index], node) if index else node
-      x = np.asarray(weights.dense(one)).astype(dtype)
-      yield name, key.to_hf(x)
+    x = flat[key.path]
+    for index, name in _tensors(key, x.shape):
+      yield name, key.to_hf(np.asarray(x[index]).astype(dtype))
 
 
 def save(model: Model, directory: str | os.PathLike, form: str = "hf") -> None:

@@ -132,7 +132,16 @@ def test_budget_and_pruning_are_those_of_peft(schedule):
     }
     torch_optimiser.step()
     theirs.base_model.update_and_allocate(step)
+    before = state
     updates, state = update(grads, state, trainable)
+    if smoothed := theirs.base_model.rankallocator.exp_avg_ipt:
+      for k, w in state.sensitivity.items():
+        for ours, c in ((w.a.T, "A"), (w.e[:, None], "E"), (w.b.T, "B")):
+          want = smoothed[f"{k}.lora_{c}.default"].numpy()
+          np.testing.assert_allclose(ours, want, rtol=1e-3, atol=1e-7)
+    else:  # from the last pruning on
+      assert step >= steps - schedule["tfinal"]
+      jax.tree.map(np.testing.assert_array_equal, state.sensitivity, before.sensitivity)
     trainable = optax.apply_updates(trainable, updates)
     for k, w in trainable.items():
       want = as_ours(layers[k])
@@ -161,7 +170,8 @@ def test_layers_that_are_not_adapted_have_no_part_in_the_budget(base):
   optimiser = adalora.optimiser(optax.sgd(0.1), steps=2, **kw)
   state = optimiser.init(trainable)
   for step in range(2):
-    grads = tree.map_named(lambda k, x: jax.random.normal(tree.fold(jax.random.key(step), k), x.shape), trainable)
+    noise = lambda k, x: jax.random.normal(tree.fold(jax.random.key(step), k), x.shape).at[1].set(0)
+    grads = tree.map_named(noise, trainable)
     updates, state = optimiser.update(grads, state, trainable)
     trainable = optax.apply_updates(trainable, updates)
   e = np.asarray(trainable["layers"]["attn"]["q"]["kernel"].e)

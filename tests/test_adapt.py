@@ -361,7 +361,7 @@ class Odd(nn.Module):
     x = nn.ConvTranspose(4, (3,))(x)
     x = nn.DenseGeneral(4, axis=1)(x)
     x = x @ self.param("own_kernel", nn.initializers.normal(), (4, 5))
-    x = nn.remat(nn.Dense)(4)(Twice(4)(x)) + ScaledEmbed(5, 4)(jnp.arange(5))[:, None]
+    x = nn.remat(nn.Dense)(4)(Twice(4)(x)) + ScaledEmbed(5, 4)(jnp.arange(4))
     x = nn.DenseGeneral((2, 3), axis=-1)(x)
     shared = nn.Dense(3)
     return nn.Dense(7, dtype=jnp.float16)(shared(shared(x)))

@@ -85,8 +85,8 @@ def _earlier(name: str) -> list[str]:
 
 def train_also(params: Any, mask: Any, names: Collection[str]) -> tuple[Any, Any]:
   """(params, mask) with the leaves `names` trained besides, as float32 masters."""
-  mask = tree.map_named(lambda k, m: m or k in names, mask)
-  return jax.tree.map(lambda x, m: x.astype(jnp.float32) if m else x, params, mask), mask
+  params = tree.map_named(lambda k, x: x.astype(jnp.float32) if k in names else x, params)
+  return params, tree.map_named(lambda k, m: m or k in names, mask)
 
 
 def size(params: Any, mask: Any) -> int:
