@@ -170,18 +170,25 @@ def _adapted(config: Mapping, task: tasks.Task, mesh: jax.sharding.Mesh, given: 
 
 def trained(workdir: str | os.PathLike, step: int | None = None) -> models.Model:
   """The model of a run, finished or not, with its adapters, from the checkpoint of `step` (None: the newest)."""
+  return restored(workdir, step)[0]
+
+
+def restored(workdir: str | os.PathLike, step: int | None = None) -> tuple[models.Model, Any, list[dict]]:
+  """(model with its adapters, mask of what was trained, methods as they were applied) of a run's checkpoint."""
   workdir = pathlib.Path(workdir)
   config = hf.read_json(workdir / "config.json")
   config_lib.check(config)
   if not (workdir / "checkpoints").is_dir():
     raise errors.UserError(f"{workdir} has no checkpoints")
-  model, state, frozen, *_ = _adapted(config, tasks.get(**config["task"]), sharding.make_mesh())
+  task = tasks.get(**config["task"])
+  model, state, frozen, mask, *_ = _adapted(config, task, sharding.make_mesh())
   with checkpoint.Checkpoints(workdir / "checkpoints") as saved:
     step = saved.latest_step() if step is None else step
     if step is None:
       raise errors.UserError(f"{workdir} has no checkpoint yet")
     state, _ = saved.restore(step, state)
-  return dataclasses.replace(model, params=state.params(frozen))
+  method = methods.prepare(config["method"], model.tokenizer, task.labels or ())
+  return dataclasses.replace(model, params=state.params(frozen)), mask, method
 
 
 def run(

@@ -18,21 +18,27 @@ BATCH = P(("data", "fsdp"))
 
 # Megatron's split of heads and hidden units over `tensor`, the other matrix axis over `fsdp`; the leading None is L.
 # The same rules place optimiser moments, whose names end alike.
+WEIGHT = "kernel(/(q|k|v|gate|up))?(/(base|lower|upper))*$"  # a matrix, a part of a fused one, what adapters hold
+A, B = "kernel(/(q|k|v|gate|up))?/a$", "kernel(/(q|k|v|gate|up))?/b$"
 RULES = (
-  (r"embed/kernel$", P("tensor", "fsdp")),
-  (r"head/kernel(/(base|lower|upper))*$", P("fsdp", "tensor")),
-  (r"(attn|cross)/(q|k|v|qkv)/kernel(/(base|lower|upper))*$", P(None, "fsdp", "tensor", None)),
-  (r"(attn|cross)/o/kernel(/(base|lower|upper))*$", P(None, "tensor", None, "fsdp")),
-  (r"mlp/(gate|up)/kernel(/(base|lower|upper))*$", P(None, "fsdp", "tensor")),
-  (r"mlp/gate_up/kernel(/(base|lower|upper))*$", P(None, "fsdp", None, "tensor")),
-  (r"mlp/gate_up/kernel/b$", P(None, None, None, "tensor")),
-  (r"mlp/down/kernel(/(base|lower|upper))*$", P(None, "tensor", "fsdp")),
-  (r"moe/(gate|up)/kernel(/(base|lower|upper))*$", P(None, None, "fsdp", "tensor")),
-  (r"moe/down/kernel(/(base|lower|upper))*$", P(None, None, "tensor", "fsdp")),
-  (r"((attn|cross)/(q|k|v|qkv)|mlp/(gate|up|gate_up))/kernel/a$", P(None, "fsdp", None)),
-  (r"((attn|cross)/(q|k|v|qkv)|mlp/(gate|up))/kernel/b$", P(None, None, "tensor")),
-  (r"((attn|cross)/o|mlp/down)/kernel/a$", P(None, "tensor")),
-  (r"((attn|cross)/o|mlp/down)/kernel/b$", P(None, None, "fsdp")),
+  (rf"embed/{WEIGHT}", P("tensor", "fsdp")),
+  (rf"head/{WEIGHT}", P("fsdp", "tensor")),
+  (rf"(attn|cross)/(q|k|v|qkv)/{WEIGHT}", P(None, "fsdp", "tensor", None)),
+  (rf"(attn|cross)/o/{WEIGHT}", P(None, "tensor", None, "fsdp")),
+  (rf"mlp/(gate|up)/{WEIGHT}", P(None, "fsdp", "tensor")),
+  (rf"mlp/gate_up/{WEIGHT}", P(None, "fsdp", None, "tensor")),
+  (rf"mlp/down/{WEIGHT}", P(None, "tensor", "fsdp")),
+  (rf"moe/(gate|up)/{WEIGHT}", P(None, None, "fsdp", "tensor")),
+  (rf"moe/down/{WEIGHT}", P(None, None, "tensor", "fsdp")),
+  (rf"((attn|cross)/(q|k|v|qkv)|mlp/(gate|up|gate_up))/{A}", P(None, "fsdp", None)),
+  (rf"((attn|cross)/(q|k|v|qkv)|mlp/(gate|up))/{B}", P(None, None, "tensor")),
+  (rf"mlp/gate_up/{B}", P(None, None, None, "tensor")),
+  (rf"((attn|cross)/o|mlp/down)/{A}", P(None, "tensor")),
+  (rf"((attn|cross)/o|mlp/down)/{B}", P(None, None, "fsdp")),
+  (rf"moe/(gate|up)/{A}", P(None, None, "fsdp")),
+  (rf"moe/(gate|up)/{B}", P(None, None, None, "tensor")),
+  (rf"moe/down/{A}", P(None, None, "tensor")),
+  (rf"moe/down/{B}", P(None, None, None, "fsdp")),
   (r"", P()),
 )
 

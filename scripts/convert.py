@@ -3,7 +3,7 @@
 --model smollm2-135m --out DIR                      a Hugging Face directory, as transformers loads it
 --model hf:org/name --adapter ADAPTER --out DIR     the same with a PEFT adapter merged
 --run runs/x [--step 100] --out DIR                 the model of a run, finished or not, merged
---run runs/x --to adapter --out DIR                 its adapter in PEFT's format
+--run runs/x --to adapter --out DIR                 its adapter, in PEFT's format if that has a place for it
 --run runs/x --to adapter --rank 8 --out DIR        the same as plain LoRA, whatever it is; --variance 0.9 finds ranks
 --model DIR --to orbax --out DIR                    our own tree, which loads sharded without transposing
 """
@@ -104,15 +104,21 @@ def whole(out: pathlib.Path) -> Iterator[pathlib.Path]:
 
 def run(directory: pathlib.Path) -> None:
   """Loads, merges and writes what the flags name."""
-  from lora_jax import errors, experiment, lowrank, models, weights
-  from lora_jax.formats import peft
+  from lora_jax import errors, experiment, lowrank, models, tree, weights
+  from lora_jax.formats import adapter, peft
 
-  model, changed = (experiment.trained(RUN.value, STEP.value), []) if RUN.value else load()
-  trained = {*model.head_leaves, *changed}
+  if RUN.value:
+    model, mask, method = experiment.restored(RUN.value, STEP.value)
+    trained = {k for k, m in tree.flatten(mask).items() if m}
+  else:
+    model, changed = load()
+    trained = {*model.head_leaves, *changed}
   if RANK.value is not None or VARIANCE.value is not None:
     params, report = lowrank.to_lora(model.params, RANK.value, VARIANCE.value)
     print(lowrank.table(report))
     peft.save(model, params, directory, trained, method={"name": "lora"})
+  elif TO.value == "adapter" and RUN.value:
+    adapter.save(model, model.params, mask, method, directory)
   elif TO.value == "adapter":
     try:
       peft.save(model, model.params, directory, trained)

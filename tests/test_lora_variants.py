@@ -1,6 +1,7 @@
 """LoRA's variants and starts, biases, embeddings and heads: laws, and parity with the peft library both ways."""
 
 import dataclasses
+import functools
 import json
 
 import jax
@@ -34,6 +35,9 @@ pytestmark = [
 KEY = jax.random.key(0)
 CONFIG = transformer.Config(50, 16, 3, 4, 2, 4, 24, dtype="float32", tied=True)
 TOKENS = np.random.default_rng(0).integers(0, 50, (2, 12))
+
+
+apply = jax.jit(functools.partial(models.apply, CONFIG))
 
 
 @pytest.fixture(scope="module")
@@ -185,10 +189,10 @@ def test_an_adapter_of_a_tied_table_acts_on_both_uses(base, kw):
   params = noisy(params, mask)
   merged = weights.merge(params)
   assert tree.names(merged) == tree.names(base)
-  got = models.apply(CONFIG, params, TOKENS)
-  np.testing.assert_allclose(got, models.apply(CONFIG, merged, TOKENS), atol=2e-5)
+  got = apply(params, TOKENS)
+  np.testing.assert_allclose(got, apply(merged, TOKENS), atol=2e-5)
   alone = merged | {"head": {"kernel": base["embed"]["kernel"].T}}
-  assert np.abs(got - models.apply(CONFIG, alone, TOKENS)).max() > 0.01
+  assert np.abs(got - apply(alone, TOKENS)).max() > 0.01
 
 
 @pytest.mark.parametrize("use, other", [("embed", "head"), ("head", "embed")])
@@ -198,9 +202,7 @@ def test_an_adapter_of_one_use_of_a_tied_table(base, use, other):
   table, changed = base["embed"]["kernel"], base["embed"]["kernel"] + params["embed"]["kernel"].delta()
   both = {"embed": changed if use == "embed" else table, "head": changed if use == "head" else table}
   apart = base | {"embed": {"kernel": both["embed"]}, "head": {"kernel": both["head"].T}}
-  np.testing.assert_allclose(
-    models.apply(CONFIG, params, TOKENS), models.apply(CONFIG, apart, TOKENS), atol=1e-5, rtol=1e-5
-  )
+  np.testing.assert_allclose(apply(params, TOKENS), apply(apart, TOKENS), atol=1e-5, rtol=1e-5)
   assert use != other
   with pytest.raises(errors.UserError, match=f"adapter of the {use} alone cannot be merged"):
     weights.merge(params)
@@ -276,11 +278,18 @@ def theirs(model, tokens=TOKENS):
     return model(input_ids=ids, **more).logits.float().numpy()
 
 
+@functools.cache
+def compiled(config):
+  def run(params, tokens):
+    if config.encoder_layers:
+      return models.apply(config, params, tokens, encoded=transformer.encode(config, params, tokens))
+    return outputs(config, params, tokens)
+
+  return jax.jit(run)
+
+
 def ours(model, params, tokens=TOKENS):
-  c = model.config
-  if c.encoder_layers:
-    return models.apply(c, params, tokens, encoded=transformer.encode(c, params, tokens))
-  return outputs(c, params, tokens)
+  return np.asarray(compiled(model.config)(params, tokens))
 
 
 # (model, overrides of its config, keywords of lora.init, what must stand in the adapter's config)
