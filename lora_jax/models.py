@@ -312,6 +312,9 @@ def save(model: Model, directory: str | os.PathLike, form: str = "hf") -> None:
       which is read without transposing and by each process only what it holds.
   """
   errors.choose(form, dict.fromkeys(("hf", "orbax")), "form of weights")
+  known = tree.flatten(transformer.shapes(model.config))
+  if more := sorted(k for k in tree.names(weights.strip(model.params), is_leaf=weights.is_node) if k not in known):
+    raise errors.UserError(f"config.json of {model.name} has no place for {', '.join(more)}; save the adapter instead")
   config = {k: v for k, v in model.hf_config.items() if k != "dtype"}
   config |= {"architectures": [model.family.ARCHITECTURES[model.config.head]], "torch_dtype": model.config.dtype}
   if model.family.config(model.hf_config).tied != model.config.tied:

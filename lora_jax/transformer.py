@@ -266,8 +266,10 @@ def _embed(c, params, tokens, positions, token_types, prompt):
   if c.embed_scale is not None:
     x = x * jnp.asarray(c.embed_scale, x.dtype)
   if prompt is not None:
-    table = prompt() * (c.embed_scale or 1) if prompt.scaled else prompt()
-    x = jnp.where((tokens < 0)[..., None], table.astype(c.dtype).at[-1 - tokens].get(mode="clip"), x)
+    table, soft = prompt() * (c.embed_scale or 1) if prompt.scaled else prompt(), tokens < 0
+    # Looked up before it is cast, so that its gradient is summed over the batch in float32.
+    rows = table.at[jnp.where(soft, -1 - tokens, len(table))].get(mode="fill", fill_value=0)
+    x = jnp.where(soft[..., None], rows.astype(c.dtype), x)
   if "project" in params:
     x = linear("BTC,CD->BTD", x, params["project"])
   if "positions" in params:

@@ -112,6 +112,9 @@ def test_added_biases_are_saved_in_our_form(tmp_path, method, adapted):
   loaded = adapter.load(model, tmp_path)
   assert tree.names(loaded) == tree.names(params)
   jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b), loaded, params)
+  with pytest.raises(errors.UserError, match="no place for layers/.*bias"):
+    models.save(dataclasses.replace(model, params=params), tmp_path / "model")
+  assert not (tmp_path / "model").exists()
 
 
 @pytest.mark.parametrize(

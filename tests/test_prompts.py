@@ -100,6 +100,20 @@ def test_generation_and_scores_are_those_of_the_whole_text():
   )
 
 
+def test_gradients_are_summed_in_float32():
+  """The gradient of 512 equal rows is 512 times that of one, also where activations are bfloat16."""
+  c = dataclasses.replace(CONFIGS["llama"], dtype="bfloat16", n_layers=1)
+  params = prompt_tuning.init(KEY, transformer.init(c, KEY), length=P)[0]
+  row = np.concatenate([SOFT, TOKENS[0, :2]])[None]
+
+  def gradient(tokens):
+    y = lambda prompt: transformer.hidden(c, params | {"prompt": prompt}, tokens)[0].astype(jnp.float32).sum()
+    return jax.jit(jax.grad(y))(params["prompt"]).table
+
+  one = gradient(row)
+  np.testing.assert_allclose(gradient(np.tile(row, (512, 1))), 512 * one, atol=1e-2 * 512 * np.abs(one).max())
+
+
 def test_soft_tokens_ban_no_token():
   """-1 is no index from the end of the vocabulary."""
   ids = jnp.array([[-1, -2, 3, 4, 3, 0]])
