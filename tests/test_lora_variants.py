@@ -320,7 +320,15 @@ SAVED = {
 }
 
 
-@pytest.mark.parametrize("name", SAVED)
+def quick(cases, slow):
+  """Names of cases; those whose parts other cases have too are slow."""
+  assert set(slow.split()) <= set(cases)
+  return [pytest.param(name, marks=[pytest.mark.slow] * (name in slow.split())) for name in cases]
+
+
+@pytest.mark.parametrize(
+  "name", quick(SAVED, "head tied-gpt2 tied-bert apart embed-alone-t5 bias-gpt2 lora-bias-layers layers pissa-rslora")
+)
 def test_peft_loads_what_we_save(tmp_path, name):
   peft = pytest.importorskip("peft")
   kind, overrides, kw, written = SAVED[name]
@@ -374,7 +382,10 @@ LOADED = {
 }
 
 
-@pytest.mark.parametrize("name", LOADED)
+@pytest.mark.parametrize(
+  "name",
+  quick(LOADED, "head tied-by-head wte bias-gpt2 bias-bert-head lora-bias-gpt2 pissa-embed orthogonal gaussian"),
+)
 def test_we_load_what_peft_saves(tmp_path, name):
   peft, torch = pytest.importorskip("peft"), pytest.importorskip("torch")
   kind, overrides, kw = LOADED[name]

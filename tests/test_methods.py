@@ -306,3 +306,13 @@ def test_a_list_of_methods_is_a_method():
   trained = {k for k, t in tree.flatten(mask).items() if t}
   assert trained == {f"layers/attn/q/kernel/{k}" for k in ("base", "a", "b")}
   assert methods.title(method) == "lora+full"
+
+
+@pytest.mark.parametrize("others", [["houlsby"], ["ia3"], ["prompt_tuning"], ["norms"], ["tokens"]])
+def test_lists_are_saved_whole(others, tmp_path):
+  """In PEFT's form where it has a place for all of it, else in ours: nothing that was trained is left out."""
+  m, method = model("llama"), [{"name": "lora"}, *({"name": n} for n in others)]
+  params, mask = methods.init(KEY, m.params, method)
+  params = moved(params, mask)
+  adapter.save(m, params, mask, method, tmp_path)
+  np.testing.assert_allclose(run(m, adapter.load(m, tmp_path)), run(m, params), atol=2e-5)

@@ -144,6 +144,21 @@ def test_learned_positions_hold_the_prefix_too():
     next(decode.continuations(c, params, np.ones((1, 50)), max_new_tokens=5))
 
 
+def test_gradients_are_summed_in_float32():
+  """The gradient of 512 equal rows is 512 times that of one, also where activations are bfloat16."""
+  c = dataclasses.replace(CONFIGS["llama"], dtype="bfloat16", n_layers=1)
+  params = prefix_tuning.init(KEY, transformer.init(c, KEY), length=P, std=1.0)[0]
+
+  def gradient(tokens):
+    y = lambda prefix: transformer.hidden(c, params | {"prefix": prefix}, tokens)[0].astype(jnp.float32).sum()
+    return jax.jit(jax.grad(y))(params["prefix"]).v
+
+  one = gradient(TOKENS[:1, :2])
+  np.testing.assert_allclose(
+    gradient(np.tile(TOKENS[:1, :2], (512, 1))), 512 * one, atol=1e-2 * 512 * np.abs(one).max()
+  )
+
+
 def test_initial_values():
   c = CONFIGS["llama"]
   params, mask = prefix_tuning.init(KEY, base("llama"), length=5, std=0.5)

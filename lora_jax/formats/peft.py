@@ -28,6 +28,9 @@ TOP = "base_model."  # before a method's PEFT_SHARED, tensors of no module, and 
 PREFIX = f"{TOP}model."
 PROMPTS = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING")  # whose one tensor, PROMPT, has no prefix
 PROMPT = "prompt_embeddings"
+# What a type can hold of the entries that methods add to a tree, see weights.EXTRAS.
+HOLDS = {"IA3": weights.SCALES, "VERA": ("shared",), "PREFIX_TUNING": ("prefix",)}
+HOLDS |= dict.fromkeys(("PROMPT_TUNING", "P_TUNING"), ("prompt",))
 # Methods that are variants of another one use its functions.
 OWN = [
   m for m in map(methods.get, methods.names()) if getattr(m, "to_peft", None) and m.to_peft.__module__ == m.__name__
@@ -68,6 +71,9 @@ def save(
   if len(forms) != 1:
     raise NoForm(f"the parameters hold {len(forms)} kinds of adapters with a PEFT form; one can be saved")
   module, (config, tensors) = forms[0]
+  added = {step for k in tree.names(params) for step in k.split("/")} & set(weights.EXTRAS)
+  if more := added - set(HOLDS.get(module.PEFT_TYPE, ())):
+    raise NoForm(f"PEFT's {module.PEFT_TYPE} has no place for {', '.join(sorted(more))}")
   written = {k.replace(".base_layer.", ".") for k in tensors}  # biases, for instance, that a method stores itself
   rest = {key.path for key in keys if key.hf.format(*[0] * key.hf.count("{}")) not in written} & set(trained)
   whole = [] if getattr(module, "WHOLE", False) else _modules(keys, rest)

@@ -90,15 +90,14 @@ def train_also(params: Any, mask: Any, names: Collection[str]) -> tuple[Any, Any
 
 
 def size(params: Any, mask: Any) -> int:
-  """How many numbers are trained; columns that pad a smaller rank do not count."""
+  """How many numbers are trained; what pads smaller ranks and layers that are not adapted does not count."""
 
   def count(w, m):
     n = sum(x.size for x, t in zip(jax.tree.leaves(w), jax.tree.leaves(m), strict=True) if t)
-    if weights.is_node(w) and hasattr(w, "n_padding"):
-      n -= w.n_padding(m)
-    return n
+    return n - w.n_padding(m) if hasattr(w, "n_padding") else n
 
-  return sum(jax.tree.leaves(jax.tree.map(count, params, mask, is_leaf=weights.is_node)))
+  pads = lambda w: weights.is_node(w) or hasattr(w, "n_padding")
+  return sum(jax.tree.leaves(jax.tree.map(count, params, mask, is_leaf=pads)))
 
 
 def penalty(method: Method) -> Callable[[Any], jax.Array] | None:
