@@ -71,7 +71,7 @@ def _self_attention(c, params, x, ctx, local, cache):
     rows = jnp.arange(x.shape[0])[:, None]
     k, v = (cache[name].at[rows, ctx.positions].set(a) for name, a in (("k", k), ("v", v)))
   if "prefix" in params:
-    k, v = (_before(params["prefix"][name].astype(a.dtype), a, cache) for name, a in (("k", k), ("v", v)))
+    k, v = (_before(params["prefix"][name], a, cache) for name, a in (("k", k), ("v", v)))
   if cache is not None:
     cache = cache | {"k": k, "v": v}
   y = _attend(c, q, k, v, ctx, local)
@@ -81,8 +81,9 @@ def _self_attention(c, params, x, ctx, local, cache):
 def _before(prefix, a, cache):
   """Keys or values [B, S, K, H] with a prefix [P, K, H]: before them, or in the first slots of a cache."""
   if cache is not None:
-    return a.at[:, : len(prefix)].set(prefix)
-  return jnp.concatenate([jnp.broadcast_to(prefix, (len(a), *prefix.shape)), a], axis=1)
+    return a.at[:, : len(prefix)].set(prefix.astype(a.dtype))
+  # Cast last, so that its gradient is summed over the batch in float32.
+  return jnp.concatenate([jnp.broadcast_to(prefix, (len(a), *prefix.shape)).astype(a.dtype), a], axis=1)
 
 
 def _attend(c, q, k, v, ctx, local):

@@ -11,7 +11,7 @@ import pytest
 from lora_jax import errors, methods, models, optim, train, transformer, tree, weights
 from lora_jax.formats import peft as peft_format
 from lora_jax.methods import _adalora, adalora
-from tests.test_dora import shaken
+from tests.test_dora import apply, shaken
 from tests.test_families import outputs
 from tests.test_lora import first_output, load, load_family
 from tests.test_models import torch_logits
@@ -44,7 +44,7 @@ def test_formula(base):
 
 def test_starts_as_the_model(base):
   params, mask = adalora.init(KEY, base, targets="all-linear", init_r=20)
-  np.testing.assert_array_equal(models.apply(CONFIG, params, TOKENS), models.apply(CONFIG, base, TOKENS))
+  np.testing.assert_array_equal(apply(CONFIG, params, TOKENS), apply(CONFIG, base, TOKENS))
   node = params["layers"]["attn"]["q"]["kernel"]
   for x in (node.a, node.b):
     np.testing.assert_allclose(x.std(), 0.02, rtol=0.05)
@@ -239,11 +239,11 @@ def test_peft_loads_what_we_save_and_so_do_we(tmp_path, targets, pruned):
   assert bool(saved["rank_pattern"]) == pruned
   theirs = peft.PeftModel.from_pretrained(ref, str(tmp_path / "adapter")).eval()
   tokens = np.arange(60).reshape(2, 30)
-  ours = models.apply(model.config, params, tokens)
+  ours = apply(model.config, params, tokens)
   np.testing.assert_allclose(ours, torch_logits(theirs, tokens), atol=1e-4, rtol=1e-4)
-  assert np.abs(ours - models.apply(model.config, model.params, tokens)).max() > 1e-2
+  assert np.abs(ours - apply(model.config, model.params, tokens)).max() > 1e-2
   again = peft_format.load(model, tmp_path / "adapter")
-  np.testing.assert_allclose(models.apply(model.config, again, tokens), ours, atol=1e-5)
+  np.testing.assert_allclose(apply(model.config, again, tokens), ours, atol=1e-5)
   assert tree.names(again) == tree.names(params)
 
 

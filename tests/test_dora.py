@@ -22,6 +22,7 @@ CONFIG = transformer.Config(50, 16, 3, 4, 2, 4, 24, dtype="float32", tied=True)
 KEY = jax.random.key(0)
 TOKENS = np.random.default_rng(0).integers(0, 50, (2, 12))
 SPEC = "BTD,DNH->BTNH"
+apply = jax.jit(models.apply, static_argnums=0)
 
 
 @pytest.fixture(scope="module")
@@ -148,9 +149,7 @@ def test_patterns_and_single_layers(base):
   assert np.abs(layer(1).dot(SPEC, x) - weights.dot(SPEC, x, layer(1).base.base)).max() > 1e-2
   merged = weights.merge(params)
   np.testing.assert_array_equal(merged["layers"]["attn"]["q"]["kernel"][0], base["layers"]["attn"]["q"]["kernel"][0])
-  np.testing.assert_allclose(
-    models.apply(CONFIG, merged, TOKENS), models.apply(CONFIG, params, TOKENS), atol=1e-5, rtol=1e-5
-  )
+  np.testing.assert_allclose(apply(CONFIG, merged, TOKENS), apply(CONFIG, params, TOKENS), atol=1e-5, rtol=1e-5)
 
 
 def test_outputs_without_weights_stay_zero_and_finite():
@@ -194,10 +193,10 @@ def test_over_any_base(base):
     assert {k for k, m in tree.flatten(mask).items() if m} == {
       f"layers/attn/q/kernel/{k}" for k in ("base/a", "base/b", "magnitude")
     }
-    np.testing.assert_array_equal(models.apply(CONFIG, params, TOKENS), models.apply(CONFIG, tree_, TOKENS))
+    np.testing.assert_array_equal(apply(CONFIG, params, TOKENS), apply(CONFIG, tree_, TOKENS))
     params = shaken(params, mask)
-    want = models.apply(CONFIG, params, TOKENS)
-    np.testing.assert_allclose(models.apply(CONFIG, weights.merge(params), TOKENS), want, atol=1e-4)
+    want = apply(CONFIG, params, TOKENS)
+    np.testing.assert_allclose(apply(CONFIG, weights.merge(params), TOKENS), want, atol=1e-4)
 
 
 def peft_layer(rank=3, **kw):
@@ -261,11 +260,11 @@ def test_peft_loads_what_we_save_and_so_do_we(tmp_path, name):
   peft_format.save(model, params, tmp_path / "adapter")
   theirs = peft.PeftModel.from_pretrained(ref, str(tmp_path / "adapter")).eval()
   tokens = np.arange(60).reshape(2, 30)
-  ours = models.apply(model.config, params, tokens)
+  ours = apply(model.config, params, tokens)
   np.testing.assert_allclose(ours, torch_logits(theirs, tokens), atol=1e-4, rtol=1e-4)
-  assert np.abs(ours - models.apply(model.config, model.params, tokens)).max() > 1e-2
+  assert np.abs(ours - apply(model.config, model.params, tokens)).max() > 1e-2
   again = peft_format.load(model, tmp_path / "adapter")
-  np.testing.assert_allclose(models.apply(model.config, again, tokens), ours, atol=1e-4, rtol=1e-4)
+  np.testing.assert_allclose(apply(model.config, again, tokens), ours, atol=1e-4, rtol=1e-4)
   if name != "pissa":
     assert tree.names(again) == tree.names(params)
 
@@ -282,7 +281,7 @@ def test_we_load_what_peft_saves(tmp_path, kw):
   theirs.save_pretrained(str(tmp_path / "adapter"))
   params = peft_format.load(model, tmp_path / "adapter")
   tokens = np.arange(60).reshape(2, 30)
-  ours = models.apply(model.config, params, tokens)
+  ours = apply(model.config, params, tokens)
   np.testing.assert_allclose(ours, torch_logits(theirs, tokens), atol=1e-4, rtol=1e-4)
 
 

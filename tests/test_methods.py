@@ -44,8 +44,9 @@ NOISE = 0.05  # how far trained leaves are moved from where they start
 
 
 def _case(*values):
-  """The other architectures are slow by their number alone."""
-  return pytest.param(*values, marks=[] if values[1] == "llama" else pytest.mark.slow)
+  """Other architectures, and bfloat16, are slow by their number alone."""
+  quick = values[1] == "llama" and "bfloat16" not in values
+  return pytest.param(*values, marks=[] if quick else pytest.mark.slow)
 
 
 every = pytest.mark.parametrize(

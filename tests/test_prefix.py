@@ -71,7 +71,12 @@ def of_text(c, params, tokens):
   return prefix_tuning.Prefix(*(cache["layers"][name][:, 0] for name in "kv"))
 
 
-@pytest.fixture(params=CONFIGS)
+def some(names, fast):
+  """All of the names, those that are not among `fast` marked as slow."""
+  return [n if n in fast.split() else pytest.param(n, marks=pytest.mark.slow) for n in names]
+
+
+@pytest.fixture(params=some(CONFIGS, "mistral gemma3 gpt2 phi3 llama-unrolled"))
 def texts(request):
   """(config, parameters with the prefix of a text's first P tokens, the others, their logits in the whole text)."""
   c, params, tokens = CONFIGS[request.param], base(request.param), TOKENS[:1]
@@ -222,7 +227,7 @@ def first(theirs):
     return theirs(input_ids=torch.tensor(TOKENS), attention_mask=mask)[0].numpy()
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", some(CASES, "llama mistral-window gpt2 gemma2 bert-classifier"))
 def test_peft_loads_what_we_save(tmp_path, case):
   peft = pytest.importorskip("peft")
   ref, model, params = adapt(case, mlp=case == "llama", hidden=8)
@@ -239,7 +244,7 @@ def unwrapped(ref):
   return copy.deepcopy(ref)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", some(CASES, "llama mistral-window gpt2 gemma2 bert-classifier"))
 def test_we_load_what_peft_saves(tmp_path, case):
   peft = pytest.importorskip("peft")
   ref, model, _ = adapt(case)

@@ -37,7 +37,7 @@ from lora_jax.methods import p_tuning, prefix_tuning, prompt_tuning
 from tests import test_classification, test_experiment, test_seq2seq
 from tests.test_data import BOS, Bytes, iterator, task
 from tests.test_families import SEEN, SMALL, SOURCE, TOKENS, jitted, pair
-from tests.test_prefix import CONFIGS, base, first, unwrapped
+from tests.test_prefix import CONFIGS, base, first, some, unwrapped
 
 pytestmark = [
   pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning"),
@@ -58,7 +58,7 @@ def of_text(params, ids, **kw):
 
 
 # A table that is scaled after it is looked up (gemma), projected (opt), and used by a head (both): see CONFIGS.
-@pytest.mark.parametrize("name", ["llama", "gemma2", "opt", "gpt2"])
+@pytest.mark.parametrize("name", some(["llama", "gemma2", "opt", "gpt2"], "gemma2 opt"))
 def test_a_prompt_of_a_texts_embeddings_is_that_text(name):
   c, params = CONFIGS[name], base(name)
   soft = TOKENS.copy()
@@ -369,7 +369,7 @@ def agree(model, params, theirs):
     assert np.abs(ours[:, P:] - logits(model, model.params)).max() > 1e-2
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", some(CASES, "llama gemma gpt2 t5 bert-classifier"))
 def test_peft_loads_what_we_save(tmp_path, case):
   peft = pytest.importorskip("peft")
   ref, model = pair(case)
@@ -382,7 +382,7 @@ def test_peft_loads_what_we_save(tmp_path, case):
   agree(model, params, peft.PeftModel.from_pretrained(unwrapped(ref), str(tmp_path)).eval())
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", some(CASES, "llama gemma gpt2 t5 bert-classifier"))
 def test_we_load_what_peft_saves(tmp_path, case):
   peft = pytest.importorskip("peft")
   torch = pytest.importorskip("torch")
@@ -444,7 +444,7 @@ METHODS = {
 }
 
 
-@pytest.mark.parametrize("name", [pytest.param("p_tuning", marks=pytest.mark.slow), "prompt_tuning", "prefix_tuning"])
+@pytest.mark.parametrize("name", some(METHODS, "prompt_tuning"))
 def test_a_run(files, config, tmp_path, name):
   """Packed, with the task's own template; the adapter generates what the run's own model does."""
   settings = copy.deepcopy(config)

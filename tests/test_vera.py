@@ -7,7 +7,7 @@ import pytest
 from lora_jax import errors, methods, models, transformer, tree, weights
 from lora_jax.formats import adapter, peft as peft_format
 from lora_jax.methods import vera
-from tests.test_dora import shaken
+from tests.test_dora import apply, shaken
 from tests.test_families import outputs
 from tests.test_lora import first_output, load, load_family
 from tests.test_models import torch_logits
@@ -44,7 +44,7 @@ def test_formula_with_slices_of_the_shared_matrices(base):
 
 def test_starts_as_the_model_with_kaiming_matrices_that_do_not_depend_on_the_layers(base):
   params, mask = vera.init(KEY, base, rank=64, targets="q,v,down", d_init=0.3)
-  np.testing.assert_array_equal(models.apply(CONFIG, params, TOKENS), models.apply(CONFIG, base, TOKENS))
+  np.testing.assert_array_equal(apply(CONFIG, params, TOKENS), apply(CONFIG, base, TOKENS))
   arrays = params["shared"]["vera"]
   for x in arrays.values():
     bound = np.sqrt(6 / x.shape[1])
@@ -105,7 +105,7 @@ def test_dropout_acts_before_a(base):
   np.testing.assert_allclose(dropped, node.change("BTD,DNH->BTNH", weights.dropout(x, 0.5, KEY)), rtol=1e-5, atol=1e-7)
   seeded = weights.with_dropout(params, KEY)["layers"]["attn"]["q"]["kernel"]
   assert len(np.unique(jax.random.key_data(seeded.key), axis=0)) == 3
-  assert np.isfinite(models.apply(CONFIG, weights.with_dropout(params, KEY), TOKENS)).all()
+  assert np.isfinite(apply(CONFIG, weights.with_dropout(params, KEY), TOKENS)).all()
 
 
 @pytest.mark.parametrize("targets", ["q,v", "all-linear", "layers/1/attn/q"])
@@ -116,11 +116,11 @@ def test_peft_loads_what_we_save_and_so_do_we(tmp_path, targets):
   peft_format.save(model, params, tmp_path / "adapter")
   theirs = peft.PeftModel.from_pretrained(ref, str(tmp_path / "adapter")).eval()
   tokens = np.arange(60).reshape(2, 30)
-  ours = models.apply(model.config, params, tokens)
+  ours = apply(model.config, params, tokens)
   np.testing.assert_allclose(ours, torch_logits(theirs, tokens), atol=1e-4, rtol=1e-4)
-  assert np.abs(ours - models.apply(model.config, model.params, tokens)).max() > 1e-2
+  assert np.abs(ours - apply(model.config, model.params, tokens)).max() > 1e-2
   again = peft_format.load(model, tmp_path / "adapter")
-  np.testing.assert_allclose(models.apply(model.config, again, tokens), ours, atol=1e-5)
+  np.testing.assert_allclose(apply(model.config, again, tokens), ours, atol=1e-5)
   assert tree.names(again) == tree.names(params)
 
 
