@@ -92,9 +92,9 @@ def shapes_of(jaxpr):
         yield from shapes_of(getattr(inner, "jaxpr", inner))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_training_forms_nothing_of_the_size_of_a_matrix(dtype):
-  config = transformer.Config(50, 16, 3, 4, 2, 4, 24, dtype=dtype, tied=True)
+def test_training_forms_nothing_of_the_size_of_a_matrix():
+  """In bfloat16, where a cast of a matrix would be seen too."""
+  config = transformer.Config(50, 16, 3, 4, 2, 4, 24, dtype="bfloat16", tied=True)
   params = transformer.init(config, KEY)
   params, mask = dora.init(KEY, params, targets="q,v,down", rank=2, dropout=0.1)
   params = weights.with_dropout(params, KEY)
@@ -123,9 +123,8 @@ def _with_keys(mask):
   )
 
 
-@pytest.mark.parametrize("kw", [{}, {"init": "pissa"}, {"rslora": True, "init": "paper"}])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_starts_as_the_model(kw, dtype):
+@pytest.mark.parametrize("dtype, kw", [("float32", {"rslora": True, "init": "paper"}), ("bfloat16", {"init": "pissa"})])
+def test_starts_as_the_model(dtype, kw):
   config = transformer.Config(50, 16, 3, 4, 2, 4, 24, dtype=dtype, tied=True)
   base = transformer.init(config, KEY)
   params, mask = dora.init(KEY, base, targets="all-linear", rank=2, **kw)

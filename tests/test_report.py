@@ -34,6 +34,7 @@ def make_summary(**more):
     "loss_last": 1.125,
     "tokens_per_second": 12_345.6,
     "compile_seconds": 4.5,
+    "step_seconds": 0.25,
     "wall_seconds": 67.25,
   }
   return report.summary(**(values | more))
