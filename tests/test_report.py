@@ -195,7 +195,14 @@ def test_summary_has_the_agreed_keys():
     *("model", "method", "task", "trainable_params", "total_params", "eval", "train"),
     *("peak_memory_bytes", "wall_seconds", "versions", "dtype"),
   ]
-  assert set(got["train"]) == {"steps", "loss_first", "loss_last", "tokens_per_second", "compile_seconds"}
+  assert set(got["train"]) == {
+    "steps",
+    "loss_first",
+    "loss_last",
+    "tokens_per_second",
+    "compile_seconds",
+    "step_seconds",
+  }
   assert got["eval"]["after"]["accuracy"] == 0.75
   assert {"python", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "lora_jax"} == set(got["versions"])
   assert got["versions"]["numpy"] == np.__version__
