@@ -15,3 +15,11 @@ def forget_compiled():
   """A worker runs many modules: their programs would add up to gigabytes."""
   yield
   jax.clear_caches()
+
+
+def pytest_collection_modifyitems(items):
+  """The laws of one method run one after the other, as they share what is compiled."""
+  method = lambda item: getattr(item, "callspec", None) and item.callspec.params.get("name")
+  laws = [i for i, item in enumerate(items) if item.path.name == "test_methods.py" and method(item)]
+  for i, item in zip(laws, sorted((items[i] for i in laws), key=method), strict=True):
+    items[i] = item

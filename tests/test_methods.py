@@ -118,6 +118,17 @@ class Case:
 case = functools.cache(Case)
 
 
+@pytest.fixture(autouse=True)
+def forget_other_methods(request, last=[None]):  # noqa: B006, what the test before this one was about
+  """Thousands of programs in one process exceed the memory maps that Linux gives it, and XLA crashes."""
+  name = getattr(request.node, "callspec", None) and request.node.callspec.params.get("name")
+  if name != last[0]:
+    case.cache_clear()
+    compiled.cache_clear()
+    jax.clear_caches()
+    last[0] = name
+
+
 def moved(params, mask, seed=1):
   """Parameters with noise on the trained leaves, where they have any effect."""
 
