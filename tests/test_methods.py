@@ -329,3 +329,21 @@ def test_lists_are_saved_whole(others, tmp_path):
   params = moved(params, mask)
   adapter.save(m, params, mask, method, tmp_path)
   np.testing.assert_allclose(run(m, adapter.load(m, tmp_path)), run(m, params), atol=2e-5)
+
+
+@pytest.mark.parametrize(
+  "name, taken, refused",
+  [
+    ("rslora", "bias", "rslora"),
+    ("lora_fa", "rslora", "tied"),
+    ("lora_plus", "lr_ratio", "lora_bias"),
+    ("pissa", "iterations", "init"),
+    ("olora", "dropout", "bias"),
+    ("dora", "init", "tied"),
+    ("relora", "rslora", "init"),
+  ],
+)
+def test_variants_take_the_keywords_of_lora_but_those_they_set(name, taken, refused):
+  methods.check({"name": name, "rank": 2, taken: None})
+  with pytest.raises(errors.UserError, match=rf"unknown key config\.method\.{refused}"):
+    methods.check({"name": name, refused: None})

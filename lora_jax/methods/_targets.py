@@ -1,7 +1,8 @@
 """What methods share: which weights they adapt, by short names, regexes and patterns, and which leaves they train."""
 
+import inspect
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,6 +21,18 @@ def split(params: Any, targets: str | Sequence[str]) -> Any:
   patterns = [p for t in _listed(targets) for p in _expand(t)]
   found = {k for part, (k, w) in parts.items() for p in patterns if _hits(p, part, _stack(k, w), alone=True).any()}
   return fused.split(params, found) if found else params
+
+
+def signature(init: Callable, of: Callable, without: Collection[str] = ()) -> inspect.Signature:
+  """The signature of an `init` that hands its other keywords on to the `init` of another method.
+
+  Args:
+    of: the other one.
+    without: keywords of it that the first sets itself.
+  """
+  named = {k: p for k, p in inspect.signature(init).parameters.items() if p.kind is not p.VAR_KEYWORD}
+  more = {k: p for k, p in inspect.signature(of).parameters.items() if k not in named and k not in without}
+  return inspect.Signature([*named.values(), *more.values()])
 
 
 def matrices(params: Any, experts: bool = False) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import numpy as np
 from flax import struct
 
 from lora_jax import architecture, errors, families, transformer, tree, weights
-from lora_jax.methods import _peft, lora
+from lora_jax.methods import _peft, _targets, lora
 
 
 @struct.dataclass
@@ -108,21 +108,7 @@ def norm(w: weights.Weight, stack: int, in_axes: int) -> jax.Array:
   return jax.lax.map(layer, w) if stack else layer(w)
 
 
-def init(
-  key: jax.Array,
-  params: Any,
-  *,
-  rank: int = 8,
-  alpha: float = 16.0,
-  dropout: float = 0.0,
-  targets: str | Sequence[str] = "q,v",
-  rank_pattern: Mapping[str, int] | None = None,
-  alpha_pattern: Mapping[str, float] | None = None,
-  layers_to_transform: int | Sequence[int] | None = None,
-  rslora: bool = False,
-  init: str = "peft",
-  bias: str = "none",
-) -> tuple[Any, Any]:
+def init(key: jax.Array, params: Any, **kw: Any) -> tuple[Any, Any]:
   """LoRA on the target matrices and a trained magnitude, which starts as ||W||: the model does not change.
 
   Args:
@@ -131,26 +117,16 @@ def init(
   Returns:
     (params, mask): True at `a`, `b` and `magnitude`, float32, and at biases as asked.
   """
-  adapted, mask = lora.init(
-    key,
-    params,
-    rank=rank,
-    alpha=alpha,
-    dropout=dropout,
-    targets=targets,
-    rank_pattern=rank_pattern,
-    alpha_pattern=alpha_pattern,
-    layers_to_transform=layers_to_transform,
-    rslora=rslora,
-    init=init,
-    bias=bias,
-  )
+  adapted, mask = lora.init(key, params, **kw)
   before = {k: w.a for k, w in tree.flatten(params, is_leaf=_is_lora).items() if _is_lora(w)}
   new = {k for k, w in tree.flatten(adapted, is_leaf=_is_lora).items() if _is_lora(w) and w.a is not before.get(k)}
   if other := sorted(k for k in new if not transformer.in_axes(k) or architecture.stack_axes(k) > 1):
     raise errors.UserError(f"DoRA does not adapt embeddings or experts, here {', '.join(other)}; name other targets")
   mask = tree.map_named(lambda k, m: DoRA(m, True, False) if k in new else m, mask, is_leaf=_is_lora)
   return tree.map_named(lambda k, w: _node(w) if k in new else w, adapted, is_leaf=_is_lora), mask
+
+
+init.__signature__ = _targets.signature(init, lora.init, without=("lora_bias", "tied"))
 
 
 def _node(w: weights.LoRA) -> DoRA:

@@ -1,48 +1,23 @@
 """LoRA+: LoRA whose B learns faster than A (Hayou et al. 2024, https://arxiv.org/abs/2402.12354, section 4)."""
 
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import optax
 
 from lora_jax import tree
-from lora_jax.methods import lora
+from lora_jax.methods import _targets, lora
 
 
 def init(
-  key: jax.Array,
-  params: Any,
-  *,
-  rank: int = 8,
-  alpha: float = 16.0,
-  dropout: float = 0.0,
-  targets: str | Sequence[str] = "q,v",
-  rank_pattern: Mapping[str, int] | None = None,
-  alpha_pattern: Mapping[str, float] | None = None,
-  layers_to_transform: int | Sequence[int] | None = None,
-  rslora: bool = False,
-  init: str = "peft",
-  bias: str = "none",
-  lr_ratio: float = 16.0,
-  embedding_lr_ratio: float = 0.005,
+  key: jax.Array, params: Any, *, lr_ratio: float = 16.0, embedding_lr_ratio: float = 0.005, **kw: Any
 ) -> tuple[Any, Any]:
   """As `lora.init`; see `optimiser` for the ratios."""
   del lr_ratio, embedding_lr_ratio
-  return lora.init(
-    key,
-    params,
-    rank=rank,
-    alpha=alpha,
-    dropout=dropout,
-    targets=targets,
-    rank_pattern=rank_pattern,
-    alpha_pattern=alpha_pattern,
-    layers_to_transform=layers_to_transform,
-    rslora=rslora,
-    init=init,
-    bias=bias,
-  )
+  return lora.init(key, params, **kw)
+
+
+init.__signature__ = _targets.signature(init, lora.init, without=("lora_bias", "tied"))
 
 
 def optimiser(

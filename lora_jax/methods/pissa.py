@@ -4,28 +4,16 @@
 equations 2 to 4. Here W stays whole, and what A B was at first is subtracted: `W + scale (A B - A0 B0)`.
 """
 
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 
 from lora_jax import errors
-from lora_jax.methods import lora
+from lora_jax.methods import _targets, lora
 
 
 def init(
-  key: jax.Array,
-  params: Any,
-  *,
-  rank: int = 8,
-  alpha: float = 8.0,
-  dropout: float = 0.0,
-  targets: str | Sequence[str] = "q,v",
-  rank_pattern: Mapping[str, int] | None = None,
-  alpha_pattern: Mapping[str, float] | None = None,
-  layers_to_transform: int | Sequence[int] | None = None,
-  rslora: bool = False,
-  iterations: int | None = None,
+  key: jax.Array, params: Any, *, alpha: float = 8.0, iterations: int | None = None, **kw: Any
 ) -> tuple[Any, Any]:
   """As `lora.init` with init="pissa".
 
@@ -35,19 +23,11 @@ def init(
   """
   if iterations is not None and (not isinstance(iterations, int) or iterations < 0):
     raise errors.UserError(f"config.method.iterations={iterations!r} must be a whole number, at least 0, or None")
-  return lora.init(
-    key,
-    params,
-    rank=rank,
-    alpha=alpha,
-    dropout=dropout,
-    targets=targets,
-    rank_pattern=rank_pattern,
-    alpha_pattern=alpha_pattern,
-    layers_to_transform=layers_to_transform,
-    rslora=rslora,
-    init="pissa" if iterations is None else f"pissa_niter_{iterations}",
-  )
+  how = "pissa" if iterations is None else f"pissa_niter_{iterations}"
+  return lora.init(key, params, alpha=alpha, init=how, **kw)
+
+
+init.__signature__ = _targets.signature(init, lora.init, without=("init", "bias", "lora_bias", "tied"))
 
 
 PEFT_TYPE, to_peft, from_peft = lora.PEFT_TYPE, lora.to_peft, lora.from_peft

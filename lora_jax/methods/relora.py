@@ -6,7 +6,7 @@ the optimiser's moments of A and B are pruned, and the learning rate should star
 """
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import jax
@@ -25,16 +25,12 @@ def init(
   params: Any,
   *,
   cycle: int = 1000,
-  rank: int = 8,
   alpha: float = 2.0,
-  dropout: float = 0.0,
   targets: str | Sequence[str] = "all-linear",
-  rank_pattern: Mapping[str, int] | None = None,
-  alpha_pattern: Mapping[str, float] | None = None,
-  rslora: bool = False,
   also: str | Sequence[str] = (),
   prune: str = "random",
   keep: float | None = None,
+  **kw: Any,
 ) -> tuple[Any, Any]:
   """Wraps the target matrices in `weights.LoRA`, as lora.py does.
 
@@ -55,23 +51,18 @@ def init(
   also = [also] if isinstance(also, str) else list(also)
   tree.check_patterns(also, tree.names(params), "config.method.also")
   trained = tree.first_match([(p, True) for p in also], False)
-  params, mask = lora.init(
-    key,
-    params,
-    rank=rank,
-    alpha=alpha,
-    dropout=dropout,
-    targets=targets,
-    rank_pattern=rank_pattern,
-    alpha_pattern=alpha_pattern,
-    rslora=rslora,
-  )
+  params, mask = lora.init(key, params, alpha=alpha, targets=targets, **kw)
   for k, w in _nodes(params).items():
     if weights.is_node(w.base) or k == "embed/kernel":
       what = f"a {type(w.base).__name__}" if weights.is_node(w.base) else "a table, which `also` can train"
       raise errors.UserError(f"ReLoRA merges into matrices that are arrays; {k} is {what}")
   mask = tree.map_named(lambda k, m, h: not h and (m or trained(k)), mask, held(params))
   return jax.tree.map(lambda x, m: x.astype(jnp.float32) if m else x, params, mask), mask
+
+
+init.__signature__ = _targets.signature(
+  init, lora.init, without=("layers_to_transform", "init", "bias", "lora_bias", "tied")
+)
 
 
 def period(*, cycle: int = 1000, **_) -> int:
