@@ -19,6 +19,7 @@ from tests.test_families import SMALL, TOKENS, hidden, jitted, pair
 pytestmark = [
   pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning"),
   pytest.mark.filterwarnings("ignore:The `cache_position` argument:FutureWarning"),
+  pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning"),  # what PEFT calls it by
 ]
 KEY = jax.random.key(0)
 T, P = TOKENS.shape[1], 7

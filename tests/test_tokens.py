@@ -107,7 +107,7 @@ FAMILIES = {
   "t5": ("T5ForConditionalGeneration", test_families.T5),
 }
 slow = lambda name: pytest.param(name, marks=pytest.mark.slow)  # two libraries compile and load each
-every = pytest.mark.parametrize("name", ["llama-tied", *map(slow, FAMILIES.keys() - {"llama-tied"})])
+every = pytest.mark.parametrize("name", ["llama-tied", *map(slow, sorted(FAMILIES.keys() - {"llama-tied"}))])
 beside = pytest.mark.parametrize("lora", [False, True])
 
 
