@@ -90,7 +90,7 @@ METHODS = {
   "dora": {"targets": "q,o,down"},
   "loha": {"targets": "q,up", "rank": 2, "alpha": 64.0},
   "lokr": {"targets": "v,down", "rank": 2, "alpha": 64.0},
-  "adalora": {"targets": "q,k", "alpha": 256.0},
+  "adalora": {"targets": "q,k", "alpha": 1024.0},
   "vera": {"targets": "q,down", "d_init": 1.0, "rank": 5},
   "ia3": {"noise": 0.3},
   "pissa": {"targets": "q,up"},
