@@ -80,7 +80,7 @@ slow = lambda *args: pytest.param(*args, marks=pytest.mark.slow)  # two librarie
 
 @pytest.mark.parametrize("name", ["experts", *map(slow, [*list(SETTINGS)[1:], "mixtral-bare", "qwen3_moe"])])
 def test_peft_loads_what_we_save(tmp_path, name):
-  import peft
+  peft = pytest.importorskip("peft")
 
   family = name if name in FAMILIES else "mixtral"
   ref, model = load(tmp_path / "base", family)
@@ -121,8 +121,8 @@ def test_peft_loads_what_we_save(tmp_path, name):
   ],
 )
 def test_we_load_what_peft_saves(tmp_path, family, kw):
-  import peft
-  import torch
+  peft = pytest.importorskip("peft")
+  torch = pytest.importorskip("torch")
 
   ref, model = load(tmp_path / "base", family)
   theirs = peft.get_peft_model(ref, peft.LoraConfig(**kw)).eval()
@@ -141,7 +141,7 @@ def test_we_load_what_peft_saves(tmp_path, family, kw):
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
 def test_adapters_of_single_experts(tmp_path, family):
   """The names that transformers 4 had: a module for each matrix. PEFT converts them as it loads."""
-  import peft
+  peft = pytest.importorskip("peft")
   import safetensors.numpy
 
   ref, model = load(tmp_path / "base", family)

@@ -70,7 +70,9 @@ def test_gradients_are_those_of_the_rows_of_the_whole_table(base, dtype):
   got = jax.grad(lambda rows: loss(node.replace(rows=rows)))(node.rows)
   whole = jax.grad(loss)(cast["embed"]["kernel"].astype(dtype))
   assert got.dtype == jnp.float32 and got.shape == (3, 16)
-  np.testing.assert_allclose(got, np.asarray(whole, np.float32)[sorted(IDS)], rtol=1e-5 if dtype == "float32" else 0.05)
+  # Both uses' gradients partly cancel, so the smallest are bounded by the rounding of what they are sums of.
+  close = {"rtol": 1e-6, "atol": 1e-7} if dtype == "float32" else {"rtol": 0.05}
+  np.testing.assert_allclose(got, np.asarray(whole, np.float32)[sorted(IDS)], **close)
 
 
 def test_defaults_and_mistakes(base):
@@ -129,7 +131,7 @@ def load(directory, name):
 
 
 def first_output(name, model):
-  import torch
+  torch = pytest.importorskip("torch")
 
   with torch.no_grad():
     x = dict(input_ids=torch.tensor(TOKENS))
@@ -142,7 +144,7 @@ def first_output(name, model):
 @beside
 @every
 def test_peft_loads_what_we_save(tmp_path, name, lora):
-  import peft
+  peft = pytest.importorskip("peft")
 
   ref, model = load(tmp_path / "base", name)
   method = [{"name": "tokens", "ids": IDS}, {"name": "lora", "targets": "all-linear"}][: 1 + lora]
@@ -162,8 +164,8 @@ def test_peft_loads_what_we_save(tmp_path, name, lora):
 @beside
 @every
 def test_we_load_what_peft_saves(tmp_path, name, lora):
-  import peft
-  import torch
+  peft = pytest.importorskip("peft")
+  torch = pytest.importorskip("torch")
 
   ref, model = load(tmp_path / "base", name)
   config = peft.TrainableTokensConfig(token_indices=IDS)
