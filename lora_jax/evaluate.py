@@ -1,4 +1,7 @@
-"""Scores of a model on a task: a head's outputs, or label log-likelihoods and greedy generation from one pass."""
+"""Scores of models on a task: a head's outputs, or label log-likelihoods and greedy generation from one pass.
+
+What is scored are `Members`: one model, or a population's, which share a base and see the same batches.
+"""
 
 import dataclasses
 import functools
@@ -9,9 +12,56 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax import classify, data, decode, errors, generate, objectives, prompts, seq2seq, tasks, train, transformer
+from lora_jax import (
+  classify,
+  data,
+  decode,
+  errors,
+  generate,
+  objectives,
+  prompts,
+  seq2seq,
+  tasks,
+  train,
+  transformer,
+  tree,
+)
 
 Place = Callable[[dict], dict]
+
+
+@dataclasses.dataclass(frozen=True)
+class Members:
+  """Models of one config that are scored together.
+
+  Fields:
+    shared: the parameters that all have; of one model all of them.
+    own: those that each has for itself [P, ...], None in the places of others; None for one model.
+    soft: the soft tokens that they ask for, `prompts.of` any of them.
+    n: P.
+  """
+
+  shared: Any
+  own: Any = None
+  soft: prompts.Soft | None = None
+  n: int = 1
+
+  def __call__(self, fn: Callable, config: transformer.Config, *arrays: Any, static: tuple = ()) -> Any:
+    """`fn(config, params, *arrays, *static)` of each member: arrays with a leading P. `static` is hashable."""
+    if self.own is None:
+      return jax.tree.map(lambda x: x[None], fn(config, self.shared, *arrays, *static))
+    return _map(fn, config, static, self.own, self.shared, arrays)
+
+
+def one(params: Any) -> Members:
+  """One model as `Members`."""
+  return Members(params, soft=prompts.of(params))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _map(fn, config, static, own, shared, arrays):
+  each = lambda own, shared: fn(config, tree.join(own, shared), *arrays, *static)
+  return jax.vmap(each, in_axes=(0, None), spmd_axis_name="population")(own, shared)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 6, 7, 8))
@@ -51,9 +101,14 @@ def score(
   return total, decode.greedy(config, params, cache, logits, lengths, new, eos)
 
 
-def run(
+def run(config: transformer.Config, params: Any, *args: Any, **kw: Any) -> dict[str, float]:
+  """What `run_members` gives, for one model."""
+  return run_members(config, one(params), *args, **kw)[0]
+
+
+def run_members(
   config: transformer.Config,
-  params: Any,
+  members: Members,
   tokenizer: Any,
   task: Any,
   examples: Sequence[dict],
@@ -64,8 +119,8 @@ def run(
   start: int | None = None,
   place: Place = lambda batch: batch,
   progress: Callable[[int, int], None] = lambda done, total: None,
-) -> dict[str, float]:
-  """Metrics of a task over `examples`.
+) -> list[dict[str, float]]:
+  """Metrics of a task over `examples`, of each member.
 
   Those of `task.metrics`, such as `accuracy`, take as the prediction the label of the highest log-likelihood, summed
   over its tokens, or in a regression the number in the generated text (nan where there is none). Others are means of
@@ -80,41 +135,45 @@ def run(
   config = dataclasses.replace(config, scan=True)  # each prompt length compiles anew: fast compiling is worth more
   labels, label_lengths = data.label_ids(task, tokenizer)
   new = max_new_tokens or (int(label_lengths.max()) + 2 if len(labels) else 64)
-  end, scores, predictions = generate.end_id(tokenizer), {}, {}
+  end = generate.end_id(tokenizer)
+  scores, predictions = [{} for _ in range(members.n)], [{} for _ in range(members.n)]
   batches, how = (seq2seq if config.encoder_layers else data).eval_batches, dict(batch_size=batch_size, seq_len=seq_len)
-  for batch in batches(task, examples, tokenizer, **how, soft=prompts.of(params)):
+  for batch in batches(task, examples, tokenizer, **how, soft=members.soft):
     inputs = place({k: batch[k] for k in ("tokens", "lengths")})
-    outputs = score(config, params, inputs["tokens"], inputs["lengths"], labels, label_lengths, new, end, start)
-    for ll, out, index in zip(*map(np.asarray, outputs), batch["index"], strict=True):
-      if index < 0:
-        continue
-      text = tokenizer.decode(generate.until_eos(out, end))
-      predictions[int(index)] = int(ll.argmax()) if task.labels else tasks.number(text)
-      for k, v in task.score(examples[index], text).items():
-        scores.setdefault(k, []).append(v)
-    progress(len(predictions), len(examples))
-  values = {k: sum(v) / len(v) for k, v in scores.items()} | _metrics(task, examples, predictions)
-  return dict(sorted(values.items()))
+    arrays = inputs["tokens"], inputs["lengths"], labels, label_lengths
+    lls, outs = map(np.asarray, members(score, config, *arrays, static=(new, end, start)))
+    for p in range(members.n):
+      for ll, out, index in zip(lls[p], outs[p], batch["index"], strict=True):
+        if index < 0:
+          continue
+        text = tokenizer.decode(generate.until_eos(out, end))
+        predictions[p][int(index)] = int(ll.argmax()) if task.labels else tasks.number(text)
+        for k, v in task.score(examples[index], text).items():
+          scores[p].setdefault(k, []).append(v)
+    progress(len(predictions[0]), len(examples))
+  means = [{k: sum(v) / len(v) for k, v in s.items()} for s in scores]
+  values = [m | _metrics(task, examples, p) for m, p in zip(means, predictions, strict=True)]
+  return [dict(sorted(v.items())) for v in values]
 
 
 def text_loss(
   config: transformer.Config,
-  params: Any,
+  members: Members,
   tokenizer: Any,
   texts: Sequence[str],
   *,
   batch_size: int = 32,
   seq_len: int = 256,
   place: Place = lambda batch: batch,
-) -> float:
-  """Mean cross-entropy a token of a language model on texts, each cut to `seq_len` tokens, in nats.
+) -> list[float]:
+  """Mean cross-entropy a token of language models on texts, each cut to `seq_len` tokens, in nats.
 
   Soft tokens stand before the text, after the token that begins it where they do not precede that one.
   """
   if config.encoder_layers or not config.causal:
     raise errors.UserError("config.eval.general: only decoders predict the next token of a text")
   config = dataclasses.replace(config, scan=True)
-  soft, rows = prompts.of(params), []
+  soft, rows = members.soft, []
   for ids in tokenizer.encode_batch(texts, add_special_tokens=True):
     if len(ids) > 1:
       ids, begins = np.array(ids[: prompts.room(soft, seq_len) + 1], np.int32), ids[0] == tokenizer.bos_id
@@ -123,8 +182,8 @@ def text_loss(
   total = 0.0
   for batch in data.longest_first(rows, data.padding_id(tokenizer), batch_size, seq_len):
     del batch["lengths"], batch["index"]
-    total += np.array(_text_loss(config, params, place(batch)), float)
-  return float(total[0] / total[1])
+    total += np.array(members(_text_loss, config, place(batch)), float)
+  return [float(loss / weight) for loss, weight in total]
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -133,33 +192,38 @@ def _text_loss(config, params, batch):
   return jnp.stack([loss, weight])
 
 
-def run_classifier(
-  predict: Callable[[dict], Any],
+def run_classifiers(
+  config: transformer.Config,
+  members: Members,
   tokenizer: Any,
   task: tasks.Task,
   examples: Sequence[dict],
   *,
   batch_size: int = 32,
   seq_len: int = 256,
-  soft: prompts.Soft | None = None,
   place: Place = lambda batch: batch,
   progress: Callable[[int, int], None] = lambda done, total: None,
-) -> dict[str, float]:
-  """`task.metrics` of a model with a head over `examples`.
+) -> list[dict[str, float]]:
+  """`task.metrics` of models with a head over `examples`, of each member.
 
   Args:
-    predict: gives float32 [B, task.n_outputs] for a batch (see classify.py): scores of the labels, or the number.
-    soft: the soft tokens of the model, `prompts.of(params)`.
-    place, progress: as in `run`.
+    place, progress: as in `run_members`.
   """
-  predictions, how = {}, dict(batch_size=batch_size, seq_len=seq_len, soft=soft)
+  predictions, how = [{} for _ in range(members.n)], dict(batch_size=batch_size, seq_len=seq_len, soft=members.soft)
   for batch in classify.eval_batches(task, examples, tokenizer, **how):
     index = batch.pop("index")
-    outputs = np.asarray(predict(place(batch)))
-    values = outputs.argmax(-1) if task.labels else outputs[:, 0]
-    predictions |= {int(i): v.item() for i, v in zip(index, values, strict=True) if i >= 0}
-    progress(len(predictions), len(examples))
-  return _metrics(task, examples, predictions)
+    outputs = np.asarray(members(predict, config, place(batch)))
+    values = outputs.argmax(-1) if task.labels else outputs[..., 0]
+    for found, vs in zip(predictions, values, strict=True):
+      found |= {int(i): v.item() for i, v in zip(index, vs, strict=True) if i >= 0}
+    progress(len(predictions[0]), len(examples))
+  return [_metrics(task, examples, p) for p in predictions]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def predict(config: transformer.Config, params: Any, batch: dict) -> jax.Array:
+  """float32 [B, task.n_outputs] of a model with a head for a batch of classify.py: scores of labels, or a number."""
+  return train.Forward(config).classify(params, batch)
 
 
 def _metrics(task: tasks.Task, examples: Sequence[dict], predictions: Mapping[int, int | float]) -> dict[str, float]:

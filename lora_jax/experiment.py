@@ -6,6 +6,7 @@ adapter/ (PEFT) or model/ (Hugging Face). The same call again goes on from the l
 
 import dataclasses
 import functools
+import inspect
 import os
 import pathlib
 import time
@@ -16,6 +17,7 @@ import jax
 import numpy as np
 
 from lora_jax import (
+  architecture,
   checkpoint,
   classify,
   config as config_lib,
@@ -67,6 +69,26 @@ def build(config: Mapping, model: models.Model | None = None) -> Experiment:
   Args:
     model: what `load` gave for this config, to share one base between runs; it is left as it is.
   """
+  task, mesh, run = check(config), sharding.make_mesh(**config["mesh"]), config_lib.train_settings(**config["train"])
+  model, state, frozen, mask, optimiser, rate = _adapted(config, task, mesh, model)
+  step = train.make_step(
+    *computes(config, model.config),
+    optimiser,
+    rate,
+    seed=run["seed"],
+    accumulate=run["accumulate"],
+    penalty=methods.penalty(config["method"]),
+  )
+  examples = batches(config, model, task, prompts.of(state.params(frozen)))
+  model = dataclasses.replace(model, params=None)  # the state and the frozen tree own the arrays now
+  placement = jax.tree.map(lambda x: x.sharding, state)
+  compiled = functools.partial(jax.jit, donate_argnums=1, out_shardings=placement)
+  between = [(period, compiled(fn)) for period, fn in methods.between(config["method"])]
+  return Experiment(config, mesh, model, task, state, frozen, train.Stepper(step, state), examples, mask, between)
+
+
+def check(config: Mapping) -> tasks.Task:
+  """The task of a config, with its data; UserError for whatever can be wrong before the model is loaded."""
   config_lib.check(config)
   run = config_lib.train_settings(**config["train"])
   scored = ("test", "validation") if config_lib.eval_settings(**config["eval"])["every"] else ("test",)
@@ -80,33 +102,28 @@ def build(config: Mapping, model: models.Model | None = None) -> Experiment:
   classifies = config["objective"]["name"] == "classification"
   if classifies and not task.n_outputs:
     raise errors.UserError(f"task {task.name!r} has no labels or numbers for config.objective.name='classification'")
-  examples = task.load("train")
-  for split in scored:
+  for split in ("train", *scored):
     task.load(split)  # what is wrong with them is said now, not after training
-  model, state, frozen, mask, optimiser, rate = _adapted(config, task, mesh, model)
-  objective = {k: v for k, v in config["objective"].items() if k not in ("name", "prompt_loss_weight")}
-
-  step = train.make_step(
-    train.Forward(model.config, config["data"].get("pack", False)),
-    functools.partial(objectives.OBJECTIVES[config["objective"]["name"]], **objective),
-    optimiser,
-    rate,
-    seed=run["seed"],
-    accumulate=run["accumulate"],
-    penalty=methods.penalty(config["method"]),
-  )
-  batches = _batches(config, model, task, examples, prompts.of(state.params(frozen)))
-  model = dataclasses.replace(model, params=None)  # the state and the frozen tree own the arrays now
-  placement = jax.tree.map(lambda x: x.sharding, state)
-  compiled = functools.partial(jax.jit, donate_argnums=1, out_shardings=placement)
-  between = [(period, compiled(fn)) for period, fn in methods.between(config["method"])]
-  return Experiment(config, mesh, model, task, state, frozen, train.Stepper(step, state), batches, mask, between)
+  return task
 
 
-def _batches(
-  config: Mapping, model: models.Model, task: tasks.Task, examples: Any, soft: prompts.Soft | None = None
+def computes(config: Mapping, arch: architecture.Config, members: int = 1) -> tuple[Callable, Callable]:
+  """(forward, objective) of a config, for `train.make_step`.
+
+  Args:
+    members: how many are trained together; the logits of a chunk are those of all.
+  """
+  own = {k: v for k, v in config["objective"].items() if k not in ("name", "prompt_loss_weight")}
+  objective = objectives.OBJECTIVES[config["objective"]["name"]]
+  if members > 1 and "chunk" in inspect.signature(objective).parameters:
+    own["chunk"] = own.get("chunk", inspect.signature(objective).parameters["chunk"].default) // members
+  return train.Forward(arch, config["data"].get("pack", False)), functools.partial(objective, **own)
+
+
+def batches(
+  config: Mapping, model: models.Model, task: tasks.Task, soft: prompts.Soft | None = None, examples: Any = None
 ) -> data.TrainIterator:
-  """Training batches as the model takes them."""
+  """Training batches as the model takes them; of the task's examples, or of `examples`."""
   if model.config.head == "classification":
     kind, own = classify, {}
   elif model.config.encoder_layers:
@@ -114,16 +131,20 @@ def _batches(
   else:
     kind, own = data, {"prompt_loss_weight": config_lib.prompt_loss_weight(config, task)}
   config_lib.check_data(config, kind)
+  settings = {"seed": config_lib.train_settings(**config["train"])["seed"]} | dict(config["data"])
+  most = settings.pop("train_examples", 0)
+  examples = task.load("train") if examples is None else examples
+  if most:
+    examples = _sample(examples, most, settings["seed"])
   return kind.train_iterator(
     task,
     examples,
     model.tokenizer,
     **own,
-    seed=config_lib.train_settings(**config["train"])["seed"],
     process_index=jax.process_index(),
     process_count=jax.process_count(),
     soft=soft,
-    **config["data"],
+    **settings,
   )
 
 
@@ -142,10 +163,9 @@ def load(config: Mapping, task: tasks.Task, mesh: jax.sharding.Mesh) -> models.M
   return model
 
 
-def _adapted(config: Mapping, task: tasks.Task, mesh: jax.sharding.Mesh, given: models.Model | None = None) -> tuple:
-  """(model, state before the first step, frozen tree, mask, optimiser, its learning rate) of a config."""
-  place, run = sharding.placer(mesh), config_lib.train_settings(**config["train"])
-  model = given or load(config, task, mesh)
+def adapt(config: Mapping, task: tasks.Task, model: models.Model) -> tuple[Any, Any, Any]:
+  """(params, mask of what is trained, mask of the frozen leaves that change between steps or None) of a config."""
+  run = config_lib.train_settings(**config["train"])
   method = methods.prepare(config["method"], model.tokenizer, task.labels or ())
   params, mask = methods.init(jax.random.key(run["seed"]), model.params, method)
   for section in ("data", "eval"):
@@ -158,11 +178,19 @@ def _adapted(config: Mapping, task: tasks.Task, mesh: jax.sharding.Mesh, given: 
       )
   if model.config.head == "classification":
     params, mask = methods.train_also(params, mask, model.head_leaves)
+  return params, mask, methods.held(method, params)
+
+
+def _adapted(config: Mapping, task: tasks.Task, mesh: jax.sharding.Mesh, given: models.Model | None = None) -> tuple:
+  """(model, state before the first step, frozen tree, mask, optimiser, its learning rate) of a config."""
+  place, run = sharding.placer(mesh), config_lib.train_settings(**config["train"])
+  model = given or load(config, task, mesh)
+  params, mask, held = adapt(config, task, model)
   trainable, frozen = tree.split(sharding.put(params, place), mask)
-  held = methods.held(method, params)
   if held is not None:
     held, frozen = tree.split(frozen, tree.split(held, mask)[1])
-  optimiser, rate = optim.make(steps=run["steps"], **config["optim"], **methods.wrappers(method, run["steps"]))
+  how = methods.wrappers(config["method"], run["steps"])
+  optimiser, rate = optim.make(steps=run["steps"], **config["optim"], **how)
   state = sharding.put(train.init_state(trainable, optimiser, held), place)
   state = train.unshared(state, (frozen, model.params if given else None))
   return model, state, frozen, mask, optimiser, rate
@@ -241,47 +269,49 @@ def score(
   if any(row["step"] == step and any(k.startswith(f"{prefix}/") for k in row) for row in out.history()):
     return
   start = time.perf_counter()
-  values = scores(exp.config, exp.model, exp.task, exp.params, exp.mesh, prefix, split) if known is None else known
-  out.log(step, values | {"seconds": time.perf_counter() - start}, prefix)
-  metrics.say(f"{prefix}: " + "  ".join(f"{k} {v:.4f}" for k, v in values.items()))
+  if known is None:
+    (known,) = scores(exp.config, exp.model, exp.task, evaluate.one(exp.params), exp.mesh, prefix, split)
+  out.log(step, known | {"seconds": time.perf_counter() - start}, prefix)
+  metrics.say(f"{prefix}: " + "  ".join(f"{k} {v:.4f}" for k, v in known.items()))
 
 
 def scores(
-  config: Mapping, model: models.Model, task: tasks.Task, params: Any, mesh: jax.sharding.Mesh, prefix: str, split: str
-) -> dict[str, float]:
-  """Metrics of `params` on a split of the task, and on general text if the config names one."""
+  config: Mapping,
+  model: models.Model,
+  task: tasks.Task,
+  members: evaluate.Members,
+  mesh: jax.sharding.Mesh,
+  prefix: str,
+  split: str,
+) -> list[dict[str, float]]:
+  """Metrics of each member on a split of the task, and on general text if the config names one."""
   settings = config_lib.eval_settings(**config["eval"])
   examples = _sample(task.load(split), settings["examples"])
   bar = metrics.Progress(len(examples), f"evaluating {prefix}")
   how = {
-    "batch_size": settings["batch_size"],
+    "batch_size": max(settings["batch_size"] // members.n, 1),
     "seq_len": settings["seq_len"],
     "place": functools.partial(sharding.replicate, mesh=mesh),
   }
-  if model.config.head == "classification":
-    run = functools.partial(evaluate.run_classifier, functools.partial(_predict, model.config, params))
-    text = {"soft": prompts.of(params)}
-  else:
-    run = functools.partial(evaluate.run, model.config, params)
+  run, text = evaluate.run_classifiers, {}
+  if model.config.head != "classification":
+    run = evaluate.run_members
     text = {"max_new_tokens": settings["max_new_tokens"], "start": generate.start_id(model)}
-  values = run(model.tokenizer, task, examples, progress=lambda done, _: bar.update(done), **how, **text)
+  progress = lambda done, _: bar.update(done)
+  values = run(model.config, members, model.tokenizer, task, examples, progress=progress, **how, **text)
   bar.close()
   if settings["general"]:
     general = tasks.get(settings["general"])
     texts = [" ".join(general.texts(e)) for e in _sample(general.load("test"), settings["general_examples"])]
-    values["general_loss"] = evaluate.text_loss(model.config, params, model.tokenizer, texts, **how)
+    losses = evaluate.text_loss(model.config, members, model.tokenizer, texts, **how)
+    values = [v | {"general_loss": x} for v, x in zip(values, losses, strict=True)]
   return values
 
 
-def _sample(examples: Any, n: int) -> list[dict]:
+def _sample(examples: Any, n: int, seed: int = 0) -> list[dict]:
   """The same `n` examples at every call, in order."""
-  indices = np.random.default_rng(0).permutation(len(examples))[:n]
+  indices = np.random.default_rng(seed).permutation(len(examples))[:n]
   return [examples[int(i)] for i in np.sort(indices)]
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _predict(config, params, batch):
-  return train.Forward(config).classify(params, batch)
 
 
 def fit(exp: Experiment, out: metrics.Metrics, saved: checkpoint.Checkpoints) -> None:

@@ -135,10 +135,10 @@ def expert_dot(x: jax.Array, w: Weight, owner: jax.Array, keys: tuple = ()) -> j
     return grouped_dot(x, w, owner)
   y, dropped = expert_dot(x, w.base, owner, keys), x
   if w.key is not None:
-    key = w.key
+    key, *rate = w.key if isinstance(w.key, tuple) else (w.key,)
     for axis in keys:
       key = jax.random.fold_in(key, jax.lax.axis_index(axis))
-    dropped = weights.dropout(x, w.dropout, key)
+    dropped = weights.dropout(x, w.dropout, (key, *rate) if rate else key)
   pair = lambda x, a, b: grouped_dot(grouped_dot(x, a, owner), b * w.scale, owner)
   if w.start is None:
     return y + pair(dropped, w.a, w.b)

@@ -1,18 +1,22 @@
 """Optimisers and schedules: names in configs to optax transformations of the trainable tree."""
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import optax
 
 from lora_jax import errors, tree
 
+Scalar = float | jax.Array
+
 # Gradient transformations to a direction, before weight decay and learning rate.
 OPTIMISERS = {
   "adamw": lambda b1, b2, eps: optax.scale_by_adam(b1, b2, eps),
   "lion": lambda b1, b2, eps: optax.scale_by_lion(b1, b2),
-  "sgd": lambda b1, b2, eps: optax.trace(b1) if b1 else optax.identity(),
+  "sgd": lambda b1, b2, eps: optax.trace(b1) if not isinstance(b1, int | float) or b1 else optax.identity(),
   # As in prompt tuning and T-Few: no relative step sizes, no scaling by the parameters.
   "adafactor": lambda b1, b2, eps: optax.chain(
     optax.adafactor(None, multiply_by_parameter_scale=False, clipping_threshold=1.0), optax.scale(-1.0)
@@ -68,37 +72,53 @@ def make_schedule(
 def make(
   *,
   steps: int,
-  name: str = "adamw",
-  learning_rate: float = 2e-4,
   schedule: str = "linear",
+  learning_rate: float = 2e-4,
   warmup: float = 0.06,
   final: float = 0.0,
   cycle: int = 0,
   restart_warmup: int = 100,
-  weight_decay: float = 0.0,
-  no_decay: Sequence[str] = ("scale$", "bias$"),
-  clip_norm: float = 1.0,
-  b1: float = 0.9,
-  b2: float = 0.999,
-  eps: float = 1e-8,
-  direction: Sequence[Callable] = (),
-  wrap: Sequence[Callable] = (),
+  **kw: Any,
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
   """An optimiser for a trainable tree, and its learning-rate schedule.
 
   Args:
-    steps: of the whole run.
-    cycle, restart_warmup: of the schedule "cosine_restarts".
-    no_decay: regexes; leaves whose name one is found in are not decayed.
-    clip_norm: bound on the global norm over the trainable tree; 0 is none.
-    direction, wrap: what the method makes of the transformation before weight decay and learning rate, and of all but
-      the clipping; see `methods.wrappers`.
+    steps: of the whole run; with the others named here what `make_schedule` takes.
+    kw: of `transformation`.
 
   Returns:
     (gradient transformation, schedule).
   """
-  make_direction = errors.choose(name, OPTIMISERS, "config.optim.name")
   rate = make_schedule(schedule, learning_rate, steps, warmup, final, cycle, restart_warmup)
+  return transformation(rate, **kw), rate
+
+
+SCHEDULE = ("schedule", "learning_rate", "warmup", "final", "cycle", "restart_warmup")  # keywords of the schedule
+
+
+def transformation(
+  rate: optax.Schedule,
+  *,
+  name: str = "adamw",
+  weight_decay: Scalar = 0.0,
+  no_decay: Sequence[str] = ("scale$", "bias$"),
+  clip_norm: Scalar = 1.0,
+  b1: Scalar = 0.9,
+  b2: Scalar = 0.999,
+  eps: Scalar = 1e-8,
+  direction: Sequence[Callable] = (),
+  wrap: Sequence[Callable] = (),
+) -> optax.GradientTransformation:
+  """An optimiser for a trainable tree, whose numbers may be traced arrays: those of one member of a population.
+
+  Args:
+    rate: from the step to the learning rate.
+    no_decay: regexes; leaves whose name one is found in are not decayed.
+    clip_norm: bound on the global norm over the trainable tree; 0 is none, and an array that is infinite.
+    direction, wrap: what the method makes of the transformation before weight decay and learning rate, and of all but
+      the clipping; see `methods.wrappers`.
+  """
+  make_direction = errors.choose(name, OPTIMISERS, "config.optim.name")
   spared = tree.first_match([(p, True) for p in no_decay], False)
 
   def decayed(params: Any) -> Any:
@@ -112,4 +132,9 @@ def make(
   optimiser = optax.chain(*(chain[::-1] if name == "sgd" else chain), optax.scale_by_learning_rate(rate))
   for fn in wrap:
     optimiser = fn(optimiser)
-  return (optax.chain(optax.clip_by_global_norm(clip_norm), optimiser) if clip_norm else optimiser), rate
+  clips = not isinstance(clip_norm, int | float) or clip_norm
+  return optax.chain(optax.clip_by_global_norm(clip_norm), optimiser) if clips else optimiser
+
+
+_keywords = {k: p for fn in (make, transformation) for k, p in inspect.signature(fn).parameters.items()}
+make.__signature__ = inspect.Signature([p for k, p in _keywords.items() if k not in ("kw", "rate")])

@@ -1,4 +1,4 @@
-"""Where arrays live: one mesh with the axes data, fsdp and tensor, and rules from names to partition specs.
+"""Where arrays live: one mesh with the axes population, data, fsdp and tensor, and rules from names to partition specs.
 
 One device is the trivial mesh; the code is the same.
 """
@@ -14,6 +14,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from lora_jax import errors, tree
 
 AXES = ("data", "fsdp", "tensor")
+MESH = ("population", *AXES)  # the first spreads members that are trained together, which have nothing to exchange
 BATCH = P(("data", "fsdp"))
 
 # Megatron's split of heads and hidden units over `tensor`, the other matrix axis over `fsdp`; the leading None is L.
@@ -43,21 +44,18 @@ RULES = (
 )
 
 
-def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> jax.sharding.Mesh:
-  """A mesh of `data * fsdp * tensor` devices; one of them may be -1: all that remain."""
-  sizes, n = [data, fsdp, tensor], jax.device_count()
-  known = math.prod(s for s in sizes if s > 0)
-  if sizes.count(-1) > 1 or any(s == 0 or s < -1 for s in sizes):
-    raise errors.UserError(
-      f"config.mesh: sizes are positive, at most one is -1; got {dict(zip(AXES, sizes, strict=True))}"
-    )
-  if -1 in sizes and known <= n and n % known:
+def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, population: int = 1) -> jax.sharding.Mesh:
+  """A mesh of `population * data * fsdp * tensor` devices; one of them may be -1: all that remain."""
+  sizes, n = dict(zip(MESH, (population, data, fsdp, tensor), strict=True)), jax.device_count()
+  known = math.prod(s for s in sizes.values() if s > 0)
+  if list(sizes.values()).count(-1) > 1 or any(s == 0 or s < -1 for s in sizes.values()):
+    raise errors.UserError(f"config.mesh: sizes are positive, at most one is -1; got {sizes}")
+  if -1 in sizes.values() and known <= n and n % known:
     raise errors.UserError(f"config.mesh: {known} does not divide the {n} devices that -1 shares out")
-  sizes = [n // known if s == -1 else s for s in sizes]
-  if math.prod(sizes) > n or 0 in sizes:
+  shape = tuple(n // known if s == -1 else s for s in sizes.values())
+  if math.prod(shape) > n or 0 in shape:
     raise errors.UserError(f"config.mesh asks for {known} devices at least, there are {n} ({jax.default_backend()})")
-  devices = jax.devices()[: math.prod(sizes)]
-  return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+  return jax.make_mesh(shape, MESH, axis_types=(AxisType.Auto,) * len(MESH), devices=jax.devices()[: math.prod(shape)])
 
 
 def placer(mesh: jax.sharding.Mesh, rules: Sequence[tuple[str, P]] = RULES) -> Callable[[str, tuple], NamedSharding]:
@@ -76,6 +74,16 @@ def placer(mesh: jax.sharding.Mesh, rules: Sequence[tuple[str, P]] = RULES) -> C
   return place
 
 
+def stacked(place: Callable[[str, tuple], NamedSharding]) -> Callable[[str, tuple], NamedSharding]:
+  """`place` for leaves [P, ...] of a population; P has to be a multiple of the mesh's population axis."""
+
+  def each(name, shape):
+    sharding = place(name, shape[1:])
+    return NamedSharding(sharding.mesh, P("population", *sharding.spec))
+
+  return each
+
+
 def _axis_size(mesh, axes) -> int:
   return math.prod(mesh.shape[a] for a in ([axes] if isinstance(axes, str) else axes))
 
@@ -90,9 +98,9 @@ def put(params: Any, place: Callable[[str, tuple], NamedSharding]) -> Any:
   return jax.tree.map(jax.device_put, params, shardings(params, place))
 
 
-def put_batch(batch: dict[str, np.ndarray], mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
-  """This process's rows of a global batch, split over data and fsdp."""
-  s = NamedSharding(mesh, BATCH)
+def put_batch(batch: dict[str, np.ndarray], mesh: jax.sharding.Mesh, stack: int = 0) -> dict[str, jax.Array]:
+  """This process's rows of a global batch, split over data and fsdp; `stack` axes may precede that of the rows."""
+  s = NamedSharding(mesh, P(*(None,) * stack, *BATCH))
   return {k: jax.make_array_from_process_local_data(s, x) for k, x in batch.items()}
 
 

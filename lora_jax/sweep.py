@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 import jax
 
-from lora_jax import compare, config as config_lib, errors, experiment, metrics, report, sharding, tasks
+from lora_jax import compare, config as config_lib, errors, evaluate, experiment, metrics, report, sharding, tasks
 from lora_jax.formats import hf
 
 
@@ -66,7 +66,7 @@ def run(config: Mapping, workdir: str | os.PathLike, command: str = "") -> dict:
     if model is None and not (directory / "summary.json").exists():
       model = experiment.load(base, task, mesh)
       with jax.set_mesh(mesh):
-        before = experiment.scores(base, model, task, model.params, mesh, "before", "test")
+        (before,) = experiment.scores(base, model, task, evaluate.one(model.params), mesh, "before", "test")
     try:
       summary = experiment.run(member, directory, model=model, before=before)
     except errors.UserError as e:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -133,22 +133,25 @@ def make_step(
   optimiser: optax.GradientTransformation,
   schedule: optax.Schedule,
   *,
-  seed: int = 0,
+  seed: int | jax.Array = 0,
   accumulate: int = 1,
   penalty: Callable[[Any], jax.Array] | None = None,
+  rates: Mapping[str, jax.Array] | None = None,
+  active: bool | jax.Array = True,
 ) -> Callable[[State, Any, dict], tuple[State, dict]]:
   """A function `(state, frozen, batch) -> (state, metrics)`, to be jitted.
 
   The gradient is that of the mean loss over the whole batch, summed over `accumulate` micro-batches and then divided
   by the summed weight; the method's `penalty`, a function of the parameters, is added. A step whose loss or gradient
-  is not finite changes nothing but `state.step`.
+  is not finite changes nothing but `state.step`, nor does one that is not `active`. `rates` are those of dropout, see
+  `weights.with_dropout`.
 
   Metrics (float32 scalars): loss, what the objective returns, per unit of weight, grad_norm, learning_rate, tokens
   (not padding; those of an encoder too), finite.
   """
 
   def loss(trainable, state, frozen, micro, key):
-    params = weights.with_dropout(state.replace(trainable=_wide_tables(trainable)).params(frozen), key)
+    params = weights.with_dropout(state.replace(trainable=_wide_tables(trainable)).params(frozen), key, rates)
     loss_sum, weight_sum, metrics = objective(forward, params, micro)
     total = loss_sum if penalty is None else loss_sum + weight_sum * penalty(params)
     return total, {"weight": weight_sum, **metrics, "loss": loss_sum}
@@ -177,7 +180,8 @@ def make_step(
     finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
     updates, opt_state = optimiser.update(grads, state.opt_state, state.trainable)
     new = (apply_updates(state.trainable, updates, jax.random.fold_in(key, 1)), opt_state)
-    trainable, opt_state = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, (state.trainable, state.opt_state))
+    keep = lambda a, b: jnp.where(finite & active, a, b)
+    trainable, opt_state = jax.tree.map(keep, new, (state.trainable, state.opt_state))
     metrics |= {
       "grad_norm": norm,
       "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),

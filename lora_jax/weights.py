@@ -8,7 +8,7 @@ What a method adds to a layer and no weight can hold, such as a bottleneck, is a
 kernel; `EXTRAS` names those.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -193,11 +193,19 @@ class Additive(Adapter):
     return (w.astype(jnp.float32) + self.delta()).astype(w.dtype)
 
 
-def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
-  """Elements zeroed with probability `rate`, the others divided by 1 - rate; x itself without a key."""
+def dropout(x: jax.Array, rate: float, key: Any) -> jax.Array:
+  """Elements zeroed with probability `rate`, the others divided by 1 - rate; x itself without a key.
+
+  Args:
+    x: [B, T, ...], or with fewer axes. What is dropped at a position does not depend on how far rows are padded.
+    key: a random key, or (key, rate): a traced rate in place of the static one, see `with_dropout`.
+  """
   if key is None or not rate:
     return x
-  return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0).astype(x.dtype)
+  key, rate = key if isinstance(key, tuple) else (key, rate)
+  swap = lambda x: x.swapaxes(0, 1) if x.ndim > 2 else x
+  kept = swap(jax.random.bernoulli(key, 1 - rate, jax.eval_shape(swap, x).shape))
+  return jnp.where(kept, x / (1 - rate), 0).astype(x.dtype)
 
 
 def split_spec(spec: str) -> tuple[str, str]:
@@ -334,16 +342,20 @@ def _low_rank(spec, x, a, b, dtype):
   return dot(spec_b, dot(spec_a, x, a), b, dtype)
 
 
-def with_dropout(params: Any, key: jax.Array) -> Any:
+def with_dropout(params: Any, key: jax.Array, rates: Mapping[str, jax.Array] | None = None) -> Any:
   """The tree with a random key, folded from its name, in every node that has dropout; others are left as they are.
 
   Under scan each layer receives its own key: stacked nodes get a key per layer.
+
+  Args:
+    rates: {name of a node: float32 []} in place of the rates of the nodes, which then say only that there is dropout.
   """
 
   def seed(k, w):
     if not getattr(w, "dropout", 0):
       return w
-    key_ = tree.fold(key, k)
-    return w.replace(key=jax.random.split(key_, w.scale.shape) if w.scale.ndim else key_)
+    key_, layers = tree.fold(key, k), w.scale.shape
+    key_ = jax.random.split(key_, layers) if layers else key_
+    return w.replace(key=(key_, jnp.broadcast_to(rates[k], layers)) if rates and k in rates else key_)
 
   return map_nodes(seed, params)

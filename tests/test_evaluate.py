@@ -207,6 +207,13 @@ def test_run_gives_the_metrics_of_all_examples_at_once():
   assert math.isnan(predictions[0]) and predictions[1] == 3.5 and references == [-1.5, -1.5]
 
 
+class Table(evaluate.Members):
+  """Members whose head is a function of the batch, which stands in the place of the parameters."""
+
+  def __call__(self, fn, config, batch):
+    return self.shared(batch)[None]
+
+
 @pytest.mark.parametrize("batch_size", [1, 3, 8])
 def test_run_classifier(batch_size):
   """The head's outputs are read off a table by the word of the row; row -1 is a filler's."""
@@ -220,11 +227,12 @@ def test_run_classifier(batch_size):
 
   kw = dict(batch_size=batch_size, seq_len=16, progress=lambda n, total: done.append((n, total)))
   kw["place"] = lambda batch: placed.append(1) or batch
-  assert evaluate.run_classifier(predict, tok, task(), examples(), **kw) == {"accuracy": 2 / 5}
+  run = lambda *args: evaluate.run_classifiers(None, Table(predict), tok, *args, **kw)
+  assert run(task(), examples()) == [{"accuracy": 2 / 5}]
   assert done[-1] == (5, 5) and len(done) == len(placed) == -(-5 // batch_size)
   hidden = dataclasses.replace(task(), target=lambda e: -1 if e["text"] == "cat" else e["label"])
-  assert evaluate.run_classifier(predict, tok, hidden, examples(), **kw) == {"accuracy": 2 / 3}
-  assert evaluate.run_classifier(predict, tok, hidden, examples()[:1], **kw) == {}
+  assert run(hidden, examples()) == [{"accuracy": 2 / 3}]
+  assert run(hidden, examples()[:1]) == [{}]
 
 
 def test_run_classifier_on_a_regression():
@@ -232,5 +240,5 @@ def test_run_classifier_on_a_regression():
   stsb = tasks.get("glue", subset="stsb")
   pairs = [{"sentence1": w, "sentence2": "no way", "label": y} for w, y in (("cat", 1.0), ("dog", 5.0), ("bird", 3.0))]
   predict = lambda batch: jnp.float32(batch["tokens"][:, :1] * np.float32([1, 2]))[:, :1]
-  got = evaluate.run_classifier(predict, tok, stsb, pairs, batch_size=2, seq_len=16)
+  (got,) = evaluate.run_classifiers(None, Table(predict), tok, stsb, pairs, batch_size=2, seq_len=16)
   assert got == pytest.approx({"pearson": 0.5, "spearman": 0.5})  # of (1, 2, 3) and (1, 5, 3)

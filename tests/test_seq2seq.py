@@ -387,7 +387,7 @@ def test_target_len_is_of_encoder_decoders_alone():
   decoder = dataclasses.replace(families.get("llama").config(test_experiment.HF_CONFIG))
   settings = {"data": {"batch_size": 2, "seq_len": 8, "target_len": 4}, "objective": {}, "train": {"steps": 1}}
   with pytest.raises(errors.UserError, match=r"config\.data\.target_len"):
-    experiment._batches(settings, models.Model("x", decoder, {}, unigram(), {}), TASK, [])
+    experiment.batches(settings, models.Model("x", decoder, {}, unigram(), {}), TASK, examples=[])
 
 
 def test_what_begins_a_text(model):

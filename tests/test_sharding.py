@@ -137,7 +137,7 @@ def test_rules_can_be_replaced():
 )
 def test_make_mesh(sizes, want):
   mesh = sharding.make_mesh(*sizes)
-  assert tuple(mesh.shape.items()) == tuple(zip(sharding.AXES, want, strict=True))
+  assert tuple(mesh.shape.items()) == tuple(zip(sharding.MESH, (1, *want), strict=True))
   assert sharding.batch_divisor(mesh) == want[0] * want[1]
 
 

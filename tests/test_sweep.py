@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from lora_jax import compare, errors, evaluate, experiment, models, sweep, tasks
+from lora_jax import compare, errors, evaluate, experiment, models, sharding, sweep, tasks
 from tests.test_experiment import compiled, config, files  # noqa: F401, fixtures
 
 pytestmark = pytest.mark.filterwarnings("ignore:The default value of")
@@ -46,7 +46,7 @@ def test_members_are_their_own_runs(swept, done, tmp_path):
 def test_the_base_is_left_as_it_is(swept, tmp_path):
   """Full finetuning of float32 weights donates what it trains; the model that it was given must outlive that."""
   c = sweep.members(swept)["full"]
-  mesh = jax.make_mesh((1, 1, 1), ("data", "fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 3)
+  mesh = sharding.make_mesh(1)
   model = experiment.load(c, tasks.get(**c["task"]), mesh)
   before = jax.tree.map(np.array, model.params)
   experiment.run(c, tmp_path, model=model)
@@ -112,5 +112,5 @@ def test_text_loss(files):  # noqa: F811
     total -= float(np.take_along_axis(np.array(logp), np.array(ids[1:])[:, None], 1).sum())
     n += len(ids) - 1
   for batch_size in (1, 2):
-    got = evaluate.text_loss(model.config, model.params, model.tokenizer, texts, batch_size=batch_size)
+    (got,) = evaluate.text_loss(model.config, evaluate.one(model.params), model.tokenizer, texts, batch_size=batch_size)
     assert math.isclose(got, total / n, rel_tol=1e-5)
