@@ -186,10 +186,8 @@ def stack(members: Sequence[tuple[Any, Any]], held: Sequence[Any] | None = None)
   stacked = lambda xs: jax.tree.map(lambda *leaves: jnp.stack(leaves), *xs)
   kept = None
   if held is not None:
-    kept, frozen = zip(
-      *(tree.split(f, tree.split(h, m)[1]) for f, h, (_, m) in zip(frozen, held, aligned, strict=True))
-    )
-    kept = stacked(kept)
+    pairs = [tree.split(f, tree.split(h, m)[1]) for f, h, (_, m) in zip(frozen, held, aligned, strict=True)]
+    kept, frozen = stacked([p[0] for p in pairs]), [p[1] for p in pairs]
   same = jax.tree.map(lambda *leaves: all(x is leaves[0] for x in leaves), *frozen)
   shared = tree.split(frozen[0], same)[0]
   own = stacked([tree.split(f, same)[1] for f in frozen])
@@ -288,7 +286,7 @@ def make_step(
   return step
 
 
-def between(period: int, change: Callable, config: Mapping) -> Callable[[Hyper, State], State]:
+def between(change: Callable) -> Callable[[Hyper, State], State]:
   """A method's change between steps for the members that go on after it; see `methods.between`."""
 
   def member(hyper, state, alive):

@@ -1,0 +1,203 @@
+"""Laws of populations: every member is the run that it would be alone."""
+
+import copy
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lora_jax import errors, methods, objectives, optim, population, train, transformer, tree, weights
+from tests.test_train import CONFIG, batch, forward
+
+KEY = jax.random.key(3)
+STEPS = 5
+BASE = {
+  "method": {"name": "lora", "rank": 2, "alpha": 8.0, "targets": "q,v"},
+  # With eps as large as some gradients: the sign of one that is but rounding would decide an update otherwise.
+  "optim": {"name": "adamw", "learning_rate": 2e-2, "schedule": "linear", "warmup": 0.0, "eps": 1e-3},
+  "train": {"steps": STEPS, "seed": 0},
+}
+
+
+def configs(*changes):
+  """A config for each {section: {key: value}}; a method with a name replaces that of BASE."""
+  out = []
+  for change in changes:
+    c = copy.deepcopy(BASE)
+    for section, values in change.items():
+      c[section] = values if "name" in values else c[section] | values
+    out.append(c)
+  return out
+
+
+@pytest.fixture(scope="module")
+def base():
+  return jax.tree.map(lambda x: x + 0.02 * jnp.arange(x.size).reshape(x.shape) % 0.1, transformer.init(CONFIG, KEY))
+
+
+def member(base, c):
+  return methods.init(jax.random.key(c["train"]["seed"]), base, c["method"])
+
+
+def alone(base, c, data):
+  """(losses of each step, params) of a run of its own."""
+  params, mask = member(base, c)
+  trainable, frozen = tree.split(params, mask)
+  held = methods.held(c["method"], params)
+  if held is not None:
+    held, frozen = tree.split(frozen, tree.split(held, mask)[1])
+  n = c["train"]["steps"]
+  optimiser, rate = optim.make(steps=n, **c["optim"], **methods.wrappers(c["method"], n))
+  penalty = methods.penalty(c["method"])
+  how = dict(seed=c["train"]["seed"], accumulate=c["train"].get("accumulate", 1), penalty=penalty)
+  step = jax.jit(train.make_step(forward(CONFIG), objectives.causal_lm, optimiser, rate, **how))
+  state, losses = train.init_state(trainable, optimiser, held), []
+  for i in range(n):
+    state, metrics = step(state, frozen, data[i])
+    losses.append(float(metrics["loss"]))
+    for period, change in methods.between(c["method"]):
+      if (i + 1) % period == 0 and i + 1 < n:
+        state = change(jax.random.fold_in(jax.random.key(how["seed"]), i + 1), state)
+  return losses, state.params(frozen), tree.split(params, mask)[0]
+
+
+def together(base, members, data, index=None):
+  """(losses [S, P], state, trees) of a population; `index`: which of the batches `data[i]` [K, ...] a member takes."""
+  made = [member(base, c) for c in members]
+  held = [methods.held(c["method"], p) for c, (p, _) in zip(members, made, strict=True)]
+  trees = population.stack(made, None if held[0] is None else held)
+  hyper = population.hyper(members, [0] * len(members) if index is None else index, trees.dropout)
+  state = population.init_state(members[0], trees, hyper)
+  step = population.make_step(forward(CONFIG), objectives.causal_lm, members[0], shared_batch=index is None)
+  step, losses = jax.jit(step), []
+  between = [(n, jax.jit(population.between(fn))) for n, fn in methods.between(members[0]["method"])]
+  steps = max(c["train"]["steps"] for c in members)
+  for i in range(steps):
+    state, metrics = step(state, hyper, trees.own, trees.shared, data[i])
+    losses.append(np.asarray(metrics["loss"]))
+    for period, change in between:
+      if (i + 1) % period == 0:
+        state = change(hyper, state)
+  return np.array(losses), state, trees
+
+
+def check(base, members):
+  data = [batch(seed=i) for i in range(max(c["train"]["steps"] for c in members))]
+  losses, state, trees = together(base, members, data)
+  for i, c in enumerate(members):
+    want, params, like = alone(base, c, data)
+    np.testing.assert_allclose(losses[: len(want), i], want, rtol=1e-5, atol=1e-5)
+    got = tree.flatten(population.unstack(state.members.trainable, i, like))
+    for k, x in tree.flatten(params).items():
+      if k in got:
+        np.testing.assert_allclose(got[k], x, rtol=1e-3, atol=1e-5, err_msg=k)
+  return state, trees
+
+
+CASES = {
+  "ranks and targets": [
+    {"method": {"rank": 1}},
+    {"method": {"rank": 4, "targets": "o"}},
+    {"method": {"targets": "all-linear"}},
+    {"method": {"targets": "q,k,v,o", "rank_pattern": {"layers/0/attn/v": 3, "o": 0}, "rank": 1}},
+  ],
+  "scales": [{"method": {"alpha": 1.0}}, {"method": {"alpha": 64.0}}, {"method": {"rslora": True, "rank": 4}}],
+  "optimisers": [
+    {"optim": {"learning_rate": 1e-3, "weight_decay": 0.1}, "train": {"seed": 4}},
+    {"optim": {"schedule": "cosine", "warmup": 2, "clip_norm": 0.0, "b1": 0.5}},
+    {"optim": {"schedule": "constant", "clip_norm": 0.01, "eps": 1e-4}, "train": {"steps": 3}},
+  ],
+  "dropout": [{"method": {"dropout": 0.5}}, {"method": {"dropout": 0.1}, "train": {"seed": 2}}, {}],
+  "dora": [
+    {"method": {"name": "dora", "rank": 2, "targets": "q"}, "optim": {"weight_decay": 0.1}},
+    {"method": {"name": "dora", "rank": 4, "targets": "v,down", "dropout": 0.2}, "optim": {"weight_decay": 0.1}},
+  ],
+  "pissa": [{"method": {"name": "pissa", "rank": 2}}, {"method": {"name": "pissa", "rank": 4, "targets": "k"}}],
+  "lora_fa": [{"method": {"name": "lora_fa", "rank": 2}}, {"method": {"name": "lora_fa", "rank": 3}}],
+  **{
+    n: [{"method": {"name": n}}, {"method": {"name": n}, "train": {"seed": 1}, "optim": {"learning_rate": 1e-3}}]
+    for n in ("ia3", "bitfit", "prefix_tuning", "full")
+  },
+  "two methods": [
+    {"method": {"name": "lora", "rank": 2}, "train": {"accumulate": 2}},
+    {"method": {"name": "lora", "rank": 1, "targets": "up"}, "train": {"accumulate": 2}},
+  ],
+  "relora": [
+    {"method": {"name": "relora", "rank": 2, "cycle": 2}, "train": {"seed": 1}},
+    {"method": {"name": "relora", "rank": 2, "cycle": 2}},
+  ],
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_members_are_runs_of_their_own(base, name):
+  check(base, configs(*CASES[name]))
+
+
+def test_padding_stays_zero_in_value_and_moments(base):
+  members = configs({"method": {"rank": 1}}, {"method": {"rank": 4, "targets": "o"}, "optim": {"weight_decay": 0.1}})
+  state, _ = check(base, members)
+  seen = 0
+  for k, x in tree.flatten(state.members).items():
+    if "/attn/" not in k or x.ndim < 4:
+      continue
+    rank = np.where(np.array(["/o/" not in k, "/o/" in k]), [1, 4], 0)
+    for i, r in enumerate(rank):
+      part = x[i][..., r:] if k.endswith("/a") else x[i][:, r:]
+      assert not np.any(part), k
+      seen += part.size
+      assert r == 0 or np.any(x[i]), k
+  assert seen
+
+
+def test_what_is_the_same_array_is_not_stacked(base):
+  members = configs({"method": {"targets": "q"}}, {"method": {"targets": "o", "rank": 3}})
+  trees = population.stack([member(base, c) for c in members])
+  shared = {id(x) for x in jax.tree.leaves(trees.shared)}
+  assert shared == {id(x) for x in jax.tree.leaves(base)}
+  own = tree.flatten(trees.own)
+  assert own and all(k.endswith(("scale", "rank")) for k in own)
+
+
+def test_each_member_may_have_batches_of_its_own(base):
+  members = configs({"train": {"seed": 1}}, {}, {"method": {"rank": 1}})
+  data = [[batch(seed=10 * i + k) for k in range(2)] for i in range(STEPS)]
+  stacked = [{k: np.stack([b[k] for b in bs]) for k in bs[0]} for bs in data]
+  losses, *_ = together(base, members, stacked, index=[1, 0, 1])
+  for i, (c, k) in enumerate(zip(members, (1, 0, 1), strict=True)):
+    np.testing.assert_allclose(losses[:, i], alone(base, c, [bs[k] for bs in data])[0], rtol=1e-5, atol=1e-5)
+
+
+def test_dropout_does_not_depend_on_padding():
+  x = jnp.ones((3, 7, 5))
+  for key in (KEY, (KEY, jnp.float32(0.5))):
+    short = weights.dropout(x, 0.5, key)
+    assert 20 < np.count_nonzero(short == 2) < 85
+    np.testing.assert_array_equal(weights.dropout(jnp.ones((3, 11, 5)), 0.5, key)[:, :7], short)
+
+
+def test_a_member_that_is_not_finite_is_frozen_and_the_others_go_on(base):
+  members = configs({}, {"optim": {"learning_rate": 1e38, "clip_norm": 0.0}}, {"method": {"rank": 1}})
+  data = [batch(seed=i) for i in range(STEPS)]
+  losses, state, _ = together(base, members, data)
+  np.testing.assert_array_equal(state.alive, [True, False, True])
+  for i in (0, 2):
+    np.testing.assert_allclose(losses[:, i], alone(base, members[i], data)[0], rtol=1e-5, atol=1e-5)
+  bad = jax.tree.map(lambda x: x[1], state.members.trainable)
+  assert all(np.isfinite(x).all() for x in jax.tree.leaves(bad))
+  assert np.isnan(losses[-1, 1]) or not np.isfinite(losses[2:, 1]).any() or np.ptp(losses[2:, 1]) > 0
+
+
+@pytest.mark.parametrize(
+  "changes",
+  [
+    [{}, {"method": {"name": "dora", "targets": "q"}}],
+    [{"method": {"name": "bitfit"}}, {"method": {"name": "ia3"}}],
+    [{}, {"method": {"lora_bias": True}}],
+    [{"method": {"name": "houlsby", "size": 4}}, {"method": {"name": "houlsby", "size": 8}}],
+  ],
+)
+def test_members_that_differ_in_structure_are_refused(base, changes):
+  with pytest.raises((errors.UserError, ValueError)):
+    population.stack([member(base, c) for c in configs(*changes)])
