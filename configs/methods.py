@@ -78,5 +78,5 @@ def get_config(names: str = ""):
   unknown = [n for n in chosen if n not in METHODS]
   if unknown:
     raise KeyError(f"unknown method {unknown[0]!r}; known: {', '.join(METHODS)}")
-  config.sweep = {n: {"method": METHODS[n][0], "optim": METHODS[n][1]} for n in chosen}
+  config.sweep = {"list": {n: {"method": METHODS[n][0], "optim": METHODS[n][1]} for n in chosen}}
   return config

@@ -1,12 +1,11 @@
 """What the members of a sweep say together: a table and plots of accuracy, forgetting, size, memory and time."""
 
-import io
 import math
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lora_jax import files, metrics, report
+from lora_jax import files, plots, report
 
 COLOURS = {"low rank": "#08519c", "bottleneck": "#238b45", "scales and biases": "#d94801", "prompts": "#6a51a3"}
 KINDS = {
@@ -18,6 +17,11 @@ KINDS = {
 WHOLE = "#525252"  # the colour of methods that train whole weights
 
 
+def main_metric(scores: Mapping[str, float]) -> str | None:
+  """The name of what a task is judged by."""
+  return next((k for k in ("accuracy", *sorted(scores)) if k in scores and k != "general_loss"), None)
+
+
 def rows(members: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
   """What is compared, of members that finished: plain numbers, None where a run does not have one."""
   found = []
@@ -25,7 +29,7 @@ def rows(members: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     if "error" in m:
       continue
     before, after, train = m["eval"]["before"], m["eval"]["after"], m["train"]
-    metric = next((k for k in ("accuracy", *sorted(after)) if k in after and k != "general_loss"), None)
+    metric = main_metric(after)
     forgot = after["general_loss"] - before["general_loss"] if "general_loss" in after else None
     found.append(
       {
@@ -98,10 +102,7 @@ def write_report(workdir: str | pathlib.Path, summary: Mapping[str, Any], comman
       files.write(workdir / "plots" / f"{name}.png", draw(found))
       parts.append(f"![{name}](plots/{name}.png)")
   parts += [f"**{m['name']}** failed: {m['error']}" for m in members if "error" in m]
-  if command:
-    parts += ["## Reproduce", f"```sh\n{command}\n```"]
-  block = f"```json\n{metrics.dumps(summary['versions'], indent=2)}\n```"
-  parts.append(f"<details><summary>Versions</summary>\n\n{block}\n\n</details>")
+  parts += report.closing(command, Versions=summary["versions"])
   files.write(workdir / "report.md", ("\n\n".join(parts) + "\n").encode())
 
 
@@ -110,28 +111,10 @@ def _colour(name: str) -> str:
   return next((COLOURS[k] for k, names in KINDS.items() if first in names.split()), WHOLE)
 
 
-def _figure(size):
-  from matplotlib.figure import Figure
-
-  return Figure(figsize=size, dpi=160, layout="constrained")
-
-
-def _png(figure) -> bytes:
-  png = io.BytesIO()
-  figure.savefig(png, format="png")
-  return png.getvalue()
-
-
-def _plain(axes):
-  axes.grid(color="#e6e6e6", linewidth=0.8)
-  axes.set_axisbelow(True)
-  axes.spines[["top", "right"]].set_visible(False)
-
-
 def tradeoff(found: Sequence[Mapping[str, Any]]) -> bytes:
   """A PNG: the metric against the trained parameters, and against what was forgotten where that is known."""
   forgot = any(r["forgetting"] is not None for r in found)
-  figure = _figure((11 if forgot else 6.5, 4.8))
+  figure = plots.figure((11 if forgot else 6.5, 4.8))
   panels = figure.subplots(1, 2 if forgot else 1, squeeze=False)[0]
   for axes, key, label in zip(
     panels, ("trainable_params", "forgetting"), ("Trained parameters", "Forgetting"), strict=False
@@ -143,17 +126,17 @@ def tradeoff(found: Sequence[Mapping[str, Any]]) -> bytes:
     axes.set(xlabel=label, ylabel=(found[0]["metric"] or "score").capitalize())
     if key == "trainable_params":
       axes.set_xscale("log")
-    _plain(axes)
+    plots.tidy(axes)
   handles = [panels[0].plot([], [], "o", color=c, label=k)[0] for k, c in (COLOURS | {"whole weights": WHOLE}).items()]
   figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), frameon=False, fontsize=8)
-  return _png(figure)
+  return plots.png(figure)
 
 
 def costs(found: Sequence[Mapping[str, Any]]) -> bytes:
   """A PNG of bars: step time, memory of a step, and size of what is saved."""
   columns = [("step_seconds", "Step, ms", 1e3), ("step_memory_bytes", "Memory of a step, GiB", 2**-30)]
   columns.append(("saved_bytes", "Saved, MB", 1e-6))
-  figure = _figure((11, 0.24 * len(found) + 1.2))
+  figure = plots.figure((11, 0.24 * len(found) + 1.2))
   for axes, (key, label, unit) in zip(figure.subplots(1, 3, sharey=True), columns, strict=True):
     values = [math.nan if r[key] is None else r[key] * unit for r in found]
     axes.barh([r["name"] for r in found], values, color=[_colour(r["name"]) for r in found], height=0.7)
@@ -161,6 +144,6 @@ def costs(found: Sequence[Mapping[str, Any]]) -> bytes:
     if key == "saved_bytes":
       axes.set_xscale("log")
     axes.tick_params(axis="y", labelsize=8)
-    _plain(axes)
+    plots.tidy(axes)
   axes.invert_yaxis()
-  return _png(figure)
+  return plots.png(figure)

@@ -13,6 +13,7 @@ from typing import Any
 from lora_jax import classify, errors, methods, objectives, optim, seq2seq, sharding, tasks, transformer
 from lora_jax.formats import hf
 
+SWEEP = ("sweep", "table")  # sections of a sweep alone
 SECTIONS = ("model", "method", "task", "objective", "data", "optim", "train", "mesh", "eval")
 
 
@@ -65,11 +66,16 @@ def eval_settings(
   batch_size: int = 32,
   seq_len: int = 256,
   max_new_tokens: int | None = None,
+  beams: int = 1,
+  length_penalty: float = 1.0,
+  no_repeat_ngram: int = 0,
+  early_stopping: bool | str = False,
   general: str = "",
   general_examples: int = 200,
 ) -> dict:
   """`config.eval`: of the test split before and after, and of the validation split each `every` steps (0: never).
 
+  `beams` and what follows it say how texts are generated, see `evaluate.Search`.
   `general` names a task whose test texts show what a language model forgets: `general_loss` is its loss on them.
   """
   if general:
@@ -80,6 +86,10 @@ def eval_settings(
     raise errors.UserError("config.eval: examples, batch_size and seq_len are at least 1, every at least 0")
   if max_new_tokens is not None and max_new_tokens < 1:
     raise errors.UserError("config.eval.max_new_tokens is at least 1, or None")
+  if beams < 1 or no_repeat_ngram < 0 or early_stopping not in (True, False, "never"):
+    raise errors.UserError(
+      "config.eval: beams is at least 1, no_repeat_ngram at least 0, and early_stopping True, False or 'never'"
+    )
   return dict(locals())
 
 

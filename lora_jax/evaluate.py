@@ -1,4 +1,4 @@
-"""Scores of models on a task: a head's outputs, or label log-likelihoods and greedy generation from one pass.
+"""Scores of models on a task: a head's outputs, or label log-likelihoods and generated texts from one pass.
 
 What is scored are `Members`: one model, or a population's, which share a base and see the same batches.
 """
@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax import (
+  beam,
   classify,
   data,
   decode,
@@ -53,6 +54,22 @@ class Members:
     return _map(fn, config, static, self.own, self.shared, arrays)
 
 
+@dataclasses.dataclass(frozen=True)
+class Search:
+  """How texts are generated: greedily by default, else by beam search.
+
+  Fields:
+    beams, length_penalty, early_stopping: as in `beam.search`, if `beams` is more than one.
+    no_repeat_ngram: no n-gram of this size occurs twice in a generated text, 0 allows all. What is in the prompt counts
+      for nothing, as a text may have to say it again; in `generate` it counts.
+  """
+
+  beams: int = 1
+  length_penalty: float = 1.0
+  no_repeat_ngram: int = 0
+  early_stopping: bool | str = False
+
+
 def one(params: Any) -> Members:
   """One model as `Members`."""
   return Members(params, soft=prompts.of(params))
@@ -64,11 +81,20 @@ def _map(fn, config, static, own, shared, arrays):
   return jax.vmap(each, in_axes=(0, None), spmd_axis_name="population")(own, shared)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 6, 7, 8))
+@functools.partial(jax.jit, static_argnums=(0, 6, 7, 8, 9))
 def score(
-  config, params, tokens, lengths, labels, label_lengths, new: int, eos: int, start: int | None = None
+  config,
+  params,
+  tokens,
+  lengths,
+  labels,
+  label_lengths,
+  new: int,
+  eos: int,
+  start: int | None = None,
+  search: Search = Search(),
 ) -> tuple[jax.Array, jax.Array]:
-  """Log-likelihood of every label after every prompt, and the greedy continuation.
+  """Log-likelihood of every label after every prompt, and the continuation.
 
   Args:
     tokens, lengths: prompts int32 [B, T], right-padded, and [B].
@@ -81,7 +107,7 @@ def score(
   """
   (B, T), (C, U), params = tokens.shape, labels.shape, prompts.bake(params)
   slots = (1 if config.encoder_layers else T) + max(new, U)
-  logits, cache, _, lengths = decode.run_prompts(config, params, tokens, lengths, slots=slots, start=start)
+  logits, cache, ids, lengths = decode.run_prompts(config, params, tokens, lengths, slots=slots, start=start)
   first, params = jax.nn.log_softmax(logits)[:, labels[:, 0]], prompts.without(params)
 
   def rest(label):
@@ -98,7 +124,21 @@ def score(
   if U > 1 and C:
     later = jnp.stack([rest(label) for label in labels], axis=1)
     total += (later * (jnp.arange(1, U) < label_lengths[:, None])).sum(-1)
-  return total, decode.greedy(config, params, cache, logits, lengths, new, eos)
+  if search.beams == 1 and not search.no_repeat_ngram:
+    return total, decode.greedy(config, params, cache, logits, lengths, new, eos)
+  return total, _best(config, params, cache, logits, ids, lengths, new, eos, search)
+
+
+def _best(config, params, cache, logits, ids, lengths, new, eos, search) -> jax.Array:
+  """The best continuations [B, new] of a search; `eos` after a row's end."""
+  at = jnp.arange(ids.shape[1])
+  ids = jnp.where(at < lengths[:, None], -1 - at, 0)  # so that no n-gram is one of the prompt
+  limits = jnp.int32([eos]), jnp.int32(new), jnp.float32(search.length_penalty)
+  # One beam that stops when its text has ended is greedy.
+  how = dict(beams=search.beams, ngram=search.no_repeat_ngram, early=search.beams == 1 or search.early_stopping)
+  found, counts, _ = beam._search(config, params, cache, logits, ids, lengths, *limits, **how)
+  out = jnp.take_along_axis(found[:, 0], lengths[:, None] + jnp.arange(new), axis=1)
+  return jnp.where(jnp.arange(new) < counts[:, :1], out, eos)
 
 
 def run(config: transformer.Config, params: Any, *args: Any, **kw: Any) -> dict[str, float]:
@@ -117,18 +157,20 @@ def run_members(
   seq_len: int = 256,
   max_new_tokens: int | None = None,
   start: int | None = None,
+  search: Search = Search(),
   place: Place = lambda batch: batch,
   progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[dict[str, float]]:
   """Metrics of a task over `examples`, of each member.
 
   Those of `task.metrics`, such as `accuracy`, take as the prediction the label of the highest log-likelihood, summed
-  over its tokens, or in a regression the number in the generated text (nan where there is none). Others are means of
-  what `task.score` gives for the generated text, such as `exact_match`.
+  over its tokens, or in a regression the number in the generated text (nan where there is none). Others are what
+  `task.corpus` gives for the generated texts, such as `bleu`, and means of `task.score`, such as `exact_match`.
 
   Args:
     max_new_tokens: length of generations; by default two more than the longest label, or 64 without labels.
     start: the first token of an encoder-decoder's text.
+    search: how texts are generated.
     place: puts a batch's arrays on the mesh.
     progress: called with (examples done, all).
   """
@@ -136,23 +178,21 @@ def run_members(
   labels, label_lengths = data.label_ids(task, tokenizer)
   new = max_new_tokens or (int(label_lengths.max()) + 2 if len(labels) else 64)
   end = generate.end_id(tokenizer)
-  scores, predictions = [{} for _ in range(members.n)], [{} for _ in range(members.n)]
+  texts, predictions = [{} for _ in range(members.n)], [{} for _ in range(members.n)]
   batches, how = (seq2seq if config.encoder_layers else data).eval_batches, dict(batch_size=batch_size, seq_len=seq_len)
   for batch in batches(task, examples, tokenizer, **how, soft=members.soft):
     inputs = place({k: batch[k] for k in ("tokens", "lengths")})
     arrays = inputs["tokens"], inputs["lengths"], labels, label_lengths
-    lls, outs = map(np.asarray, members(score, config, *arrays, static=(new, end, start)))
+    lls, outs = map(np.asarray, members(score, config, *arrays, static=(new, end, start, search)))
     for p in range(members.n):
-      for ll, out, index in zip(lls[p], outs[p], batch["index"], strict=True):
-        if index < 0:
-          continue
-        text = tokenizer.decode(generate.until_eos(out, end))
-        predictions[p][int(index)] = int(ll.argmax()) if task.labels else tasks.number(text)
-        for k, v in task.score(examples[index], text).items():
-          scores[p].setdefault(k, []).append(v)
-    progress(len(predictions[0]), len(examples))
-  means = [{k: sum(v) / len(v) for k, v in s.items()} for s in scores]
-  values = [m | _metrics(task, examples, p) for m, p in zip(means, predictions, strict=True)]
+      for ll, out, index in zip(lls[p], outs[p], batch["index"].tolist(), strict=True):
+        if index >= 0:
+          text = texts[p][index] = tokenizer.decode(generate.until_eos(out, end))
+          predictions[p][index] = int(ll.argmax()) if task.labels else tasks.number(text)
+    progress(len(texts[0]), len(examples))
+  values = [
+    _generated(task, examples, t) | _metrics(task, examples, p) for t, p in zip(texts, predictions, strict=True)
+  ]
   return [dict(sorted(v.items())) for v in values]
 
 
@@ -224,6 +264,16 @@ def run_classifiers(
 def predict(config: transformer.Config, params: Any, batch: dict) -> jax.Array:
   """float32 [B, task.n_outputs] of a model with a head for a batch of classify.py: scores of labels, or a number."""
   return train.Forward(config).classify(params, batch)
+
+
+def _generated(task: tasks.Task, examples: Sequence[dict], texts: Mapping[int, str]) -> dict[str, float]:
+  """`task.corpus` and the means of `task.score` of generated texts by the example's index."""
+  order, means = sorted(texts), {}
+  for i in order:
+    for k, v in task.score(examples[i], texts[i]).items():
+      means.setdefault(k, []).append(v)
+  corpus = task.corpus([texts[i] for i in order], [examples[i] for i in order]) if task.corpus else {}
+  return {k: sum(v) / len(v) for k, v in means.items()} | corpus
 
 
 def _metrics(task: tasks.Task, examples: Sequence[dict], predictions: Mapping[int, int | float]) -> dict[str, float]:

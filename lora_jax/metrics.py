@@ -67,13 +67,14 @@ class Metrics:
   In a run of many processes all may call it; process 0 alone writes. Use it as a context manager or call `close`.
   """
 
-  def __init__(self, workdir: str | pathlib.Path, total_steps: int, resume_step: int | None = None):
+  def __init__(self, workdir: str | pathlib.Path, total_steps: int, resume_step: int | None = None, bar: bool = True):
     """Opens the files; what an earlier run in `workdir` logged after `resume_step` is dropped.
 
     Args:
       workdir: the directory of the run.
       total_steps: steps of the whole run.
       resume_step: step that the run goes on from; None or 0 keeps only what was logged before the first step.
+      bar: whether there is a progress display.
 
     Raises:
       UserError: a line of `metrics.jsonl` other than a torn last one is not JSON.
@@ -91,7 +92,7 @@ class Metrics:
     self._file = self.path.open("a")
     events = str(self.path.parent / "tensorboard")
     self._events = SummaryWriter(events, purge_step=start + 1 if start else 0, flush_secs=10)
-    self._progress = Progress(total_steps, "step", start)
+    self._progress = Progress(total_steps, "step", start) if bar else None
 
   def log(self, step: int, values: Mapping[str, Any], prefix: str = "train") -> None:
     """Appends `{"step": step, "prefix/name": value, ...}` and the same as events; values are scalars."""
@@ -106,7 +107,7 @@ class Metrics:
 
   def progress(self, step: int, loss: float | None = None, tokens_per_second: float | None = None) -> None:
     """Moves the bar to `step`, which may be called at every step; off a terminal prints where values are given."""
-    if self._writes:
+    if self._writes and self._progress:
       text = [] if loss is None else [f"loss {float(loss):.3f}"]
       text += [] if tokens_per_second is None else [f"{float(tokens_per_second):,.0f} tokens/s"]
       self._progress.update(step, "  ".join(text))
@@ -118,7 +119,8 @@ class Metrics:
   def close(self) -> None:
     """Flushes and closes everything."""
     if self._writes:
-      self._progress.close()
+      if self._progress:
+        self._progress.close()
       self._file.close()
       self._events.close()
 

@@ -11,27 +11,40 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lora_jax import transformer
+from lora_jax import errors, transformer
 
 
-def causal_lm(forward, params: Any, batch: dict, *, chunk: int = 2048) -> tuple[jax.Array, jax.Array, dict]:
+def causal_lm(
+  forward, params: Any, batch: dict, *, chunk: int = 2048, label_smoothing: float = 0.0
+) -> tuple[jax.Array, jax.Array, dict]:
   """Next-token cross-entropy, weighted.
 
   Args:
     batch: `tokens`, `targets`, `positions`, `segment_ids` int32 [B, T] and `weights` float32 [B, T]. The weights hold
       `prompt_loss_weight` at prompt targets, 1 at response targets and 0 at padding; see data.py.
     chunk: about how many positions' logits exist at once, see `cross_entropy`.
+    label_smoothing: how much of each target goes to the mean over the vocabulary, see `cross_entropy`.
 
   Returns:
     (sum of weighted losses, sum of weights, {"accuracy": weighted count of targets that are the argmax}).
   """
+  if not 0 <= label_smoothing < 1:
+    raise errors.UserError(f"config.objective.label_smoothing={label_smoothing} must be at least 0 and below 1")
   x = forward(params, batch)
-  head = transformer.head(params)
-  loss, correct = cross_entropy(forward.logits, chunk, x, head, batch["targets"], batch["weights"])
-  return loss, batch["weights"].sum(), {"accuracy": correct}
+  head, loss_weights = transformer.head(params), batch["weights"]
+  loss, correct = cross_entropy(forward.logits, chunk, x, head, batch["targets"], loss_weights, label_smoothing)
+  return loss, loss_weights.sum(), {"accuracy": correct}
 
 
-def cross_entropy(project: Callable, chunk: int, x: jax.Array, w: Any, targets: jax.Array, weights: jax.Array):
+def cross_entropy(
+  project: Callable,
+  chunk: int,
+  x: jax.Array,
+  w: Any,
+  targets: jax.Array,
+  weights: jax.Array,
+  label_smoothing: float = 0.0,
+) -> tuple[jax.Array, jax.Array]:
   """Weighted sums of cross-entropy and of correct argmax, without the logits of the whole batch.
 
   Positions of weight 0 are moved behind the others in their row and skipped. The rest goes through the head in
@@ -44,6 +57,8 @@ def cross_entropy(project: Callable, chunk: int, x: jax.Array, w: Any, targets: 
     x: [B, T, D] states.
     w: the parameters of the head.
     targets, weights: [B, T].
+    label_smoothing: s in (1 - s) times the cross-entropy with the target plus s times its mean over all V tokens
+      (Szegedy et al. 2016, https://arxiv.org/abs/1512.00567, section 7).
 
   Returns:
     float32 (loss, correct).
@@ -55,16 +70,16 @@ def cross_entropy(project: Callable, chunk: int, x: jax.Array, w: Any, targets: 
   targets, weights = (jnp.take_along_axis(a, order, axis=1) for a in (targets, weights))
   pad = -T % columns
   x, targets, weights = (jnp.pad(a, [(0, 0), (0, pad)] + [(0, 0)] * (a.ndim - 2)) for a in (x, targets, weights))
-  return _chunked(project, columns, x, w, targets, weights)
+  return _chunked(project, columns, label_smoothing, x, w, targets, weights)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _chunked(project, columns, x, w, targets, weights):
-  (loss, correct, *_), _ = _loop(project, columns, x, w, targets, weights, None)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _chunked(project, columns, smoothing, x, w, targets, weights):
+  (loss, correct, *_), _ = _loop(project, columns, smoothing, x, w, targets, weights, None)
   return loss, correct
 
 
-def _loop(project, columns, x, w, targets, weights, trained):
+def _loop(project, columns, smoothing, x, w, targets, weights, trained):
   """Sums over chunks; with `trained` (a list: which leaves of `w` need gradients) also the gradients of the loss."""
   leaves, structure = jax.tree.flatten(w)
   B, T = targets.shape
@@ -84,10 +99,13 @@ def _loop(project, columns, x, w, targets, weights, trained):
     e = jnp.exp(logits - best)
     z = e.sum(-1, keepdims=True)
     picked = jnp.take_along_axis(logits, t, axis=-1)
-    loss += jnp.sum(c * (jnp.log(z) + best - picked)[..., 0])
+    aim = (1 - smoothing) * picked + smoothing * logits.mean(-1, keepdims=True) if smoothing else picked
+    loss += jnp.sum(c * (jnp.log(z) + best - aim)[..., 0])
     correct += jnp.sum(c * (picked == best)[..., 0])
     if trained is not None:
       hit = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 2) == t
+      if smoothing:
+        hit = (1 - smoothing) * hit + smoothing / logits.shape[-1]
       dlogits = (c[..., None] * (e / z - hit)).astype(x.dtype)
       pull = jax.vjp(lambda x, d: head(x, d, x.dtype), xc, diff)[1]
       dxc, dwc = pull(dlogits)
@@ -102,11 +120,11 @@ def _loop(project, columns, x, w, targets, weights, trained):
   return jax.lax.fori_loop(0, chunks, step, (zero, zero, dx, dw)), leaves
 
 
-def _forward(project, columns, x, w, targets, weights):
+def _forward(project, columns, smoothing, x, w, targets, weights):
   trained = [leaf.perturbed for leaf in jax.tree.leaves(w, is_leaf=_is_primal)]
   value = functools.partial(jax.tree.map, lambda p: p.value, is_leaf=_is_primal)
   x, w, targets, weights = map(value, (x, w, targets, weights))
-  (loss, correct, dx, dw), leaves = _loop(project, columns, x, w, targets, weights, trained)
+  (loss, correct, dx, dw), leaves = _loop(project, columns, smoothing, x, w, targets, weights, trained)
   it = iter(dw)
   dw = jax.tree.unflatten(
     jax.tree.structure(w),
@@ -119,7 +137,7 @@ def _is_primal(x):
   return hasattr(x, "perturbed")
 
 
-def _backward(project, columns, gradients, cotangents):
+def _backward(project, columns, smoothing, gradients, cotangents):
   g = cotangents[0]
   if isinstance(g, jax.custom_derivatives.SymbolicZero):
     return None, None, None, None

@@ -1,7 +1,6 @@
 """The outcome of a run: summary.json and report.md."""
 
 import importlib.metadata
-import io
 import json
 import math
 import pathlib
@@ -15,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from lora_jax import files, metrics
+from lora_jax import files, metrics, plots
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "lora_jax")
 NO_PERCENT = ("loss", "perplexity", "examples", "tokens", "seconds")  # metrics that are no share of a whole
@@ -99,6 +98,7 @@ def write_report(
   config: Mapping[str, Any],
   command: str = "",
   base_model: str = "",
+  plot: bool = True,
 ) -> None:
   """Writes `report.md` and `plots/loss.png` into `workdir`.
 
@@ -107,21 +107,27 @@ def write_report(
     command: what repeats the run.
     base_model: what transformers loads the base model from (a hub name, a directory, a GGUF file), if that is not
       `summary["model"]`; shown where there is a directory `workdir/adapter`.
+    plot: whether to draw the loss.
   """
   workdir = pathlib.Path(workdir)
   title = f"{summary['method']} on {summary['model']}: {summary['task']}"
   parts = [f"# {title}", _eval_table(summary["eval"]), "## Training", _train_table(summary)]
-  if any(not math.isnan(row.get("train/loss", math.nan)) for row in history):
+  if plot and any(not math.isnan(row.get("train/loss", math.nan)) for row in history):
     files.write(workdir / "plots" / "loss.png", loss_curve(history, title))
     parts.append("![Training loss](plots/loss.png)")
   if (workdir / "adapter").is_dir():
     parts += ["## Use the adapter", _load_code(base_model or summary["model"], workdir / "adapter")]
-  if command:
-    parts += ["## Reproduce", f"```sh\n{command}\n```"]
-  for name, value in (("Config", config), ("Versions", summary["versions"])):
+  parts += closing(command, Config=config, Versions=summary["versions"])
+  files.write(workdir / "report.md", ("\n\n".join(parts) + "\n").encode())
+
+
+def closing(command: str, **folded: Any) -> list[str]:
+  """The last parts of a report: the command, if any, and JSON folded under these names."""
+  parts = ["## Reproduce", f"```sh\n{command}\n```"] if command else []
+  for name, value in folded.items():
     block = f"```json\n{metrics.dumps(value, indent=2)}\n```"
     parts.append(f"<details><summary>{name}</summary>\n\n{block}\n\n</details>")
-  files.write(workdir / "report.md", ("\n\n".join(parts) + "\n").encode())
+  return parts
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -175,7 +181,6 @@ model = PeftModel.from_pretrained(base, {json.dumps(str(adapter))})
 
 def loss_curve(history: Sequence[Mapping[str, float]], title: str = "") -> bytes:
   """A PNG of `train/loss` against the step, as logged and smoothed, and of `eval/loss` where there is some."""
-  from matplotlib.figure import Figure
   from matplotlib.ticker import MaxNLocator
 
   def curve(name):
@@ -183,7 +188,7 @@ def loss_curve(history: Sequence[Mapping[str, float]], title: str = "") -> bytes
     return [list(axis) for axis in zip(*points, strict=True)]
 
   steps, losses = curve("train/loss")
-  figure = Figure(figsize=(7, 4), dpi=160, layout="constrained")
+  figure = plots.figure((7, 4))
   axes = figure.add_subplot()
   axes.plot(steps, losses, color="#9ecae1", linewidth=1, label="each logged step")
   axes.plot(steps, smooth(losses), color="#08519c", linewidth=2, label="smoothed")
@@ -192,14 +197,10 @@ def loss_curve(history: Sequence[Mapping[str, float]], title: str = "") -> bytes
   axes.set(xlabel="Step", ylabel="Loss")
   axes.set_title(title, loc="left", fontsize=11)
   axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-  axes.grid(color="#e6e6e6", linewidth=0.8)
-  axes.set_axisbelow(True)
-  axes.spines[["top", "right"]].set_visible(False)
+  plots.tidy(axes)
   axes.margins(x=0.01)
   axes.legend(frameon=False)
-  png = io.BytesIO()
-  figure.savefig(png, format="png")
-  return png.getvalue()
+  return plots.png(figure)
 
 
 def smooth(values: Sequence[float]) -> np.ndarray:

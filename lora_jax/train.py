@@ -208,14 +208,18 @@ class Stepper:
     self.compile_seconds = 0.0
     self.memory_bytes = 0
 
-  def __call__(self, state: State, frozen: Any, batch: dict) -> tuple[State, dict]:
-    """Runs the step; the given `state` may not be used again."""
-    shape = tuple(x.shape for x in jax.tree.leaves(batch))
+  def __call__(self, state: State, *rest: Any) -> tuple[State, dict]:
+    """Runs the step on a state, which may not be used again, and what the step takes after it; a batch is the last."""
+    return self.compile(state, *rest)(state, *rest)
+
+  def compile(self, state: State, *rest: Any) -> Callable:
+    """The program for arguments of these shapes, which are not touched."""
+    shape = tuple(x.shape for x in jax.tree.leaves(rest[-1]))
     if shape not in self._compiled:
       start = time.perf_counter()
-      self._compiled[shape] = self._step.lower(state, frozen, batch).compile()
+      self._compiled[shape] = self._step.lower(state, *rest).compile()
       self.compile_seconds += time.perf_counter() - start
       if m := self._compiled[shape].memory_analysis():
         new = m.argument_size_in_bytes + m.output_size_in_bytes + m.temp_size_in_bytes - m.alias_size_in_bytes
         self.memory_bytes = max(self.memory_bytes, new)
-    return self._compiled[shape](state, frozen, batch)
+    return self._compiled[shape]

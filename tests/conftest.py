@@ -4,13 +4,17 @@ import importlib.metadata
 import os
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0"
+os.environ["XLA_FLAGS"] += " --xla_cpu_parallel_codegen_split_count=1"
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 if importlib.metadata.version("jax").startswith("0.10."):  # later ones do not know the flag; a third of all time
   os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch's threads wait in loops: with a worker per core thrice the time
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import jax
 import pytest
+
+jax.config.update("jax_disable_most_optimizations", True)  # where a plugin has imported jax already
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -18,6 +22,14 @@ def forget_compiled():
   """A worker runs many modules: their programs would add up to gigabytes."""
   yield
   jax.clear_caches()
+
+
+@pytest.fixture
+def optimised():
+  """What runs for long is compiled as it is for users."""
+  jax.config.update("jax_disable_most_optimizations", False)
+  yield
+  jax.config.update("jax_disable_most_optimizations", True)
 
 
 def pytest_collection_modifyitems(items):

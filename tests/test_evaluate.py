@@ -1,6 +1,8 @@
 """Scores against naive full forwards, transformers' greedy generation, and a Markov chain computed by hand."""
 
 import dataclasses
+import functools
+import itertools
 import math
 
 import jax
@@ -9,7 +11,18 @@ import numpy as np
 import pytest
 import tokenizers
 
-from lora_jax import evaluate, generate, models, tasks, tokenizer as tokenizer_lib, transformer
+from lora_jax import (
+  config as config_lib,
+  decode,
+  errors,
+  evaluate,
+  generate,
+  models,
+  tasks,
+  tokenizer as tokenizer_lib,
+  transformer,
+  tree,
+)
 from tests.test_models import reference
 from tests.test_train import adapted
 
@@ -72,6 +85,44 @@ def test_greedy_equals_a_loop_without_cache(params):
       _, got = evaluate.score(CONFIG, params, prompts(pad), LENGTHS, *NO_LABELS, 6, end)
       np.testing.assert_array_equal(got, want)
   assert got[0].tolist() == [*first[0][: first[0].index(eos)], *[eos] * (6 - first[0].index(eos))]
+
+
+SEARCHES = [
+  evaluate.Search(beams=3),
+  evaluate.Search(beams=4, length_penalty=0.0, early_stopping="never"),
+]
+
+
+@pytest.mark.parametrize("search", SEARCHES)
+def test_search_equals_beam_search(params, search):
+  """That of `decode`, where nothing is banned, and whatever the padding is."""
+  how = dataclasses.asdict(search)
+  eos = naive_greedy(params, prompts()[0][: LENGTHS[0]], 6, NEVER)[2]
+  mask = np.arange(12) < LENGTHS[:, None]
+  for end in (NEVER, eos):
+    want = decode.beam_search(CONFIG, params, prompts(), mask, max_new_tokens=6, end=(end,), **how)[0][:, 0]
+    want = np.pad(want, [(0, 0), (0, 6 - want.shape[1])], constant_values=end)
+    labels = np.array([[3, 4, 5]], np.int32), np.array([3], np.int32)
+    for pad in (0, 8):
+      args = CONFIG, params, prompts(pad), LENGTHS, *labels, 6, end, None
+      totals, got = evaluate.score(*args, search)
+      np.testing.assert_array_equal(got, want)
+      greedy_totals, greedy = evaluate.score(*args)
+      np.testing.assert_allclose(totals, greedy_totals, atol=1e-5)
+  assert (greedy != got).any()
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_no_ngram_occurs_twice_in_a_text_but_may_be_in_the_prompt(params, beams):
+  """A model that only ever says 2 3 1 2 3 1 ... has to say something else where it is done once."""
+  config, params, _, _ = chain()
+  table = jnp.full((8, 7), -9.0).at[jnp.arange(1, 4), jnp.array([2, 3, 1])].set(9.0).at[1:4, 4].set(1.0)
+  params["head"]["kernel"] = table.at[4, 4].set(9.0).at[4, 5].set(1.0)
+  prompt = np.array([[1, 2, 3, 1, 2, 3, 1]], np.int32)
+  args = config, params, prompt, np.array([7], np.int32), *NO_LABELS, 8, 0, None
+  assert evaluate.score(*args, evaluate.Search(beams))[1].tolist() == [[2, 3, 1, 2, 3, 1, 2, 3]]
+  (text,) = evaluate.score(*args, evaluate.Search(beams, no_repeat_ngram=3))[1].tolist()
+  assert text[:6] == [2, 3, 1, 2, 3, 4] and len(set(zip(text, text[1:], text[2:], strict=False))) == 6
 
 
 def test_greedy_equals_transformers(tmp_path):
@@ -158,6 +209,42 @@ def test_chain_is_what_it_says():
   np.testing.assert_allclose(got, table[1:], atol=1e-4)
 
 
+def test_run_scores_the_corpus_in_the_order_of_examples():
+  """Greedily it says "yes" of cats and "no" of others, though of dogs "yes" is likelier as a whole."""
+  config, params, tok, table = chain()
+  w = WORDS.index
+  table[w("no"), w("way")] = 1.9
+  params["head"]["kernel"] = params["head"]["kernel"].at[:7].set(table)
+  lp = np.asarray(jax.nn.log_softmax(table))
+  of = lambda *words: sum(lp[w(a), w(b)] for a, b in itertools.pairwise(words))
+  assert of("dog", "no", "<eos>") < of("dog", "yes", "<eos>")
+  seen = []
+  corpus = lambda texts, examples: seen.append((texts, examples)) or {"bleu": 7.0}
+  toy = dataclasses.replace(task(None), corpus=corpus)
+  rows = [*examples()[:3], {"text": "cat dog bird", "label": 1}, examples()[4]]  # the longest is the first to be run
+  run = functools.partial(evaluate.run, config, params, tok, toy, rows, batch_size=2, seq_len=16)
+  got = run()
+  assert got["bleu"] == 7.0 and list(got) == ["bleu", "exact_match", "words"]
+  assert seen.pop() == (["yes", "no", "no", "no", "yes"], rows)
+  run(search=evaluate.Search(beams=3, length_penalty=0.0))
+  assert seen.pop() == (["yes", "yes", "yes", "no", "yes"], rows)
+
+
+def test_members_search_as_each_alone():
+  config, params, tok, _ = chain()
+  seen = []
+  toy = dataclasses.replace(task(None), corpus=lambda texts, _: seen.append(texts) or {})
+  other = params["head"]["kernel"][:, np.array([0, 1, 2, 3, 5, 4, 6])]
+  mask = jax.tree.map(lambda x: x is params["head"]["kernel"], params)
+  trainable, frozen = tree.split(params, mask)
+  stacked = jax.tree.map(lambda x: jnp.stack([x, other]), trainable)
+  how = dict(batch_size=4, seq_len=16, search=evaluate.Search(beams=2, no_repeat_ngram=2))
+  evaluate.run_members(config, evaluate.Members(frozen, stacked, n=2), tok, toy, examples(), **how)
+  for kernel in (params["head"]["kernel"], other):
+    evaluate.run(config, params | {"head": {"kernel": kernel}}, tok, toy, examples(), **how)
+  assert seen[0] == seen[2] and seen[1] == seen[3] and seen[0] != seen[1]
+
+
 @pytest.mark.parametrize("batch_size", [1, 4, 8])
 def test_run_on_a_toy_task(batch_size):
   """By hand: of five, "no way" is right and preferred once (bird), "yes" thrice (cat, dog, cat), dog/"no way" is wrong.
@@ -242,3 +329,11 @@ def test_run_classifier_on_a_regression():
   predict = lambda batch: jnp.float32(batch["tokens"][:, :1] * np.float32([1, 2]))[:, :1]
   (got,) = evaluate.run_classifiers(None, Table(predict), tok, stsb, pairs, batch_size=2, seq_len=16)
   assert got == pytest.approx({"pearson": 0.5, "spearman": 0.5})  # of (1, 2, 3) and (1, 5, 3)
+
+
+@pytest.mark.parametrize("wrong", [dict(beams=0), dict(no_repeat_ngram=-1), dict(early_stopping="maybe")])
+def test_settings_of_a_search(wrong):
+  settings = config_lib.eval_settings(beams=10, length_penalty=0.8, no_repeat_ngram=4, early_stopping="never")
+  assert {f.name for f in dataclasses.fields(evaluate.Search)} <= settings.keys()
+  with pytest.raises(errors.UserError, match="config.eval: beams is at least 1"):
+    config_lib.eval_settings(**wrong)

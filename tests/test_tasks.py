@@ -1,6 +1,7 @@
 """Tasks: splits, packaged data, and each dataset's text."""
 
 import collections
+import csv
 import importlib.util
 import json
 import math
@@ -480,3 +481,79 @@ def test_jsonl_bad_file(tmp_path):
   (tmp_path / "b.jsonl").write_bytes(b"\xff\xfe")
   with pytest.raises(errors.UserError, match="UTF-8"):
     jsonl.read(tmp_path / "b.jsonl")
+
+
+E2E_TRAIN = [
+  (
+    "name[The Vaults], eatType[pub], priceRange[more than £30], near[Café Adriatic]",
+    "The Vaults is a pub, near it ...",
+  ),
+  ("name[The Vaults], eatType[pub], priceRange[more than £30], near[Café Adriatic]", 'A pub: "The Vaults".'),
+  ("name[Cotto], familyFriendly[no], customer rating[5 out of 5]", "Cotto has 5 stars."),
+]
+E2E_TEST = [*E2E_TRAIN[::2], ("name[Zizzi], food[Fast food]", "Zizzi serves it fast."), E2E_TRAIN[1]]
+
+
+@pytest.fixture
+def e2e_files(tmp_path):
+  for name, rows in {"trainset": E2E_TRAIN, "devset": E2E_TEST[:2], "testset_w_refs": E2E_TEST}.items():
+    with (tmp_path / f"{name}.csv").open("w", newline="", encoding="utf-8-sig") as f:
+      csv.writer(f, quoting=csv.QUOTE_ALL).writerows([("mr" if name != "devset" else "MR", "ref"), *rows])
+  return tmp_path
+
+
+def test_e2e_nlg_has_a_sentence_to_learn_and_all_of_them_to_compare_with(e2e_files, monkeypatch):
+  monkeypatch.setattr("lora_jax.nlg.check", lambda: None)
+  task = tasks.get("e2e_nlg", path=str(e2e_files))
+  assert [(e["mr"], *e["references"]) for e in task.load("train")] == E2E_TRAIN
+  test = task.load("test")
+  assert {e["mr"]: set(e["references"]) for e in test} == {
+    E2E_TRAIN[0][0]: {E2E_TRAIN[0][1], E2E_TRAIN[1][1]},
+    E2E_TRAIN[2][0]: {E2E_TRAIN[2][1]},
+    E2E_TEST[2][0]: {E2E_TEST[2][1]},
+  }
+  assert len(test) == 3 and len(task.load("validation")) == 2
+  first, second = map(task.format, test[:2])
+  assert first.prompt == "name : The Vaults | Type : pub | price : more than £30 | near : Café Adriatic\n"
+  assert first.response == " The Vaults is a pub, near it ..."
+  assert second.prompt == "name : Cotto | family friendly : no | customer rating : 5 out of 5\n"
+  marked = tasks.get("e2e_nlg", path=str(e2e_files), separator="<|endoftext|>")
+  assert marked.format(test[1]).prompt == second.prompt[:-1] + "<|endoftext|>"
+  assert task.score(test[0], ' A pub: "The Vaults".\n\nname : Cotto') == {"exact_match": 1.0}
+  assert task.score(test[0], " A pub.") == {"exact_match": 0.0}
+  assert task.labels is None and task.target is None and task.n_outputs == 0 and task.prompt_loss_weight == 0
+
+
+def test_e2e_nlg_scores_the_corpus(e2e_files, monkeypatch):
+  pytest.importorskip("sacrebleu")
+  monkeypatch.setattr("lora_jax.nlg.has_java", lambda: False)
+  task = tasks.get("e2e_nlg", path=str(e2e_files))
+  examples = task.load("test")
+  texts = [" " + e["references"][-1] + "\n\nand so on" for e in examples]
+  got = task.corpus(texts, examples)
+  assert got["bleu"] == pytest.approx(100) and got["nist"] > 1
+  assert task.corpus(texts[::-1], examples)["bleu"] < 50
+  assert tasks.get("bbc_news").corpus is None
+
+
+def test_e2e_nlg_bad_files(e2e_files):
+  with pytest.raises(errors.UserError, match="unpack https://.*e2e-dataset.zip, and set task.path"):
+    tasks.get("e2e_nlg").load("train")
+  with pytest.raises(errors.UserError, match="cannot read .*trainset.csv.*e2e-dataset.zip"):
+    tasks.get("e2e_nlg", path=str(e2e_files / "none")).load("train")
+  path, task = e2e_files / "trainset.csv", tasks.get("e2e_nlg", path=str(e2e_files))
+  good = "mr,ref\nname[a],It is a.\n"
+  for content, message in [
+    ("text,ref\na,b\n", "trainset.csv: expected the columns mr,ref, found text,ref"),
+    ("", "expected the columns mr,ref, found nothing"),
+    (good + "name a,It.\n", "trainset.csv:3: expected .*found 'name a' and 'It.'"),
+    (good + "name[a] food[b],It.\n", "trainset.csv:3: "),
+    (good + "name[a]\n", "trainset.csv:3: .*found 'name\\[a\\]' and ''"),
+    (good + "name[a],\n", "trainset.csv:3: "),
+  ]:
+    path.write_text(content)
+    with pytest.raises(errors.UserError, match=message):
+      task.load("train")
+  path.write_bytes(good.encode() + b"name[\xff],b\n")
+  with pytest.raises(errors.UserError, match="cannot read"):
+    task.load("train")

@@ -4,6 +4,7 @@ A method module has `init(key, params, **kw) -> (params, mask)`: the tree with w
 booleans that says which leaves are trained. It may define, with the same keywords:
 
   STARTS                        why a model with it does not compute at first what it did before; absent if it does
+  VARIES                        the keywords in which members of one population may differ, see population.align
   prepare(kw, tokenizer, labels) -> kw     texts in its keywords as token ids
   penalty(params, **kw)                    float32 [], added to the mean loss
   direction(inner, **kw)                   an optimiser's gradient transformation, before decay and learning rate

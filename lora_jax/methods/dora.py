@@ -137,6 +137,7 @@ def _node(w: weights.LoRA) -> DoRA:
 
 PEFT_TYPE = lora.PEFT_TYPE  # DoRA has no type of its own: `lora.from_peft` gives what says `use_dora` to `from_lora`
 MAGNITUDE = "lora_magnitude_vector"
+VARIES = lora.VARIES
 
 
 def to_peft(

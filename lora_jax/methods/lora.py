@@ -17,6 +17,7 @@ from lora_jax.methods import _lora_peft, _lora_values, _targets
 INITS = _lora_values.INITS
 EMBED, HEAD = "embed/kernel", "head/kernel"
 BIASES = ("none", "all", "lora_only")
+VARIES = ("rank", "alpha", "dropout", "targets", "rank_pattern", "alpha_pattern", "layers_to_transform", "rslora")
 
 
 def init(

@@ -10,6 +10,8 @@ import jax
 from lora_jax import tree
 from lora_jax.methods import _targets, lora
 
+VARIES = lora.VARIES
+
 
 def init(key: jax.Array, params: Any, **kw: Any) -> tuple[Any, Any]:
   """As `lora.init`; of each pair the factor that starts at random is frozen: A, of an embedding B."""

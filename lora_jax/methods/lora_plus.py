@@ -8,6 +8,8 @@ import optax
 from lora_jax import tree
 from lora_jax.methods import _targets, lora
 
+VARIES = lora.VARIES
+
 
 def init(
   key: jax.Array, params: Any, *, lr_ratio: float = 16.0, embedding_lr_ratio: float = 0.005, **kw: Any

@@ -10,6 +10,8 @@ import jax
 
 from lora_jax.methods import _targets, lora
 
+VARIES = lora.VARIES
+
 
 def init(key: jax.Array, params: Any, *, alpha: float = 8.0, **kw: Any) -> tuple[Any, Any]:
   """As `lora.init` with init="olora"; alpha is PEFT's."""

@@ -11,6 +11,8 @@ import jax
 from lora_jax import errors
 from lora_jax.methods import _targets, lora
 
+VARIES = lora.VARIES
+
 
 def init(
   key: jax.Array, params: Any, *, alpha: float = 8.0, iterations: int | None = None, **kw: Any

@@ -9,6 +9,8 @@ import jax
 
 from lora_jax.methods import _targets, lora
 
+VARIES = lora.VARIES
+
 
 def init(key: jax.Array, params: Any, **kw: Any) -> tuple[Any, Any]:
   """As `lora.init` with rslora=True."""

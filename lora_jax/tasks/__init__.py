@@ -16,6 +16,7 @@ Where the labels depend on keywords the module has a function `labels(**kw)` ins
   metrics(predictions, references, **kw)     {name: value} of all examples at once, from label indices, or from floats
                                              in a regression, where nan is a generated text without a number; by
                                              default the `accuracy` of a task with labels
+  corpus(texts, examples, **kw)              {name: value} of all examples at once, from the generated texts
 
 Keywords are keyword-only parameters; one that several functions take is given to each of them.
 """
@@ -33,7 +34,7 @@ from typing import Any
 from lora_jax import errors
 
 SPLITS = ("train", "validation", "test")
-FUNCTIONS = ("load", "format", "score", "labels", "texts", "target", "metrics")
+FUNCTIONS = ("load", "format", "score", "labels", "texts", "target", "metrics", "corpus")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +75,7 @@ class Task:
   texts: Callable[[dict], tuple[str, ...]]
   target: Callable[[dict], int | float] | None
   metrics: Callable[[Sequence, Sequence], dict[str, float]]
+  corpus: Callable[[Sequence[str], Sequence[dict]], dict[str, float]] | None = None
 
   @property
   def n_outputs(self) -> int:

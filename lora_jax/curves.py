@@ -1,0 +1,138 @@
+"""The plots of a sweep, from its summary: a metric against what varies, and the losses of all members."""
+
+import collections
+import statistics
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from lora_jax import layout, plots, report
+
+FAR = 2  # a published curve that would make the y axis this many times longer has a panel of its own
+
+
+def metric_plot(summary: Mapping[str, Any]) -> bytes | None:
+  """A PNG of each metric against the layout's `x`; None where no member has one.
+
+  Means over members that differ in nothing else that varies, bands of one standard deviation, single members as faint
+  dots, published values dashed. Values that are no numbers stand side by side, with error bars.
+  """
+  how = layout.of(summary)
+  path = how.x or how.columns or how.rows
+  lines = how.lines or next((k for k in (how.rows, how.columns) if k and k != path), "")
+  metrics = [k for k in how.metrics if not layout.SIZES.search(k)]
+  done = [m for m in summary["members"] if any(layout.score(m, k) is not None for k in metrics)]
+  if not done:
+    return None
+  summary = {**summary, "members": done}
+  xs, groups = layout.values(summary, how, path), layout.values(summary, how, lines)
+  named = [] if all(map(layout.is_number, xs)) else [how.label(path, x) for x in xs]
+  at = {x: i if named else x for i, x in enumerate(xs)}
+  shades = plots.colours(len(groups), ordered=len(groups) > 2 and all(map(layout.is_number, groups)))
+  colour = {how.label(lines, g) if lines else "": c for g, c in zip(groups, shades, strict=True)}
+  panels = []
+  for metric in metrics:
+    label = how.metric_label(metric)
+    label = label[:1].upper() + label[1:] + (", %" if layout.is_share(summary, metric) else "")
+    ours = [c for g in groups if (c := _curve(summary, how, (path, lines), g, metric, at, colour)).x]
+    published = {k: _published(how, rows, path, metric, at) for k, rows in how.published.items()}
+    panels += _panels(layout.known(summary, "model"), label, ours, published, colour) if ours else []
+  return plots.lines(panels, _title(path), how.log, named)
+
+
+def _title(path: str) -> str:
+  return path.rpartition(".")[2].replace("_", " ").capitalize()
+
+
+def _curve(summary, how, paths, group, metric, at, colour) -> plots.Curve:
+  """The members of one line."""
+  (path, lines), unit = paths, 100 if layout.is_share(summary, metric) else 1
+  found = collections.defaultdict(list)
+  for m in summary["members"]:
+    score = layout.score(m, metric)
+    if score is not None and (not lines or layout.value(summary, m, lines) == group):
+      found[at[layout.value(summary, m, path)]].append(unit * score)
+  name, xs = how.label(lines, group) if lines else "", sorted(found)
+  return plots.Curve(
+    label=name or "ours",
+    x=xs,
+    y=[statistics.fmean(found[x]) for x in xs],
+    sd=[statistics.stdev(found[x]) if len(found[x]) > 1 else 0 for x in xs],
+    dots=[(x, y) for x in xs for y in found[x] if len(found[x]) > 1],
+    colour=colour[name],
+  )
+
+
+def _published(how, rows, path, metric, at) -> dict[str, list[tuple[float, float]]]:
+  """{label of a line: its points} of a source; none where neither rows nor columns are the x axis."""
+  if path not in (how.rows, how.columns):
+    return {}
+  places = {how.label(path, x): i for x, i in at.items()}
+  numbers = all(x == i for x, i in at.items())  # then what we have not run has its place too
+  place = lambda label: places.get(label, layout.number(label) if numbers else None)
+  found, several = collections.defaultdict(list), len(how.metrics) > 1
+  for r, row in rows.items():
+    group, _, rest = r.partition(", ") if how.columns and several else ("", "", r)
+    for c, x in row.items():
+      of = group if how.columns else c
+      x, i = x[0] if isinstance(x, list | tuple) else x, place(c if path == how.columns else rest)
+      if i is not None and layout.is_number(x) and (not several or of == how.metric_label(metric)):
+        found[rest if path == how.columns else c if how.columns else ""].append((i, x))
+  return {line: sorted(points) for line, points in found.items()}
+
+
+def _panels(model, ylabel, ours, published, colour) -> list[plots.Panel]:
+  """That of our curves and, where they are near, the published ones; those that are far have their own."""
+  low, high = (fn(y for c in ours for y in (*c.y, *(y for _, y in c.dots))) for fn in (min, max))
+  near, far = [], []
+  for i, (source, lines) in enumerate((k, lines) for k, lines in published.items() if lines):
+    ys = [y for points in lines.values() for _, y in points]
+    is_near = max(*ys, high) - min(*ys, low) <= FAR * (high - low)
+    for line, points in lines.items():
+      name = ", ".join(filter(None, (source, line))) if is_near else line
+      shade = colour[line] if line and line in colour else (*plots.PALETTE[1:], *plots.PALETTE)[i % len(plots.PALETTE)]
+      (near if is_near else far).append((source, plots.Curve(name, *zip(*points, strict=True), shade, dashed=True)))
+  own = {k: [c for source, c in far if source == k] for k, _ in far}
+  first = plots.Panel(model if own else "", ylabel, [*ours, *(c for _, c in near)])
+  return [first, *(plots.Panel(k, ylabel, cs) for k, cs in own.items())]
+
+
+def loss_plot(summary: Mapping[str, Any]) -> bytes | None:
+  """A PNG of the smoothed training losses of all members, coloured by what the columns or rows are; None without any.
+
+  Where both rows and columns vary there is a panel for each row.
+  """
+  how = layout.of(summary)
+  path = how.columns or how.rows
+  rows = layout.values(summary, how, how.rows) if how.columns and how.rows else [None]
+  groups = layout.values(summary, how, path)
+  numbers = all(map(layout.is_number, groups))
+  shades = plots.colours(len(groups), ordered=numbers)
+  if len(rows) > 2 * plots.PER_ROW:
+    rows = [None]
+  panels = []
+  for r in rows:
+    found = []
+    for m in summary["members"]:
+      if r is not None and layout.value(summary, m, how.rows) != r:
+        continue
+      g = groups.index(layout.value(summary, m, path)) if path else 0
+      steps, losses = _losses(m)
+      if len(steps):
+        found.append(plots.Curve(how.label(path, groups[g]) if path else "", steps, losses, shades[g]))
+    if found:
+      panels.append(plots.Panel("" if r is None else how.label(how.rows, r), "Loss", found))
+  if not panels:
+    return None
+  scale = {how.label(path, g): float(g) for g in groups} if numbers and len(groups) > len(plots.PALETTE) else None
+  return plots.traces(panels, "Step", scale, _title(path))
+
+
+def _losses(member: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+  """(steps, smoothed losses) of a member, up to where they are no longer finite."""
+  given = member.get("losses") or {"step": [], "loss": []}
+  steps, losses = np.asarray(given["step"], float), np.asarray(given["loss"], float)
+  good = np.isfinite(losses)
+  n = len(losses) if good.all() else int(np.argmin(good))
+  return steps[:n], report.smooth(losses[:n]) if n else losses[:n]

@@ -1,0 +1,320 @@
+"""A group of runs as one program: members of a sweep that a population can hold, from their configs to their artifacts.
+
+Each member's directory gets what a run of its own leaves (config.json, metrics.jsonl, TensorBoard events, adapter/,
+report.md, summary.json), but for checkpoints, which hold the whole group.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import json
+import pathlib
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from lora_jax import (
+  checkpoint,
+  config as config_lib,
+  evaluate,
+  experiment,
+  fused,
+  methods,
+  metrics,
+  models,
+  optim,
+  population,
+  prompts,
+  report,
+  sharding,
+  tasks,
+  train,
+  tree,
+)
+from lora_jax.formats import hf
+
+
+def key(config: Mapping) -> str:
+  """What the members of a group have in common: everything but what a population takes as arrays."""
+  common = {k: dict(config[k]) for k in ("model", "task", "objective", "mesh", "eval")}
+  common["data"] = {k: v for k, v in config["data"].items() if k not in ("seed", "train_examples")}
+  common["optim"] = {k: v for k, v in config["optim"].items() if k not in (*optim.SCHEDULE, *population.NUMBERS)}
+  run, parts = config_lib.train_settings(**config["train"]), methods.parts(config["method"])
+  common["train"] = {k: run[k] for k in ("accumulate", "log_every", "checkpoint_every")}
+  common["method"] = [
+    [m.__name__, {k: v for k, v in kw.items() if k not in getattr(m, "VARIES", ())}] for m, kw in parts
+  ]
+  if any(hasattr(m, "direction") or hasattr(m, "optimiser") for m, _ in parts):
+    common["train"]["steps"] = run["steps"]
+  return json.dumps(common, sort_keys=True)
+
+
+@dataclasses.dataclass
+class Group:
+  """Members made real, as `experiment.Experiment` is one run; P counts what fills the mesh's population axis too.
+
+  Fields:
+    members: {name: Experiment} without state, whose trees have shapes where arrays are the population's.
+    trees, hyper, state: of the population, placed on the mesh.
+    batches: iterators, of which each member takes one.
+  """
+
+  members: dict[str, experiment.Experiment]
+  trees: population.Trees
+  hyper: population.Hyper
+  state: population.State
+  step: train.Stepper
+  batches: list
+  between: list
+  mesh: jax.sharding.Mesh
+
+  @property
+  def steps(self) -> int:
+    """Of the longest run."""
+    return int(self.hyper.steps.max())
+
+  def next_batch(self) -> dict[str, jax.Array]:
+    """[B, ...] for all members or, where their data differ, [K, B, ...]."""
+    found = [next(b) for b in self.batches]
+    if len(found) == 1:
+      return sharding.put_batch(found[0], self.mesh)
+    widest = {k: np.max([b[k].shape for b in found], axis=0) for k in found[0]}
+    pad = lambda k, x: np.pad(x, [(0, n - m) for n, m in zip(widest[k], x.shape, strict=True)])
+    return sharding.put_batch({k: np.stack([pad(k, b[k]) for b in found]) for k in widest}, self.mesh, stack=1)
+
+  def arguments(self, batch: Mapping) -> tuple:
+    """What the step takes after the state."""
+    return self.hyper, self.trees.own, self.trees.shared, batch
+
+  def scored(self) -> evaluate.Members:
+    """The members as they are now, for evaluation."""
+    own = self.state.members.params(self.trees.own)
+    soft = prompts.of(tree.join(jax.tree.map(lambda x: x[0], own), self.trees.shared))
+    return evaluate.Members(self.trees.shared, own, soft, self.hyper.steps.size)
+
+  def member(self, i: int) -> experiment.Experiment:
+    """Member i as a run of its own, as it is now."""
+    exp = list(self.members.values())[i]
+    state, like = self.state.members, exp.state
+    held = like.held and population.unstack(state.held, i, like.held)
+    one = train.State(state.step[i], population.unstack(state.trainable, i, like.trainable), None, held)
+    return dataclasses.replace(exp, state=one)
+
+
+def build(configs: Mapping[str, Mapping], task: tasks.Task, mesh: jax.sharding.Mesh, model: models.Model) -> Group:
+  """The group of {name: config} on a base model, which is left as it is."""
+  everyone = list(configs.values())
+  everyone += everyone[-1:] * (-len(everyone) % mesh.shape["population"])  # whose results nobody reads
+  adapted, base = [], model
+  for c in everyone:
+    adapted.append(experiment.adapt(c, task, base))
+    base = dataclasses.replace(base, params=fused.like(base.params, adapted[-1][0]))
+  if jax.tree.structure(base.params) != jax.tree.structure(model.params):  # parts that all share are split once
+    adapted = [experiment.adapt(c, task, base) for c in everyone]
+  members = {name: _member(c, task, mesh, model, *a) for (name, c), a in zip(configs.items(), adapted, strict=False)}
+  held = None if adapted[0][2] is None else [a[2] for a in adapted]
+  trees = population.stack([a[:2] for a in adapted], held)
+  del adapted
+  sources, which = _sources(everyone)
+  hyper = population.hyper(everyone, which, trees.dropout)
+  placed = functools.partial(sharding.put, place=sharding.stacked(sharding.placer(mesh)))
+  with jax.set_mesh(mesh):
+    state = placed(population.init_state(everyone[0], trees, hyper))
+  soft = prompts.of(next(iter(members.values())).params)
+  batches = [experiment.batches(c, model, task, soft) for c in sources]
+  trees = dataclasses.replace(trees, own=placed(trees.own), trainable=None, held=None)
+  step = population.make_step(
+    *experiment.computes(everyone[0], _architecture(model), len(everyone)), everyone[0], shared_batch=len(sources) == 1
+  )
+  placement = jax.tree.map(lambda x: x.sharding, state)
+  changes = [
+    (n, jax.jit(population.between(fn), donate_argnums=1, out_shardings=placement))
+    for n, fn in methods.between(everyone[0]["method"])
+  ]
+  group = Group(members, trees, placed(hyper), state, train.Stepper(step, state), batches, changes, mesh)
+  for exp in members.values():
+    exp.step = group.step
+  return group
+
+
+def _architecture(model: models.Model) -> Any:
+  """The model's config; jax before 0.11.1 cannot batch cuDNN's attention over some of its arguments alone."""
+  old = tuple(int(x) for x in jax.__version__.split(".")[:3]) < (0, 11, 1)
+  return dataclasses.replace(model.config, attention="xla") if old else model.config
+
+
+def _member(config, task, mesh, model, params, mask, held) -> experiment.Experiment:
+  """A member whose trained and held leaves are shapes."""
+  trainable, frozen = tree.split(params, mask)
+  if held is not None:
+    held, frozen = tree.split(frozen, tree.split(held, mask)[1])
+  shapes = lambda x: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), x)
+  state = train.State(np.int32(0), shapes(trainable), None, held and shapes(held))
+  model = dataclasses.replace(model, params=None)
+  return experiment.Experiment(config, mesh, model, task, state, frozen, None, None, mask, [])
+
+
+def _sources(configs: Sequence[Mapping]) -> tuple[list[Mapping], list[int]]:
+  """(a config for each different order or choice of training data, which of them a member has)."""
+  found: dict[tuple, int] = {}
+  sources, which = [], []
+  for c in configs:
+    data = c["data"]
+    source = data.get("seed", c["train"].get("seed", 0)), data.get("train_examples", 0)
+    if source not in found:
+      found[source] = len(sources)
+      sources.append(c)
+    which.append(found[source])
+  return sources, which
+
+
+def memory_limit(mesh: jax.sharding.Mesh) -> int | None:
+  """Bytes that a device of the mesh has for a program; None where it does not say."""
+  device = mesh.local_devices[0]
+  stats = device.memory_stats() or {}
+  if "bytes_limit" in stats:
+    return stats["bytes_limit"]
+  info = pathlib.Path("/proc/meminfo")
+  if device.platform != "cpu" or not info.exists():
+    return None
+  # The devices of a CPU share its memory.
+  available = next(line for line in info.read_text().splitlines() if line.startswith("MemAvailable"))
+  return int(available.split()[1]) * 1024 // len(mesh.local_devices)
+
+
+def run(
+  group: Group, workdir: pathlib.Path, checkpoints: pathlib.Path, before: Mapping[str, float], command: str = ""
+) -> None:
+  """Trains, scores and writes a group; goes on from its last checkpoint.
+
+  Args:
+    workdir: holds `members/<name>`; those that are finished are left alone.
+    checkpoints: a directory for those of the group.
+    before: scores of the pretrained model.
+  """
+  started, directories = time.perf_counter(), [workdir / "members" / name for name in group.members]
+  with contextlib.ExitStack() as stack:
+    stack.enter_context(jax.set_mesh(group.mesh))
+    saved = stack.enter_context(checkpoint.Checkpoints(checkpoints))
+    start = saved.latest_step() or 0
+    if start:
+      group.state, data_state = saved.restore(start, group.state)
+      for batches, state in zip(group.batches, data_state, strict=True):
+        batches.set_state(state)
+      metrics.say(f"going on from the checkpoint of step {start}")
+    outs = []
+    for directory, exp in zip(directories, group.members.values(), strict=True):
+      config_lib.finished(exp.config, directory)
+      if jax.process_index() == 0:
+        metrics.write_json(directory / "config.json", exp.config)
+      outs.append(stack.enter_context(metrics.Metrics(directory, group.steps, start, bar=False)))
+      if not start:
+        outs[-1].log(0, before, "before")
+    failed = fit(group, outs, saved)
+    values = _scores(group, "after", "test")
+    for i, exp in enumerate(group.members.values()):
+      if (directories[i] / "summary.json").exists():
+        continue
+      if i not in failed:
+        outs[i].log(exp.config["train"]["steps"], values[i], "after")
+      write(group, i, directories[i], outs[i].history(), failed.get(i), time.perf_counter() - started, command)
+
+
+def write(
+  group: Group, i: int, directory: pathlib.Path, history: list[dict], error: str | None, seconds: float, command: str
+) -> None:
+  """The adapter, report and summary of a member, or a summary that says why it failed."""
+  if error:
+    summary = {"error": error}
+  else:
+    exp = group.member(i)
+    experiment.export(exp, directory)
+    summary = experiment.summarise(exp, history, seconds) | {"population": len(group.members)}
+    if jax.process_index() == 0:
+      report.write_report(directory, summary, history, exp.config, command, exp.model.path, plot=False)
+  if jax.process_index() == 0:
+    metrics.write_json(directory / "summary.json", summary)
+
+
+def _scores(group: Group, prefix: str, split: str) -> list[dict[str, float]]:
+  first = next(iter(group.members.values()))
+  model = dataclasses.replace(first.model, config=_architecture(first.model))
+  return experiment.scores(first.config, model, first.task, group.scored(), group.mesh, prefix, split)
+
+
+def fit(group: Group, outs: Sequence[metrics.Metrics], saved: checkpoint.Checkpoints) -> dict[int, str]:
+  """Trains to the last step of the longest run; returns {member: what went wrong}."""
+  config = next(iter(group.members.values())).config
+  run, every = config_lib.train_settings(**config["train"]), config["eval"].get("every", 0)
+  start = int(np.max(group.state.members.step))
+  bar = metrics.Progress(group.steps, "step", start)
+  failed = {}
+
+  def diverged(step, i, values):
+    failed[i] = f"{experiment.not_finite(step, values)}. {experiment.ADVICE}"
+    metrics.say(f"{list(group.members)[i]}: {failed[i]}; it is left as it was, the others go on")
+
+  def progress(step, loss=None, tokens_per_second=None):
+    text = "" if loss is None else f"mean loss {loss:.3f}  {tokens_per_second:,.0f} tokens/s"
+    bar.update(step, text)
+
+  steps = [exp.config["train"]["steps"] for exp in group.members.values()]
+  log = experiment.Log(outs, group.step, steps, run["log_every"], diverged, progress)
+  for i in np.flatnonzero(~np.asarray(group.state.alive))[: len(outs)]:
+    if i < len(outs):
+      failed[int(i)] = f"its loss was not finite before step {start}. {experiment.ADVICE}"
+      log.stop(i)
+  for step in range(start + 1, group.steps + 1):
+    if every and step > 1 and (step - 1) % every == 0:
+      log.flush()
+      since = time.perf_counter()
+      for i, values in enumerate(_scores(group, "validation", "validation")[: len(outs)]):
+        if step - 1 <= steps[i] and not any(r["step"] == step - 1 and _has(r, "validation") for r in outs[i].history()):
+          outs[i].log(step - 1, values, "validation")
+      log.skip(time.perf_counter() - since)
+    group.state, values = group.step(group.state, *group.arguments(group.next_batch()))
+    for period, change in group.between:
+      if step % period == 0 and step < group.steps:
+        group.state = change(group.hyper, group.state)
+    log.add(step, values)
+    if step == group.steps or step % run["checkpoint_every"] == 0:
+      log.flush(write=True)
+      saved.save(step, group.state, [b.get_state() for b in group.batches])
+  bar.close()
+  return failed
+
+
+def _has(row: Mapping, prefix: str) -> bool:
+  return any(k.startswith(f"{prefix}/") for k in row)
+
+
+def fits(group: Group, limit: int | None) -> bool:
+  """Whether the group's step needs no more than `limit` bytes on a device, by the compiler's account.
+
+  The data iterators stay where they are.
+  """
+  states = [b.get_state() for b in group.batches]
+  with jax.set_mesh(group.mesh):
+    group.step.compile(group.state, *group.arguments(group.next_batch()))
+  for b, state in zip(group.batches, states, strict=True):
+    b.set_state(state)
+  return limit is None or group.step.memory_bytes <= limit
+
+
+def finished(directory: pathlib.Path) -> bool:
+  """Whether a member's directory holds its results."""
+  return (directory / "summary.json").exists()
+
+
+def result(directory: pathlib.Path) -> dict[str, Any]:
+  """The summary of a finished member, with its loss curve and the size of what it saved."""
+  summary = hf.read_json(directory / "summary.json")
+  if "error" in summary:
+    return summary
+  rows = [r for r in metrics.read_metrics(directory / "metrics.jsonl") if "train/loss" in r]
+  kept = [p for part in ("adapter", "model") for p in (directory / part).glob("*.safetensors")]
+  losses = {"step": [r["step"] for r in rows], "loss": [r["train/loss"] for r in rows]}
+  return summary | {"saved_bytes": sum(p.stat().st_size for p in kept), "losses": losses}

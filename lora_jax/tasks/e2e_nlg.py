@@ -1,0 +1,88 @@
+"""The E2E challenge: a restaurant in a sentence or two (Novikova et al. 2017, https://arxiv.org/abs/1706.09254).
+
+50,000 sentences of 6,000 meaning representations such as `name[The Vaults], eatType[pub]`, in the challenge's own
+CSV files. `tensorflow_datasets` has the cleaned data of Dušek et al. 2019 alone, also as `gem/e2e_nlg`: its scores
+do not compare with those of papers on the challenge.
+"""
+
+import csv
+import pathlib
+import re
+from collections.abc import Iterator, Sequence
+
+from lora_jax import errors, nlg, tasks
+
+LABELS = None
+PROMPT_LOSS_WEIGHT = 0.0
+FILES = {"train": "trainset.csv", "validation": "devset.csv", "test": "testset_w_refs.csv"}
+# As the files of Li and Liang 2021 (https://arxiv.org/abs/2101.00190), which LoRA uses, call attributes.
+NAMES = {"eatType": "Type", "priceRange": "price", "familyFriendly": "family friendly"}
+
+_URL = "https://github.com/tuetschek/e2e-dataset/releases/download/v1.0.0/e2e-dataset.zip"
+
+
+def load(split: str, *, path: str = "") -> Sequence[dict]:
+  """Examples `{"mr": str, "references": [str, ...]}`: of each sentence in training, else of each distinct `mr`.
+
+  Args:
+    path: the directory of FILES.
+  """
+  if not path:
+    raise errors.UserError(f"task e2e_nlg needs the challenge's files: unpack {_URL}, and set task.path to where it is")
+  if split != "train":
+    nlg.check()
+  rows = list(_rows(pathlib.Path(path) / FILES[split]))
+  if split == "train":
+    return [{"mr": mr, "references": [ref]} for mr, ref in rows]
+  groups = {}
+  for mr, ref in rows:
+    groups.setdefault(mr, []).append(ref)
+  return [{"mr": mr, "references": refs} for mr, refs in groups.items()]
+
+
+def format(example: dict, *, separator: str = "\n") -> tasks.Formatted:
+  """`name : The Vaults | Type : pub` and the separator, then the first reference.
+
+  LoRA separates by GPT-2's `<|endoftext|>`; its texts are tokenised besides: `£ 30 .` for `£30.`
+  """
+  described = " | ".join(f"{NAMES.get(k, k)} : {v}" for k, v in attributes(example["mr"]))
+  return tasks.Formatted(described + separator, " " + example["references"][0])
+
+
+def score(example: dict, text: str) -> dict[str, float]:
+  """`exact_match` with any of the references."""
+  return {"exact_match": float(sentence(text) in example["references"])}
+
+
+def corpus(texts: Sequence[str], examples: Sequence[dict]) -> dict[str, float]:
+  """`bleu`, `nist`, `meteor`, `rouge_l` and `cider` of generated texts, see `nlg.scores`."""
+  return nlg.scores([sentence(t) for t in texts], [e["references"] for e in examples])
+
+
+def sentence(text: str) -> str:
+  """What is scored of a generated text: its first paragraph, as in LoRA."""
+  return text.strip().split("\n\n")[0].strip()
+
+
+def attributes(mr: str) -> list[tuple[str, str]]:
+  """`[(attribute, value), ...]` of a meaning representation; empty if it is none."""
+  found = [re.fullmatch(r"\s*([^][]+)\[([^][]*)\]\s*", part) for part in re.split(r"(?<=\]),", mr)]
+  return [m.groups() for m in found] if all(found) else []
+
+
+def _rows(path: pathlib.Path) -> Iterator[tuple[str, str]]:
+  """(mr, ref) of each row of a file with these columns."""
+  try:
+    with path.open(encoding="utf-8-sig", newline="") as f:
+      reader = csv.DictReader(f)
+      names = {k.lower(): k for k in reader.fieldnames or ()}
+      if not {"mr", "ref"} <= names.keys():
+        raise errors.UserError(f"{path}: expected the columns mr,ref, found {','.join(names) or 'nothing'}")
+      for row in reader:
+        mr, ref = (row[names[k]] or "" for k in ("mr", "ref"))
+        if not attributes(mr) or not ref.strip():
+          found = f"found {mr!r:.80} and {ref!r:.80}"
+          raise errors.UserError(f"{path}:{reader.line_num}: expected `name[...], food[...]` and a sentence, {found}")
+        yield mr.strip(), ref.strip()
+  except (OSError, UnicodeDecodeError, csv.Error) as e:
+    raise errors.UserError(f"cannot read {path}: {e}; the challenge's files are in {_URL}") from e

@@ -1,0 +1,413 @@
+"""Tables and plots of a sweep, from the JSON of its summary alone."""
+
+import copy
+import json
+import re
+import statistics
+
+import numpy as np
+import pytest
+from hypothesis import given, settings, strategies as st
+
+from lora_jax import curves, errors, layout, plots, tables
+
+BASE = {
+  "model": {"name": "tiny"},
+  "task": {"name": "rotten_tomatoes"},
+  "method": {"name": "lora", "rank": 8, "targets": "q,v", "alpha": 16.0},
+  "optim": {"learning_rate": 2e-4},
+  "train": {"seed": 0, "steps": 30},
+}
+RANKS, TARGETS, SEEDS = (1, 4, 64), (("q",), ("q", "v")), (0, 1, 2)
+TABLE6 = {
+  "paper": "Hu et al. 2021, table 6",
+  "metric": "accuracy",
+  "rows": "method.targets",
+  "columns": "method.rank",
+  "row_labels": {"('q',)": "$W_q$", "q,v": "Wq & Wv"},
+  "published": {
+    "MNLI, GPT-3 175B": {
+      "$W_q$": {"1": 90.7, "2": 90.9, "4": [91.1, 0.1], "64": 90.7},
+      "Wq & Wv": {"1": 91.3, "64": 91.4},
+      "all": {"1": 91.2},
+    }
+  },
+  "log": True,
+}
+
+
+def member(name, overrides, after, **more):
+  losses = [3 - 0.05 * i for i in range(30)]
+  return {
+    "name": name,
+    "overrides": overrides,
+    "model": "tiny",
+    "task": "rotten_tomatoes",
+    "eval": {"before": dict.fromkeys(after, 0.5), "after": after},
+    "trainable_params": 1000,
+    "total_params": 50_000,
+    "saved_bytes": 4000,
+    "train": {"steps": 30, "loss_first": 3.0, "loss_last": 1.5},
+    "losses": {"step": list(range(1, 31)), "loss": losses},
+    **more,
+  }
+
+
+def summary(members, table, **more):
+  """As it is read from a file."""
+  whole = {
+    "config": BASE,
+    "table": table,
+    "members": members,
+    "groups": [[m["name"] for m in members]],
+    "wall_seconds": 12.3,
+    "versions": {"jax": "0.10.2"},
+  }
+  return json.loads(json.dumps(whole | more))
+
+
+def accuracy(t, r, s):
+  return 0.80 + 0.01 * len(t) + 0.002 * np.log2(r).item() + (0.001, -0.003, 0.002)[s]
+
+
+@pytest.fixture
+def swept():
+  members = [
+    member(
+      f"{'+'.join(t)}-{r}-{s}",
+      {"method": {"targets": t, "rank": r}, "train": {"seed": s}},
+      {"accuracy": accuracy(t, r, s), "label_loss": 0.9 - 0.1 * len(t)},
+      trainable_params=100_000 * r * len(t),
+    )
+    for t in TARGETS
+    for r in RANKS
+    for s in SEEDS
+  ]
+  return summary(members, TABLE6)
+
+
+def fails(swept, *names):
+  """The summary with members that failed."""
+  out = copy.deepcopy(swept)
+  for m in out["members"]:
+    if m["name"] in names:
+      kept = {k: m[k] for k in ("name", "overrides")}
+      m.clear()
+      m.update(kept, error="step 3: loss nan")
+  return out
+
+
+def rows(text):
+  """{first cell: cells} of a Markdown table."""
+  lines = [re.split(r"(?<!\\) \| ", line[2:-2]) for line in text.splitlines() if line.startswith("| ")]
+  return {line[0]: line[1:] for line in lines if line[0] != "---"}
+
+
+def test_cells_are_mean_and_deviation_over_seeds(swept):
+  table = tables.pivot(swept)
+  assert table.columns == ("1", "2", "4", "64")  # as published, though nothing here has rank 2
+  assert [r.label for r in table.rows] == ["$W_q$", "Wq & Wv"]
+  assert table.corner == "targets / rank" and table.n == 3
+  for row, t in zip(table.rows, TARGETS, strict=True):
+    assert set(row.cells) == {"1", "4", "64"}
+    for r in RANKS:
+      want, cell = [100 * accuracy(t, r, s) for s in SEEDS], row.cells[str(r)]
+      assert cell.mean == pytest.approx(statistics.fmean(want))
+      assert cell.sd == pytest.approx(statistics.stdev(want))
+      assert (cell.n, cell.failed) == (3, 0)
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=6), st.randoms())
+def test_the_order_of_members_does_not_matter(scores, random):
+  members = [member(f"m{i}", {"train": {"seed": i}}, {"accuracy": x}) for i, x in enumerate(scores)]
+  members += [
+    member(f"n{i}", {"method": {"rank": 2}, "train": {"seed": i}}, {"accuracy": x}) for i, x in enumerate(scores)
+  ]
+  shuffled = random.sample(members, len(members))
+  one, other = (tables.pivot(summary(m, {"columns": "method.rank"})) for m in (members, shuffled))
+  assert one.columns == other.columns == ("2", "8")
+  for c in one.columns:
+    a, b = one.rows[0].cells[c], other.rows[0].cells[c]
+    assert a.mean == pytest.approx(b.mean) == pytest.approx(100 * statistics.fmean(scores))
+    assert a.n == b.n == len(scores) and (a.sd is None) == (len(scores) == 1)
+
+
+def test_markdown_is_laid_out_as_the_paper(swept):
+  lines = tables.markdown(tables.pivot(swept)).splitlines()
+  assert lines[0] == "| targets / rank | 1 | 2 | 4 | 64 |"
+  assert lines[2] == "| *tiny* |  |  |  |  |"
+  assert lines[3] == "| $W_q$ | 81.0 ± 0.3 | - | 81.4 ± 0.3 | **82.2** ± 0.3 |"
+  assert lines[5] == "| *MNLI, GPT-3 175B* |  |  |  |  |"
+  assert lines[6] == "| $W_q$ | 90.7 | 90.9 | **91.1** ± 0.1 | 90.7 |"
+  assert lines[8] == "| all | 91.2 | - | - | - |"
+
+
+def test_failed_members_are_counted(swept):
+  some = tables.pivot(fails(swept, "q-4-1"))
+  cell = some.rows[0].cells["4"]
+  assert (cell.n, cell.failed) == (2, 1)
+  assert cell.mean == pytest.approx(50 * (accuracy("q", 4, 0) + accuracy("q", 4, 2)))
+  assert rows(tables.markdown(some))["*tiny*"] == ["", "", "", ""]
+  assert "(2 of 3)" in tables.markdown(some) and "one run failed" in tables.caption(some)
+  none = tables.markdown(tables.pivot(fails(swept, "q-4-0", "q-4-1", "q-4-2")))
+  assert "| failed (0 of 3) |" in none
+  swept["members"][0]["eval"]["after"]["accuracy"] = None  # what JSON has for nan
+  assert tables.pivot(swept).rows[0].cells["1"].failed == 1
+
+
+def test_a_metric_that_was_not_computed_is_no_failure(swept):
+  swept["table"] |= {"metric": ["accuracy", "meteor"]}
+  swept["members"][0]["eval"]["after"]["meteor"] = 0.4
+  text = tables.markdown(tables.pivot(swept))
+  assert "| meteor, $W_q$ | 40.0 (n = 1) | - | - | - |" in text and "failed" not in text
+
+
+def test_cells_of_fewer_seeds_say_so(swept):
+  swept["members"] = [m for m in swept["members"] if m["name"] not in ("q-4-1", "q-4-2")]
+  assert "| 81.5 (n = 1) |" in tables.markdown(tables.pivot(swept))
+
+
+def test_one_row_is_named_by_its_source():
+  members = [member(t, {"method": {"targets": t}}, {"accuracy": x}) for t, x in (("q", 0.7), ("v", 0.8), ("k", 0.8))]
+  published = {"WikiSQL": {"q": 70.4, "v": 73.0}, "MNLI": {"": {"q": 91.0, "k": "n/a"}}}
+  text = tables.markdown(tables.pivot(summary(members, {"columns": "method.targets", "published": published})))
+  assert text.splitlines()[0] == "| targets | q | v | k |"
+  found = rows(text)
+  assert found["tiny"] == ["70.0", "**80.0**", "**80.0**"]  # both are printed alike
+  assert found["WikiSQL"] == ["70.4", "**73.0**", "-"] and found["MNLI"] == ["91.0", "-", "n/a"]
+
+
+def several(**layout_):
+  metric = {"trainable_params": 0, "bleu": 0.9, "nist": 8.5, "meteor": 0.46, "val_loss": 1.2}
+  members = [
+    member(f"{r}", {"method": {"rank": r}}, {k: v + 0.01 * r for k, v in metric.items()}, trainable_params=98_304 * r)
+    for r in (4, 1)
+  ]
+  for m in members:
+    del m["eval"]["after"]["trainable_params"]
+  labels = {"bleu": "BLEU", "meteor": "METEOR"}
+  return summary(members, {"metric": list(metric), "column_labels": labels, **layout_})
+
+
+def test_metrics_as_columns():
+  """Each has its unit, and is compared with itself: more of a score is better, less of a loss."""
+  published = {"GPT-2 M": {"1": {"BLEU": 68.72, "METEOR": [45.65, 0.1], "trainable_params": "0.1M"}}}
+  table = tables.pivot(several(rows="method.rank", published=published))
+  found = tables.markdown(table).splitlines()
+  assert found[0] == "| rank | trainable params | BLEU | nist | METEOR | val loss |"
+  assert found[3] == "| 1 | 98.3k | 0.9 | 8.51 | 47.0 | **1.21** |"
+  assert found[4] == "| 4 | 393k | 0.9 | **8.54** | **50.0** | 1.24 |"
+  assert found[6] == "| 1 | 0.1M | 68.7 | - | 45.6 ± 0.1 | - |"
+  assert tables.caption(table) == "BLEU, nist, METEOR in %, val loss; best of each column in bold."
+
+
+def test_metrics_as_rows():
+  given = several(columns="method.rank", row_labels={"nist": "NIST"}, published={"M": {"NIST": {"1": 8.7, "4": 8.8}}})
+  found = rows(tables.markdown(tables.pivot(given)))
+  assert found["BLEU"][0] == "0.910" and found["val loss"] == ["**1.21**", "1.24"]
+  grouped = tables.pivot(several(rows="method.name", columns="method.rank", row_labels={"lora": "LoRA"}))
+  assert [r.label for r in grouped.rows][1:3] == ["BLEU, LoRA", "nist, LoRA"]
+
+
+def test_values_are_looked_up_as_the_sweep_merges_them():
+  """An override of a method that has a name replaces the config's; others update it."""
+  given = summary([], {})
+  look = lambda overrides, path: layout.value(given, {"name": "x", "overrides": overrides}, path)
+  assert look({}, "method.rank") == 8 and look({"method": {"alpha": 2}}, "method.rank") == 8
+  assert look({"method": {"name": "ia3"}}, "method.rank") is None
+  assert look({"method": {"rank": 2}}, "method.rank") == 2
+  assert look({"optim": {"learning_rate": 1.0}}, "optim.learning_rate") == 1
+  assert look({"method": [{"name": "lora"}]}, "method.rank") is None
+  assert look({}, "name") == "x" and look({}, "nothing.at.all") is None
+  assert look({"method": {"targets": ["q", ["k"]]}}, "method.targets") == ("q", ("k",))
+  hash(look({"method": {"rank_pattern": {"q": 4, "v": [1]}}}, "method"))
+
+
+@pytest.mark.parametrize(
+  "value, text",
+  [(2e-4, "2e-4"), (1.2345678e-5, "1.235e-5"), (0.1, "0.1"), (16.0, "16"), (1024, "1024"), (18_874_368, "18,874,368")]
+  + [(None, "-"), (True, "True"), (("q", "v"), "q,v"), ("all-linear", "all-linear"), (0.0, "0")],
+)
+def test_texts_of_values(value, text):
+  how = layout.Layout((), rows="x")
+  assert how.label("x", layout._hashable(value)) == text
+  if layout.is_number(value):
+    assert layout.number(text) == pytest.approx(value, rel=1e-3)
+
+
+@pytest.mark.parametrize("key", ["('q', 'v')", "['q', 'v']", "q,v"])
+def test_labels_of_sequences(key):
+  assert layout.Layout((), rows="x", row_labels={key: "both"}).label("x", ("q", "v")) == "both"
+
+
+def test_pairs_order_what_dicts_do_not():
+  members = [member(t, {"method": {"targets": t}}, {"accuracy": 0.5}) for t in ("q", "v", "k")]
+  pairs = [["v", "Wv"], ["k", "Wk"], ["q", "Wq"]]
+  order = lambda labels: tables.pivot(summary(members, {"columns": "method.targets", "column_labels": labels})).columns
+  assert order(pairs) == ("Wv", "Wk", "Wq") and order(dict(pairs)) == ("Wq", "Wv", "Wk")
+  rates = [member(str(x), {"optim": {"learning_rate": x}}, {"accuracy": 0.5}) for x in (0.5, 1e-3, 2e-4)]
+  published = [["them", [["r", [["0.5", 80.0], ["1e-3", [81.0, 0.2]]]]]]]
+  table = tables.pivot(summary(rates, {"columns": "optim.learning_rate", "published": published}))
+  assert table.columns == ("2e-4", "1e-3", "0.5")
+  assert {c: x.mean for c, x in table.published["them"][0].cells.items()} == {"0.5": 80.0, "1e-3": 81.0}
+
+
+def test_without_a_layout_members_are_rows(swept):
+  for without in ({"table": None}, {"table": {}}):
+    table = tables.pivot(swept | without)
+    assert len(table.rows) == 18 and table.columns == ("accuracy",) and table.rows[0].label == "q-1-0"
+  table = swept.pop("table")
+  swept["config"]["table"] = table
+  assert tables.pivot(swept).columns == ("1", "2", "4", "64")
+
+
+@pytest.mark.parametrize(
+  "table, message",
+  [
+    ({"row": "method.rank"}, "unknown key config.table. 'row'; did you mean 'rows'"),
+    ({"rows": "method.rnk"}, r"config\.table\.rows='method\.rnk' is in no member; did you mean 'method\.rank'"),
+    ({"published": {"a": 3}}, r"config\.table\.published"),
+    ({"published": "MNLI"}, r"config\.table\.published is a dict or a list of pairs"),
+    ({"row_labels": ["a"]}, r"config\.table\.row_labels is a dict"),
+  ],
+)
+def test_bad_layouts_are_refused_before_anything_runs(swept, table, message):
+  planned = swept | {"table": table, "members": [{"overrides": m["overrides"]} for m in swept["members"]]}
+  for either in (swept | {"table": table}, planned):
+    with pytest.raises(errors.UserError, match=message):
+      layout.of(either)
+  assert layout.of(planned | {"table": TABLE6}).rows == "method.targets"
+
+
+def test_latex_is_well_formed(swept):
+  swept["table"]["row_labels"] |= {"('q',)": "50% of_W {x} ~^\\"}
+  text = tables.latex(tables.pivot(fails(swept, "q-4-1")))
+  assert text.startswith(r"\documentclass") and text.count(r"\begin{") == text.count(r"\end{") == 3
+  body = re.search(r"\\begin\{tabular\}\{(l r*)\}(.*)\\end\{tabular\}".replace(" ", ""), text, re.S)
+  assert body[1] == "lrrrr"
+  lines = [line for line in body[2].splitlines() if line.endswith(r"\\")]
+  for line in lines:
+    assert len(re.findall(r"(?<!\\)&", line)) == (0 if "multicolumn" in line else 4)
+    plain = re.sub(r"\\[{}]", "", line)
+    assert plain.count("{") == plain.count("}") and len(re.findall(r"(?<!\\)\$", line)) % 2 == 0
+  assert r"50\% of\_W \{x\} \textasciitilde{}\textasciicircum{}\textbackslash{} & " in text
+  assert r"Wq \& Wv & 82.0$_{\pm 0.3}$ & -- & " in text and r"\textbf{83.2}$_{\pm 0.3}$" in text
+  assert r"\multicolumn{5}{l}{\emph{MNLI, GPT-3 175B}} \\" in text and "(2 of 3)" in text
+
+
+def shown(monkeypatch):
+  """What the plots are drawn from."""
+  seen = []
+  monkeypatch.setattr(plots, "lines", lambda *args: seen.append(args))
+  monkeypatch.setattr(plots, "traces", lambda *args: seen.append(args))
+  return seen
+
+
+def test_metric_plot_shows_means_bands_and_single_runs(swept, monkeypatch):
+  seen = shown(monkeypatch)
+  curves.metric_plot(fails(swept, "q-4-1"))
+  ((panels, xlabel, log, names),) = seen
+  assert (xlabel, log, names) == ("Rank", True, [])
+  first = panels[0].curves[0]
+  table = tables.pivot(fails(swept, "q-4-1")).rows[0].cells
+  assert first.label == "$W_q$" and first.x == [1, 4, 64]
+  np.testing.assert_allclose(first.y, [table[c].mean for c in ("1", "4", "64")])
+  np.testing.assert_allclose(first.sd, [table[c].sd for c in ("1", "4", "64")])
+  assert len(first.dots) == 8
+  far = panels[1]  # nine points above ours: next to them, not in one panel
+  assert far.title == "MNLI, GPT-3 175B" and all(c.dashed for c in far.curves)
+  assert list(far.curves[0].x) == [1, 2, 4, 64] and list(far.curves[0].y) == [90.7, 90.9, 91.1, 90.7]
+  assert far.curves[0].colour == first.colour
+
+
+def test_near_published_curves_share_the_panel(swept, monkeypatch):
+  seen = shown(monkeypatch)
+  swept["table"]["published"] = {"them": {"$W_q$": {"1": 81.5, "64": 82.5}}}
+  curves.metric_plot(swept)
+  (panel,) = seen[0][0]
+  assert [(c.label, c.dashed) for c in panel.curves] == [("$W_q$", False), ("Wq & Wv", False), ("them, $W_q$", True)]
+
+
+def test_metric_plot_against_parameters_and_names(swept, monkeypatch):
+  seen = shown(monkeypatch)
+  swept["table"] |= {"x": "trainable_params"}
+  curves.metric_plot(fails(swept, *(f"q-1-{s}" for s in SEEDS)))
+  assert [list(c.x) for c in seen[0][0][0].curves] == [[400_000, 6_400_000], [200_000, 800_000, 12_800_000]]
+  swept["table"] |= {"x": "method.targets", "lines": "method.rank"}
+  curves.metric_plot(swept)
+  panels, _, _, names = seen[1]
+  assert names == ["$W_q$", "Wq & Wv"] and [c.label for c in panels[0].curves[:3]] == ["1", "4", "64"]
+
+
+def test_each_metric_has_a_panel(monkeypatch):
+  seen = shown(monkeypatch)
+  published = {"GPT-2 M": {"1": {"nist": 8.52}, "2": {"nist": 8.53, "METEOR": 48.0}}}
+  curves.metric_plot(several(rows="method.rank", published=published))
+  panels = seen[0][0]
+  assert [p.ylabel for p in panels] == ["BLEU", "Nist", "METEOR, %", "Val loss"]
+  assert [len(p.curves) for p in panels] == [1, 2, 2, 1]
+  assert (panels[1].curves[1].x, panels[1].curves[1].y) == ((1, 2), (8.52, 8.53))
+
+
+def test_loss_plot_shows_all_members(swept, monkeypatch):
+  seen = shown(monkeypatch)
+  swept["members"][0]["losses"]["loss"][9:] = [None] * 21
+  del swept["members"][1]["losses"]
+  curves.loss_plot(swept)
+  ((panels, _, scale, title),) = seen
+  assert [p.title for p in panels] == ["$W_q$", "Wq & Wv"] and [len(p.curves) for p in panels] == [8, 9]
+  assert len(panels[0].curves[0].x) == 9 and scale is None and title == "Rank"
+  assert len({c.colour for c in panels[1].curves}) == 3
+
+
+def test_many_numbers_have_a_colour_bar(monkeypatch):
+  seen = shown(monkeypatch)
+  members = [member(f"{i}", {"optim": {"learning_rate": 1e-4 * 1.5**i}}, {"accuracy": 0.5}) for i in range(12)]
+  curves.loss_plot(summary(members, {"rows": "optim.learning_rate"}))
+  assert len(seen[0][2]) == 12
+
+
+def test_report_is_written_from_the_summary(swept, tmp_path):
+  command = "python -m experiments.run --config configs/lora_table6.py"
+  tables.write(tmp_path, fails(swept, "q-4-1"), command)
+  text = (tmp_path / "report.md").read_text()
+  for part in (
+    "# Hu et al. 2021, table 6: rotten_tomatoes on tiny",
+    "18 runs; 30 steps; one program; 12 s in all.",
+    tables.markdown(tables.pivot(fails(swept, "q-4-1"))),
+    "**q-4-1** failed: step 3: loss nan",
+    command,
+    '"jax": "0.10.2"',
+    '"learning_rate": 0.0002',
+  ):
+    assert part in text, part
+  for name in re.findall(r"!\[\w+\]\((.*?)\)", text):
+    assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+  assert {p.name for p in (tmp_path / "plots").iterdir()} == {"metric.png", "loss.png"}
+  assert (tmp_path / "table.tex").read_text() == tables.latex(tables.pivot(fails(swept, "q-4-1")))
+  assert (tmp_path / "table.md").read_text().startswith("| targets / rank |")
+
+
+def test_report_of_a_sweep_that_failed(swept, tmp_path):
+  tables.write(tmp_path, fails(swept, *(m["name"] for m in swept["members"])))
+  text = (tmp_path / "report.md").read_text()
+  assert "failed (0 of 3)" in text and not (tmp_path / "plots").exists() and "Reproduce" not in text
+
+
+def test_all_kinds_of_plots_can_be_drawn(swept):
+  swept["table"] |= {"x": "method.targets"}
+  swept["members"][0]["losses"]["loss"] = [10.0**-i for i in range(30)]
+  draw = lambda s: (curves.metric_plot(s), curves.loss_plot(s))
+  members = [member(f"{i}", {"optim": {"learning_rate": 1e-4 * 1.5**i}}, {"accuracy": 0.5}) for i in range(12)]
+  rates = summary(members, {"rows": "optim.learning_rate", "log": True})
+  for png in (*draw(swept), *draw(rates), *draw(several(rows="method.rank")), *draw(swept | {"table": None})):
+    assert png.startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+  "x, text",
+  [(18_874_368, "18.9M"), (36_864, "36.9k"), (4096, "4096"), (0.5, "0.5"), (2e-4, "2e-4"), (0, "0"), (7e9, "7B")],
+)
+def test_short_numbers(x, text):
+  assert plots.short(x) == text
