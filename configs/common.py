@@ -31,7 +31,38 @@ def get_config() -> ConfigDict:
         "clip_norm": 1.0,
       },
       "train": {"steps": 200, "seed": 0, "accumulate": 1, "log_every": 10, "checkpoint_every": 100},
-      "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
+      "mesh": {"population": 1, "data": -1, "fsdp": 1, "tensor": 1},
       "eval": {"examples": 500, "every": 0, "batch_size": 64, "seq_len": 512},
     }
   )
+
+
+def get_sweep(size: str = "") -> ConfigDict:
+  """A base for tables: all members at once, spread over the devices.
+
+  Args:
+    size: "smol", SmolLM2-135M on sentences from a package, or "", SmolLM2-1.7B on MNLI: what a hub has.
+  """
+  if size not in ("", "smol"):
+    raise KeyError(f"unknown size {size!r}; known: smol, or none")
+  config = get_config()
+  config.mesh.population, config.mesh.data = -1, 1
+  config.objective.prompt_loss_weight = 0.0
+  config.method.targets = "q,v"
+  if size == "smol":
+    config.task.name = "rotten_tomatoes"
+    config.data.seq_len = 64
+    config.train.log_every = 20
+    config.train.checkpoint_every = 200
+    config.eval.examples = 850
+    config.eval.batch_size = 512
+    config.eval.seq_len = 128
+    return config
+  config.model.name = "hf:HuggingFaceTB/SmolLM2-1.7B-Instruct"
+  config.task = {"name": "glue", "subset": "mnli"}
+  config.data.seq_len = 256
+  config.train.steps = 6000
+  config.train.log_every = 50
+  config.train.checkpoint_every = 1000
+  config.eval.examples = 9815
+  return config

@@ -13,6 +13,9 @@ CONFIG = config_flags.DEFINE_config_file(
 )
 WORKDIR = flags.DEFINE_string("workdir", None, "Where the run is written; runs/<config> by default.")
 DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Join the other processes of a cluster (SLURM, TPU pod, MPI).")
+SHARD = flags.DEFINE_string(
+  "shard", "", "i/n: run the i-th of n shares of a sweep's members; a SLURM array's own numbers by default."
+)
 flags.mark_flag_as_required("config")
 
 
@@ -32,12 +35,30 @@ def main(argv: list[str]) -> None:
   workdir = WORKDIR.value or os.path.join("runs", pathlib.Path(file.partition(":")[0]).stem)
   try:
     config = CONFIG.value.to_dict()
-    run = sweep.run if "sweep" in config else experiment.run
-    run(config, workdir, shlex.join(["python", "-m", "experiments.run", *sys.argv[1:]]))
+    command = shlex.join(["python", "-m", "experiments.run", *sys.argv[1:]])
+    if "sweep" in config:
+      sweep.run(config, workdir, command, shard=shard())
+    elif SHARD.value:
+      raise errors.UserError("--shard is for a config with a sweep")
+    else:
+      experiment.run(config, workdir, command)
   except errors.UserError as e:
     sys.exit(f"error: {e}")
   except KeyboardInterrupt:
     sys.exit(f"interrupted; the same command goes on from the last checkpoint in {workdir}")
+
+
+def shard() -> tuple[int, int]:
+  """(i, n) of --shard, else of the SLURM array that this is a task of, else (0, 1)."""
+  from lora_jax import errors
+
+  tasks = {k: os.environ.get(f"SLURM_ARRAY_TASK_{k}") for k in ("ID", "MIN", "COUNT")}
+  if not SHARD.value:
+    return (int(tasks["ID"]) - int(tasks["MIN"]), int(tasks["COUNT"])) if all(tasks.values()) else (0, 1)
+  index, slash, count = SHARD.value.partition("/")
+  if not (slash and index.isdigit() and count.isdigit()):
+    raise errors.UserError(f"--shard={SHARD.value}: expected i/n, such as 0/4")
+  return int(index), int(count)
 
 
 def parse(argv: list[str]) -> list[str]:
