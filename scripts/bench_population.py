@@ -1,0 +1,79 @@
+"""Steps per second and memory of populations of several sizes, side by side: members are seeds of one config.
+
+python scripts/bench_population.py --sizes 1,8,32,64 [--model smollm2-135m] [--targets q,v] [--rank 8] [--runs 8]
+
+`--runs N` also trains N members one after the other, as runs of their own over one loaded base, and compares wall times.
+"""
+
+import time
+
+import jax
+from absl import app, flags
+
+from configs import lora_table5
+from lora_jax import experiment, group, sharding
+
+SIZES = flags.DEFINE_list("sizes", ["1", "8", "32", "64"], "Populations.")
+MODEL = flags.DEFINE_string("model", "smollm2-135m", "Model.")
+DTYPE = flags.DEFINE_string("dtype", "bfloat16", "Of the model.")
+TARGETS = flags.DEFINE_string("targets", "q,v", "Matrices that LoRA adapts.")
+RANK = flags.DEFINE_integer("rank", 8, "Of LoRA.")
+BATCH = flags.DEFINE_integer("batch", 32, "Rows a member.")
+STEPS = flags.DEFINE_integer("steps", 30, "Timed steps.")
+RUNS = flags.DEFINE_integer("runs", 0, "Also so many runs one by one; compilation counts on both sides.")
+
+
+def settings(seed: int) -> dict:
+  config = lora_table5.get_config("smol")
+  config.model.name, config.model.dtype = MODEL.value, DTYPE.value
+  config.method.targets, config.method.rank = TARGETS.value, RANK.value
+  config.data.batch_size, config.train.steps, config.train.seed = BATCH.value, STEPS.value, seed
+  config = config.to_dict()
+  return {k: v for k, v in config.items() if k not in ("sweep", "table")}
+
+
+def timed(size: int, task, mesh, model) -> tuple[float, float, int, float]:
+  """(seconds a step, to compile, bytes, of all) of a population whose batches are padded to one shape."""
+  began = time.perf_counter()
+  built = group.build({str(i): settings(i) for i in range(size)}, task, mesh, model)
+  with jax.set_mesh(mesh):
+    batch = built.next_batch()
+    for i in range(STEPS.value + 2):
+      if i == 2:
+        jax.block_until_ready(built.state)
+        start = time.perf_counter()
+      built.state, _ = built.step(built.state, *built.arguments(batch))
+    jax.block_until_ready(built.state)
+  end = time.perf_counter()
+  return (end - start) / STEPS.value, built.step.compile_seconds, built.step.memory_bytes, end - began
+
+
+def one_by_one(task, mesh, model) -> float:
+  """Seconds of runs of their own."""
+  began = time.perf_counter()
+  for seed in range(RUNS.value):
+    exp = experiment.build(settings(seed), model)
+    with jax.set_mesh(mesh):
+      batch = sharding.put_batch(next(exp.batches), mesh)
+      for _ in range(STEPS.value + 2):
+        exp.state, _ = exp.step(exp.state, exp.frozen, batch)
+      jax.block_until_ready(exp.state)
+  return time.perf_counter() - began
+
+
+def main(_) -> None:
+  config = settings(0)
+  task, mesh = experiment.check(config), sharding.make_mesh(**config["mesh"])
+  model = experiment.load(config, task, mesh)
+  print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {MODEL.value}, {DTYPE.value}, {TARGETS.value}")
+  print("members  ms/step  member steps/s  step GiB  compile s  wall s")
+  for size in map(int, SIZES.value):
+    step, compiling, memory, wall = timed(size, task, mesh, model)
+    row = f"{1e3 * step:7.1f}  {size / step:14.1f}  {memory / 2**30:8.2f}  {compiling:9.1f}  {wall:6.1f}"
+    print(f"{size:7d}  {row}", flush=True)
+  if RUNS.value:
+    print(f"{RUNS.value} runs one by one: {one_by_one(task, mesh, model):.1f} s wall, compilation included")
+
+
+if __name__ == "__main__":
+  app.run(main)
