@@ -2,7 +2,7 @@
 
 python scripts/bench_population.py --sizes 1,8,32,64 [--model smollm2-135m] [--targets q,v] [--rank 8] [--runs 8]
 
-`--runs N` also trains N members one after the other, as runs of their own over one loaded base, and compares wall times.
+`--runs N` also trains N members one after the other, as runs of their own over one loaded base.
 """
 
 import time
