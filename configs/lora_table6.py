@@ -6,7 +6,7 @@ each: 45 members, one program.
 Command: python -m experiments.run --config configs/lora_table6.py:smol
   SmolLM2-135M-Instruct on Rotten Tomatoes sentences, from packages: runs offline.
   `configs/lora_table6.py` is the same ablation on MNLI with SmolLM2-1.7B from the hub. Not run yet.
-Hardware: written for one GPU.
+Hardware: written for one GPU; not run yet.
 Published (GPT-3 175B, MNLI): Wq 90.7 90.9 91.1 90.7 90.7, Wq Wv 91.3 91.4 91.3 91.6 91.4, all 91.2 91.7 91.7 91.5 91.4.
 """
 
