@@ -32,6 +32,11 @@ def optimised():
   jax.config.update("jax_disable_most_optimizations", True)
 
 
+def pytest_configure(config):
+  """Of workers that share a directory of programs one may find what another has written half; it compiles it then."""
+  config.addinivalue_line("filterwarnings", "ignore:Error (reading|writing) persistent compilation cache:UserWarning")
+
+
 def pytest_collection_modifyitems(items):
   """The laws of one method run one after the other, as they share what is compiled."""
   method = lambda item: getattr(item, "callspec", None) and item.callspec.params.get("name")

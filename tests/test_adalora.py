@@ -11,7 +11,9 @@ import pytest
 from lora_jax import errors, methods, models, optim, train, transformer, tree, weights
 from lora_jax.formats import peft as peft_format
 from lora_jax.methods import _adalora, adalora
-from tests.test_dora import apply, shaken
+from tests import noise
+from tests.noise import moved
+from tests.test_dora import apply
 from tests.test_families import outputs
 from tests.test_lora import first_output, load, load_family
 from tests.test_models import torch_logits
@@ -34,7 +36,7 @@ def base():
 
 
 def test_formula(base):
-  params = shaken(*adalora.init(KEY, base, targets="q", init_r=5, target_r=2, alpha=7.0))
+  params = moved(*adalora.init(KEY, base, targets="q", init_r=5, target_r=2, alpha=7.0))
   node = jax.tree.map(lambda x: x[1], params["layers"]["attn"]["q"]["kernel"])
   x = jax.random.normal(KEY, (2, 3, 16))
   change = ((x @ node.a) * node.e) @ node.b.reshape(5, -1) * 7 / (5 + 1e-5)
@@ -55,14 +57,14 @@ def test_starts_as_the_model(base):
 def test_padding_does_not_count(base):
   params, mask = adalora.init(KEY, base, targets="layers/[12]/attn/q", init_r=5, target_r=2)
   assert methods.size(params, mask) == 2 * (16 * 5 + 5 + 5 * 16)
-  merged = weights.merge(shaken(params, mask))["layers"]["attn"]["q"]["kernel"]
+  merged = weights.merge(moved(params, mask))["layers"]["attn"]["q"]["kernel"]
   np.testing.assert_array_equal(merged[0], base["layers"]["attn"]["q"]["kernel"][0])
   assert np.abs(merged[1] - base["layers"]["attn"]["q"]["kernel"][1]).max() > 1e-5
 
 
 def test_penalty(base):
   """The mean distance from orthogonality over the A and B of adapted layers, times the weight."""
-  params = shaken(*adalora.init(KEY, base, targets=["layers/[12]/attn/q", "down"], init_r=3, target_r=2), size=1.0)
+  params = moved(*adalora.init(KEY, base, targets=["layers/[12]/attn/q", "down"], init_r=3, target_r=2), size=1.0)
   want = []
   for layers, node in (
     ((1, 2), params["layers"]["attn"]["q"]["kernel"]),
@@ -165,13 +167,13 @@ def test_layers_that_are_not_adapted_have_no_part_in_the_budget(base):
   """Nor do they push others out: 2 of 3 layers, half of whose ranks stay."""
   kw = dict(init_r=4, target_r=2, targets="layers/[02]/attn/q")
   params, mask = adalora.init(KEY, base, **kw)
-  params = shaken(params, mask)
+  params = moved(params, mask)
   trainable, _ = tree.split(params, mask)
   optimiser = adalora.optimiser(optax.sgd(0.1), steps=2, **kw)
   state = optimiser.init(trainable)
   for step in range(2):
-    noise = lambda k, x: jax.random.normal(tree.fold(jax.random.key(step), k), x.shape).at[1].set(0)
-    grads = tree.map_named(noise, trainable)
+    gradient = lambda k, x: noise.add(k, np.zeros(x.shape, np.float32), 1.0, step).at[1].set(0)
+    grads = tree.map_named(gradient, trainable)
     updates, state = optimiser.update(grads, state, trainable)
     trainable = optax.apply_updates(trainable, updates)
   e = np.asarray(trainable["layers"]["attn"]["q"]["kernel"].e)
@@ -230,7 +232,7 @@ def test_state_is_named_as_the_weights_are(base):
 def test_peft_loads_what_we_save_and_so_do_we(tmp_path, targets, pruned):
   peft = pytest.importorskip("peft")
   ref, model = load(tmp_path / "base", num_key_value_heads=2)
-  params = shaken(*adalora.init(KEY, model.params, targets=targets, init_r=4, target_r=2, alpha=40.0), size=0.3)
+  params = moved(*adalora.init(KEY, model.params, targets=targets, init_r=4, target_r=2, alpha=40.0), size=0.3)
   if pruned:
     drop = lambda w: w.replace(e=w.e * (jax.random.uniform(KEY, w.e.shape) > 0.5)) if _adalora.is_node(w) else w
     params = jax.tree.map(drop, params, is_leaf=_adalora.is_node)
@@ -276,7 +278,7 @@ def test_misfits_are_listed_together(tmp_path, base):
   import safetensors.numpy
 
   model = models.Model("tiny", CONFIG, base, None, {"model_type": "llama"})
-  params = shaken(*adalora.init(KEY, base, init_r=3, target_r=2))
+  params = moved(*adalora.init(KEY, base, init_r=3, target_r=2))
   peft_format.save(model, params, tmp_path)
   path, config = tmp_path / "adapter_model.safetensors", tmp_path / "adapter_config.json"
   good, settings = safetensors.numpy.load_file(path), json.loads(config.read_text())

@@ -13,6 +13,7 @@ from flax import linen as nn, nnx
 
 import lora_jax
 from lora_jax import bridges, errors, foreign, methods, tree, weights
+from tests import noise
 
 KEY = jax.random.key(1)
 
@@ -89,8 +90,7 @@ for optional in ("loha", "lokr"):
 
 
 def noisy(adapter, seed=5, size=0.1):
-  key = jax.random.key(seed)
-  return tree.map_named(lambda k, x: x + size * jax.random.normal(tree.fold(key, k), x.shape), adapter)
+  return tree.map_named(lambda k, x: noise.add(k, x, size, seed), adapter)
 
 
 def test_the_example_of_the_docstring():

@@ -10,7 +10,7 @@ import pytest
 
 from lora_jax import errors, layers, methods, transformer, tree, weights
 from lora_jax.methods import _bottleneck, houlsby, parallel, pfeiffer
-from tests import test_families
+from tests import noise, test_families
 
 KEY = jax.random.key(3)
 PARITY = [
@@ -33,12 +33,6 @@ def random(**kw):
   return jax.tree.map(
     lambda s: jnp.asarray(0.1 * rng.standard_normal(s.shape), s.dtype), transformer.shapes(config(**kw))
   )
-
-
-def noisy(params, mask):
-  """Trained leaves after noise."""
-  add = lambda k, x, m: x + 0.2 * jax.random.normal(tree.fold(KEY, k), x.shape) if m else x
-  return tree.map_named(add, params, mask)
 
 
 def hooked(torch, ref, model, params, name):
@@ -93,7 +87,7 @@ def test_outputs_and_gradients_equal_torch(name, case):
   ref, model = test_families.pair(case)
   params, mask = methods.init(KEY, model.params, {"name": name, "size": 5})
   moved = tree.map_named(
-    lambda k, x, m: x + 0.2 * jax.random.normal(tree.fold(KEY, k), x.shape) if m and "/adapter/" in k else x,
+    lambda k, x, m: noise.add(k, x, 0.2) if m and "/adapter/" in k else x,
     params,
     mask,
   )
@@ -191,7 +185,7 @@ def test_single_layers(module):
   params = random()
   kind = "mlp/down"
   adapted, mask = module.init(KEY, params, size=4, targets=f"layers/1/{kind}/kernel")
-  adapted = noisy(adapted, mask)
+  adapted = noise.moved(adapted, mask, 0.2)
   (_, node), *rest = _adapters(adapted)
   assert not rest
   np.testing.assert_array_equal(np.asarray(node.scale) != 0, [False, True, False])
@@ -251,7 +245,7 @@ def test_an_adapter_on_a_lora():
   trained = {re.sub(".*/mlp/down/", "", k) for k, m in tree.flatten(mask).items() if m}
   assert trained == {"kernel/a", "kernel/b", *(f"adapter/{f}" for f in FIELDS)}
   np.testing.assert_array_equal(transformer.apply(c, both, tokens), transformer.apply(c, params, tokens))
-  both = noisy(both, mask)
+  both = noise.moved(both, mask, 0.2)
   dense = jax.tree.map(weights.dense, both, is_leaf=weights.is_node)
   np.testing.assert_allclose(transformer.apply(c, dense, tokens), transformer.apply(c, both, tokens), atol=1e-4)
 

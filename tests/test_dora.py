@@ -12,6 +12,7 @@ from flax import struct
 from lora_jax import errors, methods, models, transformer, tree, weights
 from lora_jax.formats import peft as peft_format
 from lora_jax.methods import dora, lora
+from tests.noise import moved
 from tests.test_families import outputs
 from tests.test_lora import first_output, load, load_family
 from tests.test_models import torch_logits
@@ -28,17 +29,6 @@ apply = jax.jit(models.apply, static_argnums=0)
 @pytest.fixture(scope="module")
 def base():
   return transformer.init(CONFIG, KEY)
-
-
-def shaken(params, mask, seed=1, size=0.1):
-  """Parameters whose trained leaves have moved."""
-
-  def node(k, w, m):
-    noise = lambda n, x: size * jax.random.normal(tree.fold(jax.random.key(seed), f"{k}/{n}"), x.shape)
-    w = tree.map_named(lambda n, x, t: x + noise(n, x) if t else x, w, m)
-    return w.clean() if hasattr(w, "clean") else w
-
-  return tree.map_named(node, params, mask, is_leaf=weights.is_node)
 
 
 def one(seed=0, shape=(6, 2, 5), rank=3, **kw):
@@ -140,7 +130,7 @@ def test_starts_as_the_model(dtype, kw):
 def test_patterns_and_single_layers(base):
   params, mask = dora.init(KEY, base, targets=["layers/[12]/attn/q/"], rank=4, rank_pattern={"layers/2/": 2})
   assert methods.size(params, mask) == (4 + 2) * 32 + 2 * 16
-  params = shaken(params, mask)
+  params = moved(params, mask)
   x = jax.random.normal(KEY, (1, 3, 16))
   node = params["layers"]["attn"]["q"]["kernel"]
   layer = lambda i: jax.tree.map(lambda v: v[i], node)
@@ -187,13 +177,13 @@ def test_over_any_base(base):
   packed = jax.tree.map(lambda x: x, base)
   packed["layers"]["attn"]["q"]["kernel"] = Packed(jnp.round(w / s).astype(jnp.int8), s)
   adapted, mask = lora.init(KEY, base, targets="q", rank=3)
-  for tree_ in (packed, shaken(adapted, mask)):
+  for tree_ in (packed, moved(adapted, mask)):
     params, mask = dora.init(KEY, tree_, targets="q", rank=2)
     assert {k for k, m in tree.flatten(mask).items() if m} == {
       f"layers/attn/q/kernel/{k}" for k in ("base/a", "base/b", "magnitude")
     }
     np.testing.assert_array_equal(apply(CONFIG, params, TOKENS), apply(CONFIG, tree_, TOKENS))
-    params = shaken(params, mask)
+    params = moved(params, mask)
     want = apply(CONFIG, params, TOKENS)
     np.testing.assert_allclose(apply(CONFIG, weights.merge(params), TOKENS), want, atol=1e-4)
 
@@ -255,7 +245,7 @@ SETTINGS = {
 def test_peft_loads_what_we_save_and_so_do_we(tmp_path, name):
   peft = pytest.importorskip("peft")
   ref, model = load(tmp_path / "base", num_key_value_heads=2)
-  params = shaken(*dora.init(KEY, model.params, **SETTINGS[name]))
+  params = moved(*dora.init(KEY, model.params, **SETTINGS[name]))
   peft_format.save(model, params, tmp_path / "adapter")
   theirs = peft.PeftModel.from_pretrained(ref, str(tmp_path / "adapter")).eval()
   tokens = np.arange(60).reshape(2, 30)

@@ -292,7 +292,7 @@ def test_resume_between_two_logged_steps(config, tmp_path, monkeypatch):
 
 def test_seconds_are_those_of_training(config, tmp_path, monkeypatch):
   config = changed(config, train__log_every=STEPS, train__checkpoint_every=99, eval__every=5)
-  step, score, scored = train.Stepper.__call__, evaluate.run, []
+  step, score, scored = train.Stepper.__call__, evaluate.run_members, []
 
   def slow_validation(*args, **kw):
     scored.append(1)
@@ -300,7 +300,7 @@ def test_seconds_are_those_of_training(config, tmp_path, monkeypatch):
     return score(*args, **kw)
 
   monkeypatch.setattr(train.Stepper, "__call__", lambda *a: time.sleep(0.2) or step(*a))
-  monkeypatch.setattr(evaluate, "run", slow_validation)
+  monkeypatch.setattr(evaluate, "run_members", slow_validation)
   experiment.run(config, tmp_path / "run")
   (row,) = [r for r in rows(tmp_path / "run") if "train/loss" in r and r["step"] == STEPS]
   assert 4 * 0.2 <= row["train/seconds"] < 3  # at least steps 3 to 6: the row before is written while 2 runs
@@ -312,7 +312,7 @@ def test_validation_is_logged_and_survives_interruption(config, tmp_path, monkey
   experiment.run(config, tmp_path / "whole")
   log = rows(tmp_path / "whole")
   assert [r["step"] for r in log if any(k.startswith("validation/") for k in r)] == [2, 4]
-  undo = interrupt(monkeypatch, evaluate, "run", 3)  # before, step 2, step 4
+  undo = interrupt(monkeypatch, evaluate, "run_members", 3)  # before, step 2, step 4
   with pytest.raises(KeyboardInterrupt):
     experiment.run(config, tmp_path / "cut")
   undo()

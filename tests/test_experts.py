@@ -7,10 +7,10 @@ import jax
 import numpy as np
 import pytest
 
-from lora_jax import errors, methods, models, tree, weights
+from lora_jax import errors, methods, models, weights
 from lora_jax.formats import peft as peft_format
 from lora_jax.methods import lora
-from tests import test_families
+from tests import noise, test_families
 from tests.test_families import jitted as outputs
 from tests.test_lora import TOKENS, first_output
 
@@ -44,9 +44,7 @@ def load(directory, name):
 
 def adapted(params, **kw):
   params, mask = lora.init(KEY, params, **kw)
-  noise = lambda k, x, m: x + 0.1 * jax.random.normal(tree.fold(KEY, k), x.shape) if m else x
-  params = tree.map_named(noise, params, mask)
-  return jax.tree.map(lambda w: w.clean() if hasattr(w, "clean") else w, params, is_leaf=weights.is_node), mask
+  return noise.moved(params, mask), mask
 
 
 def moe(params):

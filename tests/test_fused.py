@@ -13,6 +13,7 @@ from lora_jax import errors, families, fused, methods, models, transformer, tree
 from lora_jax.formats import adapter, peft as peft_format
 from lora_jax.methods import _targets, lora
 from tests import test_families, test_lora
+from tests.noise import moved
 from tests.test_families import jitted as outputs
 from tests.test_lora import first_output, load_family
 
@@ -45,17 +46,11 @@ def parts(params):
   return {k.rpartition("/")[2]: w for k, w in flat.items() if fused.part_names(k.rpartition("/")[0])}
 
 
-def shaken(params, mask, seed=1):
-  noise = lambda k, x, m: x + 0.1 * jax.random.normal(tree.fold(jax.random.key(seed), k), x.shape) if m else x
-  params = tree.map_named(noise, params, mask)
-  return jax.tree.map(lambda w: w.clean() if hasattr(w, "clean") else w, params, is_leaf=weights.is_node)
-
-
 def test_the_same_function_as_lora_on_separate_matrices(base):
   """Logits, and the gradients of all factors."""
   plain = dataclasses.replace(CONFIG, fused=False)
   ours, mask = lora.init(KEY, base, targets="q,v,gate", rank=3)
-  ours = shaken(ours, mask)
+  ours = moved(ours, mask)
   theirs, their_mask = lora.init(KEY, separate(base), targets="q,v,gate", rank=3)
   for name, node in parts(ours).items():
     if weights.is_node(node):
@@ -89,7 +84,7 @@ def test_splitting_changes_nothing(base):
 
 
 def test_merged_compiled_unrolled_and_eager_agree(base):
-  params = shaken(*lora.init(KEY, base, targets="q,v,gate", rank=3))
+  params = moved(*lora.init(KEY, base, targets="q,v,gate", rank=3))
   want = outputs(CONFIG, params, TOKENS)
   unrolled = dataclasses.replace(CONFIG, scan=False, remat=True)
   np.testing.assert_allclose(outputs(CONFIG, weights.merge(params), TOKENS), want, atol=1e-5)
@@ -171,7 +166,7 @@ def test_peft_loads_parts(tmp_path, name):
   family, kw = PEFT[name]
   ref, model, _ = load_family(tmp_path / "base", family)
   params, mask = lora.init(KEY, model.params, **kw)
-  params = shaken(params, mask)
+  params = moved(params, mask)
   ours = outputs(model.config, params, TOKENS)
   assert np.abs(ours - outputs(model.config, model.params, TOKENS)).max() > 1e-2
   peft_format.save(model, params, tmp_path / "adapter")
@@ -194,7 +189,7 @@ def test_our_own_form_keeps_parts(tmp_path):
   method = [{"name": "lora", "targets": "q"}, {"name": "lora", "targets": "o"}]
   params, mask = methods.init(KEY, model.params, method)
   assert sum(jax.tree.leaves(mask)) == 4
-  params = shaken(params, mask)
+  params = moved(params, mask)
   adapter.save(model, params, mask, method, tmp_path)
   assert json.loads((tmp_path / "adapter_config.json").read_text())["peft_type"] == "LORA_JAX"
   saved = safetensors_names(tmp_path)

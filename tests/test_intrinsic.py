@@ -10,7 +10,8 @@ import pytest
 from lora_jax import errors, lowrank, methods, models, transformer, tree, weights
 from lora_jax.formats import adapter
 from lora_jax.methods import _fastfood, intrinsic
-from tests.test_dora import apply, shaken
+from tests.noise import moved
+from tests.test_dora import apply
 
 CONFIG = transformer.Config(50, 16, 3, 4, 2, 4, 24, dtype="float32", tied=True)
 KEY = jax.random.key(0)
@@ -108,7 +109,7 @@ def test_model_wide_projection_keeps_lengths_and_angles(base):
 
 def test_every_matrix_and_layer_has_rows_of_its_own_that_depend_on_nothing_else(base):
   """Not on which others are adapted, on how many layers there are, or on the order of the tree."""
-  values = lambda params: {k: np.asarray(DELTA(w) / w.scale.max()) for k, w in nodes(shaken(*params, size=1.0)).items()}
+  values = lambda params: {k: np.asarray(DELTA(w) / w.scale.max()) for k, w in nodes(moved(*params, size=1.0)).items()}
   every = values(intrinsic.init(KEY, base, dimension=20))
   rows = [x[i].ravel()[:100] for x in every.values() for i in range(3)]
   assert np.abs(np.corrcoef(rows) - np.eye(len(rows))).max() < 0.6
@@ -123,7 +124,7 @@ def test_every_matrix_and_layer_has_rows_of_its_own_that_depend_on_nothing_else(
 
 
 def test_projection_is_that_of_any_mesh_and_of_a_compiled_program(base):
-  params = shaken(*intrinsic.init(KEY, base, dimension=30), size=1.0)
+  params = moved(*intrinsic.init(KEY, base, dimension=30), size=1.0)
   want = apply(CONFIG, params, TOKENS)
   mesh = jax.make_mesh((4, 2), ("data", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
   place = lambda x, *spec: jax.device_put(x, jax.NamedSharding(mesh, jax.P(*spec)))
@@ -152,7 +153,7 @@ def test_starts_as_the_model_and_trains_d_numbers(base):
 
 def test_a_lambda_scales_all_matrices_of_its_layer(base):
   targets = ["layers/[02]/", "layers/1/attn/q"]
-  params = shaken(*intrinsic.init(KEY, base, dimension=40, targets=targets, layer_scales=True), size=1.0)
+  params = moved(*intrinsic.init(KEY, base, dimension=40, targets=targets, layer_scales=True), size=1.0)
   params["shared"]["intrinsic"]["scale"] = jnp.array([1.0, 1.0, 1.0])
   before = nodes(params)
   order = np.asarray(before["layers/attn/q/kernel"].layer)
@@ -177,7 +178,7 @@ def test_head_and_encoder_have_lambdas_of_their_own():
   found = [layer(*p, "kernel") for p in (("layers", "attn", "q"), ("layers", "cross", "q"), ("head",))]
   found.append(layer("encoder", "layers", "attn", "q", "kernel"))
   assert found[0] == found[1] and sorted(found[0] + found[2] + found[3]) == [0, 1, 2, 3, 4]
-  said = shaken(said, mask, size=1.0)
+  said = moved(said, mask, size=1.0)
   run = jax.jit(lambda p: transformer.apply(config, p, TOKENS, encoded=transformer.encode(config, p, TOKENS)))
   assert np.abs(run(said) - run(params)).max() > 1e-2
   np.testing.assert_allclose(run(said), run(weights.merge(said)), atol=1e-4)
@@ -186,7 +187,7 @@ def test_head_and_encoder_have_lambdas_of_their_own():
 def test_gradients_are_those_of_a_dense_projection(base):
   """And they go through all layers under scan to one z."""
   params, mask = intrinsic.init(KEY, base, dimension=12, layer_scales=True, targets="q,down")
-  params = shaken(params, mask, size=1.0)
+  params = moved(params, mask, size=1.0)
   shared = params["shared"]["intrinsic"]
   out = np.random.default_rng(0).normal(size=(2, 12, 50)).astype(np.float32)
 
@@ -222,7 +223,7 @@ def test_no_change_is_kept_for_the_backward_pass():
 def test_small_changes_of_bfloat16_weights_are_not_rounded_away(base):
   """As they would be if the sum were: the change is a product of its own, and its master is float32."""
   half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), base)
-  params = shaken(*intrinsic.init(KEY, half, dimension=20), size=1e-4)
+  params = moved(*intrinsic.init(KEY, half, dimension=20), size=1e-4)
   node = jax.tree.map(lambda x: x[0], nodes(params)["layers/mlp/up/kernel"].replace(shared=None))
   node = weights.bind(node, params["shared"])
   assert params["shared"]["intrinsic"]["z"].dtype == jnp.float32
@@ -240,7 +241,7 @@ def test_beside_other_methods(base):
   method += [{"name": "intrinsic", "targets": "q,v,up", "dimension": 30}]
   params, mask = methods.init(KEY, base, method)
   assert {k.rpartition("/")[2] for k, m in tree.flatten(mask).items() if m} == {"a", "b", "d", "z"}
-  params = shaken(params, mask)
+  params = moved(params, mask)
   np.testing.assert_allclose(apply(CONFIG, weights.merge(params), TOKENS), apply(CONFIG, params, TOKENS), atol=1e-4)
   fused = transformer.init(transformer.Config(50, 16, 3, 4, 2, 4, 24, dtype="float32", tied=True, fused=True), KEY)
   params, mask = intrinsic.init(KEY, fused, dimension=30, targets="q,up")
@@ -254,7 +255,7 @@ def test_saved_and_loaded_bit_for_bit(tmp_path, base, layer_scales):
   model = models.Model("tiny", CONFIG, base, None, {"model_type": "llama"})
   method = [{"name": "intrinsic", "dimension": 25, "layer_scales": layer_scales}]
   params, mask = methods.init(jax.random.key(5), base, method)
-  params = shaken(params, mask)
+  params = moved(params, mask)
   adapter.save(model, params, mask, method, tmp_path)
   jax.tree.map(np.testing.assert_array_equal, adapter.load(model, tmp_path), params)
   saved = (tmp_path / "adapter_model.safetensors").stat().st_size
@@ -263,7 +264,7 @@ def test_saved_and_loaded_bit_for_bit(tmp_path, base, layer_scales):
 
 def test_as_lora(base):
   """Of full rank, since a random matrix is; of a smaller one the best of that rank."""
-  params = shaken(*intrinsic.init(KEY, base, dimension=30, targets="q,down"), size=1.0)
+  params = moved(*intrinsic.init(KEY, base, dimension=30, targets="q,down"), size=1.0)
   made, report = lowrank.to_lora(params, rank=50)
   np.testing.assert_allclose(apply(CONFIG, made, TOKENS), apply(CONFIG, params, TOKENS), atol=1e-4)
   assert "shared" not in made and {fit.ranks for fit in report.values()} == {(16, 16, 16)}

@@ -11,7 +11,7 @@ import pytest
 from lora_jax import errors, models, transformer, tree, weights
 from lora_jax.formats import peft as peft_format
 from lora_jax.methods import lora
-from tests import test_families
+from tests import noise, test_families
 from tests.test_families import outputs
 from tests.test_models import reference, torch_logits
 
@@ -37,9 +37,9 @@ def adapted(base, seed=1, **kw):
     if not (m and k.endswith("/b")):
       return x
     rank = ranks[k.removesuffix("/b")]
-    noise = 0.1 * jax.random.normal(tree.fold(jax.random.key(seed), k), x.shape)
-    column = jax.lax.broadcasted_iota(jnp.int32, x.shape, rank.ndim)
-    return jnp.where(column < rank.reshape(*rank.shape, *(1,) * (x.ndim - rank.ndim)), noise, 0)
+    row = np.arange(x.shape[rank.ndim]).reshape(-1, *(1,) * (x.ndim - rank.ndim - 1))
+    used = row < np.asarray(rank).reshape(*rank.shape, *(1,) * (x.ndim - rank.ndim))
+    return jnp.asarray(used * noise.add(k, np.zeros(x.shape, np.float32), seed=seed))
 
   return tree.map_named(shake, params, mask), mask
 

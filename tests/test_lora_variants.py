@@ -14,6 +14,7 @@ from lora_jax import errors, methods, models, transformer, tree, weights
 from lora_jax.formats import peft as peft_format
 from lora_jax.methods import lora, lora_fa, lora_plus, olora, pissa, rslora
 from tests import test_families
+from tests.noise import moved
 from tests.test_families import outputs
 
 # What peft says of tied tables, of saving them, and of options that do not apply to a module.
@@ -43,17 +44,6 @@ apply = jax.jit(functools.partial(models.apply, CONFIG))
 @pytest.fixture(scope="module")
 def base():
   return transformer.init(CONFIG, KEY)
-
-
-def noisy(params, mask, seed=1, size=0.1):
-  """Trained leaves with noise on them, what pads smaller ranks left zero."""
-
-  def node(k, w, m):
-    add = lambda n, x, t: x + size * jax.random.normal(tree.fold(jax.random.key(seed), k + n), x.shape) if t else x
-    w = tree.map_named(add, w, m)
-    return w.clean() if hasattr(w, "clean") else w
-
-  return tree.map_named(node, params, mask, is_leaf=weights.is_node)
 
 
 def kernel(params, name="q"):
@@ -186,7 +176,7 @@ def test_lora_plus_learning_rates_are_those_of_peft(tmp_path):
 def test_an_adapter_of_a_tied_table_acts_on_both_uses(base, kw):
   params, mask = lora.init(KEY, base, **kw)
   assert {k for k, m in tree.flatten(mask).items() if m} >= {"embed/kernel/a", "embed/kernel/b"}
-  params = noisy(params, mask)
+  params = moved(params, mask)
   merged = weights.merge(params)
   assert tree.names(merged) == tree.names(base)
   got = apply(params, TOKENS)
@@ -198,7 +188,7 @@ def test_an_adapter_of_a_tied_table_acts_on_both_uses(base, kw):
 @pytest.mark.parametrize("use, other", [("embed", "head"), ("head", "embed")])
 def test_an_adapter_of_one_use_of_a_tied_table(base, use, other):
   params, mask = lora.init(KEY, base, targets=use, tied=False)
-  params = noisy(params, mask)
+  params = moved(params, mask)
   table, changed = base["embed"]["kernel"], base["embed"]["kernel"] + params["embed"]["kernel"].delta()
   both = {"embed": changed if use == "embed" else table, "head": changed if use == "head" else table}
   apart = base | {"embed": {"kernel": both["embed"]}, "head": {"kernel": both["head"].T}}
@@ -221,7 +211,7 @@ def test_lora_bias_is_merged_into_the_bias(base):
   plain = transformer.init(config, KEY)
   params, mask = lora.init(KEY, plain, targets="q,v", lora_bias=True, layers_to_transform=[1])
   assert methods.size(params, mask) == 8 * (16 + 16 + 16 + 8) + 16 + 8
-  params = noisy(params, mask)
+  params = moved(params, mask)
   merged = weights.merge(params)
   assert tree.names(merged) == tree.names(plain)
   np.testing.assert_allclose(models.apply(config, params, TOKENS), models.apply(config, merged, TOKENS), atol=2e-5)
@@ -336,7 +326,7 @@ def test_peft_loads_what_we_save(tmp_path, name):
   params, mask = lora.init(KEY, model.params, **kw)
   if kind == "classifier":
     params, mask = methods.train_also(params, mask, model.head_leaves)
-  params = noisy(params, mask)
+  params = moved(params, mask)
   trained = [k for k, m in tree.flatten(mask).items() if m]
   peft_format.save(model, params, tmp_path / "adapter", trained)
   config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())

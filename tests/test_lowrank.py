@@ -11,6 +11,7 @@ from lora_jax import errors, families, fused, lowrank, methods, transformer, tre
 from lora_jax.formats import peft as peft_format
 from lora_jax.methods import lora
 from tests import test_families
+from tests.noise import moved
 from tests.test_families import jitted as outputs
 from tests.test_lora import TOKENS, first_output, load_family
 
@@ -23,12 +24,6 @@ KEY = jax.random.key(0)
 @pytest.fixture(scope="module")
 def base():
   return transformer.init(CONFIG, KEY)
-
-
-def moved(params, mask, noise=0.05):
-  shift = lambda k, x, m: x + noise * jax.random.normal(tree.fold(KEY, k), x.shape) if m else x
-  params = tree.map_named(shift, params, mask)
-  return jax.tree.map(lambda w: w.clean() if hasattr(w, "clean") else w, params, is_leaf=weights.is_node)
 
 
 def adapted(params, name="lora", noise=0.05, **kw):
@@ -123,7 +118,7 @@ def test_every_method_that_changes_weights(base, name):
 
 def test_several_methods_become_one(base):
   method = [{"name": "lora", "targets": "k", "rank": 2}, {"name": "loha", "targets": "k", "rank": 1}, {"name": "ia3"}]
-  params = moved(*methods.init(KEY, base, method))
+  params = moved(*methods.init(KEY, base, method), 0.05)
   made, report = lowrank.to_lora(params, variance=1.0)
   np.testing.assert_allclose(outputs(CONFIG, made, TOKENS), outputs(CONFIG, params, TOKENS), atol=1e-5)
   assert set(report) == {f"layers/{k}/kernel" for k in ("attn/k", "attn/v", "mlp/down")}

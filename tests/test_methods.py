@@ -4,13 +4,13 @@ import dataclasses
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
 from lora_jax import errors, families, methods, models, objectives, optim, prompts, train, transformer, tree, weights
 from lora_jax.formats import adapter
+from tests.noise import moved
 
 KEY = jax.random.key(0)
 LLAMA = dict(model_type="llama", vocab_size=61, hidden_size=16, num_hidden_layers=2, num_attention_heads=4)
@@ -107,7 +107,7 @@ class Case:
   def __init__(self, name, kind, dtype):
     self.module, self.model = methods.get(name), model(kind, dtype)
     self.params, self.mask = methods.init(KEY, self.model.params, spec(name))
-    self.moved = moved(self.params, self.mask, noise=FURTHER.get(name, NOISE))
+    self.moved = moved(self.params, self.mask, FURTHER.get(name, NOISE))
 
   @functools.cached_property
   def outputs(self):
@@ -130,22 +130,6 @@ def forget_earlier_methods(request, seen=set()):  # noqa: B006, it outlives a te
     compiled.cache_clear()
     jax.clear_caches()
     seen.clear()
-
-
-def moved(params, mask, seed=1, noise=NOISE):
-  """Parameters with noise on the trained leaves, where they have any effect."""
-
-  def node(k, w, m):
-    def noisy(n, x, t):
-      if not t:
-        return x
-      rng = np.random.default_rng([seed, *f"{k}{n}".encode()])
-      return jnp.asarray(np.asarray(x) + noise * rng.standard_normal(x.shape).astype(x.dtype), x.dtype)
-
-    w = tree.map_named(noisy, w, m)
-    return w.clean() if hasattr(w, "clean") else w
-
-  return tree.map_named(node, params, mask, is_leaf=weights.is_node)
 
 
 @functools.cache
@@ -233,7 +217,7 @@ def test_compiled_and_eager_scanned_and_unrolled_agree(name, kind):
 def test_two_members_under_vmap_are_two_runs(name, kind):
   c = case(name, kind, "float32")
   other, _ = methods.init(jax.random.key(1), c.model.params, spec(name))
-  split = [tree.split(moved(params, c.mask, seed=i), c.mask) for i, params in enumerate((c.params, other))]
+  split = [tree.split(moved(params, c.mask, NOISE, seed=i), c.mask) for i, params in enumerate((c.params, other))]
   trainable, frozen = ([s[i] for s in split] for i in (0, 1))
   # What differs between members is batched besides: frozen parts that a method draws at random.
   axes = jax.tree.map(lambda a, b: None if a is b or np.array_equal(a, b) else 0, *frozen)

@@ -11,6 +11,7 @@ from lora_jax import errors, methods, models, transformer, tree, weights
 from lora_jax.formats import adapter, peft as peft_format
 from lora_jax.methods import tokens
 from tests import test_families
+from tests.noise import moved
 from tests.test_families import jitted as outputs
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
@@ -25,12 +26,7 @@ IDS = [49, 3, 7]
 def trained(params, ids=IDS, **kw):
   """(params with rows that training has moved, mask)."""
   params, mask = tokens.init(KEY, params, ids=ids, **kw)
-  return moved(params, mask), mask
-
-
-def moved(params, mask):
-  noise = lambda k, x, m: x + 0.3 * jax.random.normal(tree.fold(KEY, k), x.shape) if m else x
-  return tree.map_named(noise, params, mask)
+  return moved(params, mask, 0.3), mask
 
 
 @pytest.fixture(scope="module")
@@ -210,5 +206,5 @@ def test_foreign_rows_are_refused(base, tmp_path):
   params, mask = methods.init(KEY, base, both)
   with pytest.raises(peft_format.NoForm):
     peft_format.save(model, params, tmp_path, method=both)
-  adapter.save(model, moved(params, mask), mask, both, tmp_path)
-  jax.tree.map(np.testing.assert_array_equal, adapter.load(model, tmp_path), moved(params, mask))
+  adapter.save(model, moved(params, mask, 0.3), mask, both, tmp_path)
+  jax.tree.map(np.testing.assert_array_equal, adapter.load(model, tmp_path), moved(params, mask, 0.3))

@@ -7,7 +7,8 @@ import pytest
 from lora_jax import errors, methods, models, transformer, tree, weights
 from lora_jax.formats import adapter, peft as peft_format
 from lora_jax.methods import vera
-from tests.test_dora import apply, shaken
+from tests.noise import moved
+from tests.test_dora import apply
 from tests.test_families import outputs
 from tests.test_lora import first_output, load, load_family
 from tests.test_models import torch_logits
@@ -26,7 +27,7 @@ def base():
 
 def test_formula_with_slices_of_the_shared_matrices(base):
   params, mask = vera.init(KEY, base, rank=5, targets="all-linear")
-  params = shaken(params, mask)
+  params = moved(params, mask)
   a, b = params["shared"]["vera"]["a"], params["shared"]["vera"]["b"]
   assert a.shape == (5, 24) and b.shape == (24, 5)
   x = jax.random.normal(KEY, (2, 3, 16))
@@ -61,7 +62,7 @@ def test_only_vectors_are_counted(base):
   assert methods.size(params, mask) == 3 * (16 + 7) + 3 * (8 + 7)
   params, mask = vera.init(KEY, base, rank=7, targets="layers/1/attn/q")
   assert methods.size(params, mask) == 16 + 7
-  params = shaken(params, mask)
+  params = moved(params, mask)
   merged = weights.merge(params)["layers"]["attn"]["q"]["kernel"]
   np.testing.assert_array_equal(merged[0], base["layers"]["attn"]["q"]["kernel"][0])
   assert np.abs(merged[1] - base["layers"]["attn"]["q"]["kernel"][1]).max() > 1e-3
@@ -73,7 +74,7 @@ def test_shared_matrices_get_no_gradient_and_reach_head_classifier_and_encoder()
     config = transformer.Config(50, 16, 2, 4, 4, 4, 24, dtype="float32", **{"tied": True, **kw})
     params = transformer.init(config, KEY)
     targets = {"classification": "classifier,q"}.get(config.head, "q" if config.encoder_layers else "head,q")
-    adapted = shaken(*vera.init(KEY, params, rank=4, targets=targets), size=1.0)
+    adapted = moved(*vera.init(KEY, params, rank=4, targets=targets), size=1.0)
 
     def run(p):
       given = {}
@@ -97,7 +98,7 @@ def test_shared_matrices_get_no_gradient_and_reach_head_classifier_and_encoder()
 
 def test_dropout_acts_before_a(base):
   params, mask = vera.init(KEY, base, rank=4, targets="q", dropout=0.5)
-  params = shaken(params, mask)
+  params = moved(params, mask)
   node = jax.tree.map(lambda x: x[0], params["layers"]["attn"]["q"]["kernel"])
   node = weights.bind(node, params["shared"])
   x = jax.random.normal(KEY, (1, 4, 16))
@@ -112,7 +113,7 @@ def test_dropout_acts_before_a(base):
 def test_peft_loads_what_we_save_and_so_do_we(tmp_path, targets):
   peft = pytest.importorskip("peft")
   ref, model = load(tmp_path / "base", num_key_value_heads=2)
-  params = shaken(*vera.init(KEY, model.params, targets=targets, rank=6))
+  params = moved(*vera.init(KEY, model.params, targets=targets, rank=6))
   peft_format.save(model, params, tmp_path / "adapter")
   theirs = peft.PeftModel.from_pretrained(ref, str(tmp_path / "adapter")).eval()
   tokens = np.arange(60).reshape(2, 30)
@@ -150,7 +151,7 @@ def test_heads_in_another_order_are_saved_in_our_form(tmp_path):
   _, model, _ = load_family(tmp_path / "base", "neox")
   method = [{"name": "vera", "targets": "qkv", "rank": 4}]
   params, mask = methods.init(KEY, model.params, method)
-  params = shaken(params, mask)
+  params = moved(params, mask)
   with pytest.raises(peft_format.NoForm, match="another order"):
     peft_format.save(model, params, tmp_path / "no")
   adapter.save(model, params, mask, method, tmp_path / "adapter")
