@@ -52,7 +52,7 @@ HF_CONFIG = dict(
   pad_token_id=0,
   eos_token_id=1,
 )
-START, END, STEPS = 0, 1, 90
+START, END, STEPS = 0, 1, 150
 TASK = tasks.get("jsonl", path="", labels=LABELS)
 
 
