@@ -52,7 +52,7 @@ HF_CONFIG = dict(
   pad_token_id=0,
   eos_token_id=1,
 )
-START, END, STEPS = 0, 1, 150
+START, END, STEPS = 0, 1, 90
 TASK = tasks.get("jsonl", path="", labels=LABELS)
 
 
@@ -106,7 +106,7 @@ def reference(files):
 def config(files, **values):
   c = common.get_config().to_dict()
   c["model"] = {"name": str(files / "model"), "dtype": "float32"}
-  c["method"] |= {"rank": 4, "targets": "q,v", "dropout": 0.1}
+  c["method"] |= {"rank": 4, "targets": "q,v", "dropout": 0.02}
   c["task"] = {"name": "jsonl", "labels": LABELS} | {
     k: str(files / f"{s}.jsonl") for k, s in (("path", "train"), ("test_path", "test"))
   }
