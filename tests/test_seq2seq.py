@@ -106,13 +106,13 @@ def reference(files):
 def config(files, **values):
   c = common.get_config().to_dict()
   c["model"] = {"name": str(files / "model"), "dtype": "float32"}
-  c["method"] |= {"rank": 4, "targets": "q,v", "dropout": 0.02}
+  c["method"] |= {"rank": 4, "targets": "q,v", "dropout": 0.1}
   c["task"] = {"name": "jsonl", "labels": LABELS} | {
     k: str(files / f"{s}.jsonl") for k, s in (("path", "train"), ("test_path", "test"))
   }
   c["data"] |= {"batch_size": 16, "seq_len": 16}
   c["optim"] |= {"learning_rate": 1e-2}
-  c["train"] |= {"steps": STEPS, "checkpoint_every": 30, "log_every": 30}
+  c["train"] |= {"steps": STEPS, "seed": 1, "checkpoint_every": 30, "log_every": 30}
   c["mesh"] = {"data": 2, "fsdp": 1, "tensor": 1}
   c["eval"] = {"examples": 24, "every": 0, "batch_size": 12, "seq_len": 16}
   return test_experiment.changed(c, **values)
