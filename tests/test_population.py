@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lora_jax import errors, methods, objectives, optim, population, train, transformer, tree, weights
+from lora_jax import errors, methods, objectives, optim, population, prompts, train, transformer, tree, weights
 from tests.test_train import CONFIG, batch, forward
 
 KEY = jax.random.key(3)
@@ -83,7 +83,8 @@ def together(base, members, data, index=None):
 
 
 def check(base, members):
-  data = [batch(seed=i) for i in range(max(c["train"]["steps"] for c in members))]
+  soft = member(base, members[0])[0]
+  data = [prompts.insert_batch(soft, batch(seed=i)) for i in range(max(c["train"]["steps"] for c in members))]
   losses, state, trees = together(base, members, data)
   for i, c in enumerate(members):
     want, params, like = alone(base, c, data)
@@ -117,9 +118,9 @@ CASES = {
   "lora_fa": [{"method": {"name": "lora_fa", "rank": 2}}, {"method": {"name": "lora_fa", "rank": 3}}],
   **{
     n: [{"method": {"name": n}}, {"method": {"name": n}, "train": {"seed": 1}, "optim": {"learning_rate": 1e-3}}]
-    for n in ("ia3", "bitfit", "prefix_tuning", "full")
+    for n in ("ia3", "bitfit", "prompt_tuning", "prefix_tuning", "full")
   },
-  "two methods": [
+  "accumulation": [
     {"method": {"name": "lora", "rank": 2}, "train": {"accumulate": 2}},
     {"method": {"name": "lora", "rank": 1, "targets": "up"}, "train": {"accumulate": 2}},
   ],
@@ -130,7 +131,10 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+QUICK = ("ranks and targets", "optimisers", "dropout", "dora", "ia3", "bitfit", "prompt_tuning")
+
+
+@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in CASES])
 def test_members_are_runs_of_their_own(base, name):
   check(base, configs(*CASES[name]))
 
