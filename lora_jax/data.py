@@ -165,28 +165,37 @@ class TrainIterator:
   """Infinite training batches.
 
   Fields:
-    source: the grain iterator.
+    order: the grain iterator of a seed.
+    seed: of this one.
     examples: how many examples an epoch has.
     truncated: how many of them were too long.
   """
 
-  source: Any
+  order: Callable[[int], Any]
+  seed: int
   examples: int
   truncated: int
+
+  def __post_init__(self):
+    self._source = self.order(self.seed)
 
   def __iter__(self) -> Iterator[Batch]:
     return self
 
   def __next__(self) -> Batch:
-    return next(self.source)
+    return next(self._source)
+
+  def reseeded(self, seed: int) -> "TrainIterator":
+    """An iterator over the same examples, from its beginning, in the order of another seed."""
+    return dataclasses.replace(self, seed=seed)
 
   def get_state(self) -> dict:
     """Where the iterator is: a dict of ints that JSON can hold."""
-    return self.source.get_state()
+    return self._source.get_state()
 
   def set_state(self, state: dict) -> None:
     """Goes to where `get_state` was called; the batches that follow are the same bit for bit."""
-    self.source.set_state(state)
+    self._source.set_state(state)
 
 
 def train_iterator(
@@ -219,8 +228,8 @@ def train_iterator(
   share = rows_of(task, examples, batch_size, seq_len, process_index, process_count)
   formatted = [task.format(e) for e in examples]
   encoded, truncated = encode_all(tokenizer, formatted, seq_len, prompt_loss_weight, eos, soft)
-  source = endless(encoded, padding_id(tokenizer), batch_size, seq_len, share, seed, pack)
-  return TrainIterator(source, len(encoded), truncated)
+  order = functools.partial(endless, encoded, padding_id(tokenizer), batch_size, seq_len, share, pack=pack)
+  return TrainIterator(order, seed, len(encoded), truncated)
 
 
 def rows_of(
@@ -293,23 +302,26 @@ def eval_batches(
   *,
   batch_size: int,
   seq_len: int,
+  same_length: bool = False,
   soft: prompts.Soft | None = None,
 ) -> list[Batch]:
   """Prompts to continue, longest first so that batches need little padding.
 
   Each batch has `tokens` int32 [B, T], right-padded to a power of two or `seq_len` (of a longer prompt the left is
   cut), `lengths` int32 [B] and `index` int32 [B], which example a row is. Rows that fill up the last batch have
-  index -1 and length 1.
+  index -1 and length 1. With `same_length` all batches have one T, the bucket of the longest.
   """
   add_bos, most = tokenizer.add_bos, prompts.room(soft, seq_len)
   parts = _ids(tokenizer, [task.format(example) for example in examples], add_bos)
   encoded = [_cut(prompt, [], most, add_bos)[0] for prompt, _, _ in parts]
   encoded = [{"tokens": prompts.insert(soft, ids, ids[:1] == [tokenizer.bos_id])} for ids in encoded]
-  batches = longest_first(encoded, padding_id(tokenizer), batch_size, seq_len)
+  batches = longest_first(encoded, padding_id(tokenizer), batch_size, seq_len, same_length)
   return [{k: batch[k] for k in ("tokens", "lengths", "index")} for batch in batches]
 
 
-def longest_first(encoded: Sequence[Batch], pad_id: int, batch_size: int, seq_len: int) -> Iterator[Batch]:
+def longest_first(
+  encoded: Sequence[Batch], pad_id: int, batch_size: int, seq_len: int, same_length: bool = False
+) -> Iterator[Batch]:
   """Batches of encoded examples as `eval_batches` says; rows that fill up the last one are zeros."""
   order = sorted(range(len(encoded)), key=lambda i: (-len(encoded[i]["tokens"]), i))
   for start in range(0, len(order), batch_size):
@@ -317,7 +329,10 @@ def longest_first(encoded: Sequence[Batch], pad_id: int, batch_size: int, seq_le
     index[: len(order) - start] = order[start : start + batch_size]
     filler = {k: np.zeros((1,) * v.ndim, v.dtype) for k, v in encoded[0].items()}
     rows = [encoded[i] if i >= 0 else filler for i in index]
-    batch = pad(rows, min(1 << max(5, (len(rows[0]["tokens"]) - 1).bit_length()), seq_len), pad_id)
+    T = min(1 << max(5, (len(rows[0]["tokens"]) - 1).bit_length()), seq_len)
+    if same_length:
+      T = bucket(len(encoded[order[0]]["tokens"]), seq_len)
+    batch = pad(rows, T, pad_id)
     yield batch | {"lengths": batch["segment_ids"].sum(1, dtype=np.int32), "index": index}
 
 

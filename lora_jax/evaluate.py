@@ -99,7 +99,7 @@ def score(
   Args:
     tokens, lengths: prompts int32 [B, T], right-padded, and [B].
     labels, label_lengths: token ids int32 [C, U] of the answers to compare, right-padded, and [C]; C may be 0.
-    new: how many tokens to generate.
+    new: how many tokens to generate; none with 0.
     start: the first token of an encoder-decoder's text, which is then scored and continued; its prompts are encoded.
 
   Returns:
@@ -124,6 +124,8 @@ def score(
   if U > 1 and C:
     later = jnp.stack([rest(label) for label in labels], axis=1)
     total += (later * (jnp.arange(1, U) < label_lengths[:, None])).sum(-1)
+  if not new:
+    return total, jnp.zeros((B, 0), jnp.int32)
   if search.beams == 1 and not search.no_repeat_ngram:
     return total, decode.greedy(config, params, cache, logits, lengths, new, eos)
   return total, _best(config, params, cache, logits, ids, lengths, new, eos, search)
@@ -155,6 +157,7 @@ def run_members(
   *,
   batch_size: int = 32,
   seq_len: int = 256,
+  same_length: bool = False,
   max_new_tokens: int | None = None,
   start: int | None = None,
   search: Search = Search(),
@@ -168,7 +171,9 @@ def run_members(
   `task.corpus` gives for the generated texts, such as `bleu`, and means of `task.score`, such as `exact_match`.
 
   Args:
-    max_new_tokens: length of generations; by default two more than the longest label, or 64 without labels.
+    same_length: pad all prompts to the longest, so that one program runs them.
+    max_new_tokens: length of generations; by default two more than the longest label, or 64 without labels. With 0
+      labels alone are scored, and nothing is generated.
     start: the first token of an encoder-decoder's text.
     search: how texts are generated.
     place: puts a batch's arrays on the mesh.
@@ -176,10 +181,17 @@ def run_members(
   """
   config = dataclasses.replace(config, scan=True)  # each prompt length compiles anew: fast compiling is worth more
   labels, label_lengths = data.label_ids(task, tokenizer)
-  new = max_new_tokens or (int(label_lengths.max()) + 2 if len(labels) else 64)
+  new = max_new_tokens
+  if new is None:
+    new = int(label_lengths.max()) + 2 if len(labels) else 64
+  if not new and not len(labels):
+    raise errors.UserError(f"config.eval.max_new_tokens=0 scores labels alone, and task {task.name!r} has none")
   end = generate.end_id(tokenizer)
   texts, predictions = [{} for _ in range(members.n)], [{} for _ in range(members.n)]
-  batches, how = (seq2seq if config.encoder_layers else data).eval_batches, dict(batch_size=batch_size, seq_len=seq_len)
+  batches, how = (
+    (seq2seq if config.encoder_layers else data).eval_batches,
+    dict(batch_size=batch_size, seq_len=seq_len, same_length=same_length),
+  )
   for batch in batches(task, examples, tokenizer, **how, soft=members.soft):
     inputs = place({k: batch[k] for k in ("tokens", "lengths")})
     arrays = inputs["tokens"], inputs["lengths"], labels, label_lengths
@@ -187,11 +199,13 @@ def run_members(
     for p in range(members.n):
       for ll, out, index in zip(lls[p], outs[p], batch["index"].tolist(), strict=True):
         if index >= 0:
-          text = texts[p][index] = tokenizer.decode(generate.until_eos(out, end))
+          text = tokenizer.decode(generate.until_eos(out, end)) if new else ""
+          texts[p] |= {index: text} if new else {}
           predictions[p][index] = int(ll.argmax()) if task.labels else tasks.number(text)
-    progress(len(texts[0]), len(examples))
+    progress(len(predictions[0]), len(examples))
   values = [
-    _generated(task, examples, t) | _metrics(task, examples, p) for t, p in zip(texts, predictions, strict=True)
+    (_generated(task, examples, t) if new else {}) | _metrics(task, examples, p)
+    for t, p in zip(texts, predictions, strict=True)
   ]
   return [dict(sorted(v.items())) for v in values]
 
@@ -204,6 +218,7 @@ def text_loss(
   *,
   batch_size: int = 32,
   seq_len: int = 256,
+  same_length: bool = False,
   place: Place = lambda batch: batch,
 ) -> list[float]:
   """Mean cross-entropy a token of language models on texts, each cut to `seq_len` tokens, in nats.
@@ -220,7 +235,7 @@ def text_loss(
       counts = np.arange(len(ids)) > 0  # nothing but soft tokens precedes the first
       rows.append(data.row(ids, counts.astype(np.float32), soft, int(begins), begins))
   total = 0.0
-  for batch in data.longest_first(rows, data.padding_id(tokenizer), batch_size, seq_len):
+  for batch in data.longest_first(rows, data.padding_id(tokenizer), batch_size, seq_len, same_length):
     del batch["lengths"], batch["index"]
     total += np.array(members(_text_loss, config, place(batch)), float)
   return [float(loss / weight) for loss, weight in total]
@@ -241,6 +256,7 @@ def run_classifiers(
   *,
   batch_size: int = 32,
   seq_len: int = 256,
+  same_length: bool = False,
   place: Place = lambda batch: batch,
   progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[dict[str, float]]:
@@ -249,7 +265,10 @@ def run_classifiers(
   Args:
     place, progress: as in `run_members`.
   """
-  predictions, how = [{} for _ in range(members.n)], dict(batch_size=batch_size, seq_len=seq_len, soft=members.soft)
+  predictions, how = (
+    [{} for _ in range(members.n)],
+    dict(batch_size=batch_size, seq_len=seq_len, same_length=same_length, soft=members.soft),
+  )
   for batch in classify.eval_batches(task, examples, tokenizer, **how):
     index = batch.pop("index")
     outputs = np.asarray(members(predict, config, place(batch)))

@@ -37,6 +37,7 @@ from lora_jax import (
   tasks,
   train,
   tree,
+  warm_start,
   weights,
 )
 from lora_jax.formats import adapter, hf
@@ -178,6 +179,8 @@ def adapt(config: Mapping, task: tasks.Task, model: models.Model) -> tuple[Any, 
       )
   if model.config.head == "classification":
     params, mask = methods.train_also(params, mask, model.head_leaves)
+  if run["init_from"]:
+    params = warm_start.start(model, params, mask, run["init_from"])
   return params, mask, methods.held(method, params)
 
 
@@ -291,6 +294,7 @@ def scores(
   how = {
     "batch_size": max(settings["batch_size"] // members.n, 1),
     "seq_len": settings["seq_len"],
+    "same_length": settings["same_length"],
     "place": functools.partial(sharding.replicate, mesh=mesh),
   }
   run, text = evaluate.run_classifiers, {}

@@ -124,7 +124,7 @@ def build(configs: Mapping[str, Mapping], task: tasks.Task, mesh: jax.sharding.M
   with jax.set_mesh(mesh):
     state = placed(population.init_state(everyone[0], trees, hyper))
   soft = prompts.of(next(iter(members.values())).params)
-  batches = [experiment.batches(c, model, task, soft) for c in sources]
+  batches = _batches(sources, model, task, soft)
   trees = dataclasses.replace(trees, own=placed(trees.own), trainable=None, held=None)
   step = population.make_step(
     *experiment.computes(everyone[0], _architecture(model), len(everyone)), everyone[0], shared_batch=len(sources) == 1
@@ -169,6 +169,18 @@ def _sources(configs: Sequence[Mapping]) -> tuple[list[Mapping], list[int]]:
       sources.append(c)
     which.append(found[source])
   return sources, which
+
+
+def _batches(configs: Sequence[Mapping], model: models.Model, task: tasks.Task, soft: Any) -> list:
+  """Iterators, of which those that take all examples share them: encoding is done once."""
+  out, whole = [], None
+  for c in configs:
+    if c["data"].get("train_examples") or whole is None:
+      out.append(experiment.batches(c, model, task, soft))
+      whole = whole if c["data"].get("train_examples") else out[-1]
+    else:
+      out.append(whole.reseeded(c["data"].get("seed", c["train"].get("seed", 0))))
+  return out
 
 
 def memory_limit(mesh: jax.sharding.Mesh) -> int | None:

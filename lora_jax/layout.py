@@ -12,6 +12,10 @@ The summary of a sweep has the layout as its `table`, or as its `config["table"]
                   of one row may be {column label: ...}; in a group of rows the label is "metric label, row label"
   x, log          a path: the x axis of the plot, and whether it is logarithmic
   lines           a path, whose values are the lines of the plot
+  d90             0.9: the report says at which x, the dimension that is trained, each line reaches that share of what
+                  the members without an x reach: full finetuning. See `curves.reached`
+  subspace        what `subspace.analyse` takes besides the members, such as {"matrices": ("q", "v")}: the report has
+                  the similarities and amplification factors of what the members have learned
 
 Any dict of these may be a list of pairs, for keys with dots and for order, which ml_collections does not keep: labels
 given as pairs order the rows and columns.
@@ -23,7 +27,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from lora_jax import compare, errors, report
+from lora_jax import compare, errors, report, subspace
 
 PLAIN = (*report.NO_PERCENT, "bleu", "nist", "cider")  # metrics that are no share of a whole, whatever their size
 SIZES = re.compile(r"_(params|bytes)$")
@@ -45,6 +49,8 @@ class Layout:
   x: str = ""
   log: bool = False
   lines: str = ""
+  d90: float | None = None
+  subspace: Mapping[str, Any] | None = None
 
   def metric_label(self, metric: str) -> str:
     """What the table calls a metric."""
@@ -68,10 +74,11 @@ class Layout:
 def of(summary: Mapping[str, Any]) -> Layout:
   """The layout of a sweep; without one its members are the rows.
 
-  Only `config`, `table` and the members' `overrides` need be there: a layout can be checked before anything runs.
+  Only `config`, `table` and the members' `overrides` need be there: a layout can be checked before anything runs. Where
+  `missing` names members that are not there, what a layout needs of them is not checked.
 
   Raises:
-    UserError: a key that no layout has, or a path that leads to nothing in any member.
+    UserError: a key that no layout has, a path that leads to nothing in any member, or an analysis that cannot be.
   """
   config, members = summary.get("config") or {}, summary["members"]
   given = dict(summary.get("table") or config.get("table") or {"rows": "name"})
@@ -83,16 +90,35 @@ def of(summary: Mapping[str, Any]) -> Layout:
   published = {k: _rows(v, f"config.table.published.{k}") for k, v in sources.items()}
   for k in ("row_labels", "column_labels"):
     _pairs(given.get(k, ()), f"config.table.{k}")
+  whole = not summary.get("missing")
   for k in PATHS:
     path = given.get(k, "")
-    if "." in path and members and all(value(summary, m, path) is None for m in members):
+    if "." in path and whole and members and all(value(summary, m, path) is None for m in members):
       known = {p for part in (config, *(m["overrides"] for m in members)) for p in _paths(part)}
       raise errors.UserError(f"config.table.{k}={path!r} is in no member; {errors.nearest(path, known)}")
   found = Layout((metric,) if isinstance(metric, str) else tuple(metric), **given)
+  _check_analyses(summary, found, members if whole else ())
   names = {k: found.metric_label(k) for k in found.metrics}
   called = lambda entries: {names.get(k, k): v for k, v in entries.items()}
   published = {k: {r: called(row) for r, row in called(rows).items()} for k, rows in published.items()}
   return dataclasses.replace(found, published=published)
+
+
+def _check_analyses(summary: Mapping[str, Any], how: Layout, members: Sequence[Mapping[str, Any]]) -> None:
+  if how.d90 is not None:
+    if not is_number(how.d90) or not 0 < how.d90 <= 1:
+      raise errors.UserError(f"config.table.d90={how.d90!r} is a share of full finetuning, such as 0.9")
+    if members and (not how.x or len({is_number(value(summary, m, how.x)) for m in members}) < 2):
+      raise errors.UserError(
+        f"config.table.d90 needs members with a dimension, which config.table.x={how.x!r} leads to, and others "
+        "without one: full finetuning"
+      )
+  if how.subspace is not None:
+    given = _pairs(how.subspace, "config.table.subspace")
+    errors.check_keywords(subspace.analyse, given, "config.table.subspace", ("members", "base"))
+    names = dict.fromkeys(m["name"] for m in members)
+    for name in [n for pair in given.get("pairs") or () for n in pair] if names else ():
+      errors.choose(name, names, "member in config.table.subspace.pairs:")
 
 
 def _main_metric(members: Sequence[Mapping[str, Any]]) -> str:
@@ -148,14 +174,18 @@ def _hashable(x: Any) -> Any:
 
 
 def values(summary: Mapping[str, Any], how: Layout, path: str) -> list[Any]:
-  """The values of a path, each once: in the order of labels given as pairs, or of numbers, or of the members."""
+  """The values of a path, each once: in the order of labels given as pairs, or numbers first, or of the members."""
   if not path:
     return [None]
   found, labels = list(dict.fromkeys(value(summary, m, path) for m in summary["members"])), how.labels(path)
-  if all(map(is_number, found)):
-    found = sorted(found)
-  order = {} if isinstance(labels, Mapping) else {name: i for i, (_, name) in enumerate(labels)}
-  return sorted(found, key=lambda v: order.get(how.label(path, v), len(order)))
+  found.sort(key=lambda v: (0, v) if is_number(v) else (1, 0))
+  places = order(labels)
+  return sorted(found, key=lambda v: places.get(how.label(path, v), len(places)))
+
+
+def order(labels: Any) -> dict[str, int]:
+  """{label: its place} of labels given as pairs; others have no order."""
+  return {} if isinstance(labels, Mapping) else {name: i for i, (_, name) in enumerate(labels)}
 
 
 def is_number(x: Any) -> bool:

@@ -3,6 +3,7 @@
 Numbers that are not finite are written as null. Files appear under their final names only when they are whole.
 """
 
+import importlib
 import json
 import math
 import os
@@ -10,6 +11,7 @@ import pathlib
 import sys
 import time
 from collections.abc import Mapping
+from types import ModuleType
 from typing import Any
 
 import jax
@@ -79,8 +81,6 @@ class Metrics:
     Raises:
       UserError: a line of `metrics.jsonl` other than a torn last one is not JSON.
     """
-    from tensorboardX import SummaryWriter
-
     self.path = pathlib.Path(workdir) / "metrics.jsonl"
     self._writes = jax.process_index() == 0
     if not self._writes:
@@ -91,7 +91,7 @@ class Metrics:
     files.write(self.path, "".join(dumps(row) + "\n" for row in kept).encode())
     self._file = self.path.open("a")
     events = str(self.path.parent / "tensorboard")
-    self._events = SummaryWriter(events, purge_step=start + 1 if start else 0, flush_secs=10)
+    self._events = _tensorboard().SummaryWriter(events, purge_step=start + 1 if start else 0, flush_secs=10)
     self._progress = Progress(total_steps, "step", start) if bar else None
 
   def log(self, step: int, values: Mapping[str, Any], prefix: str = "train") -> None:
@@ -129,6 +129,18 @@ class Metrics:
 
   def __exit__(self, *exc):
     self.close()
+
+
+def _tensorboard() -> ModuleType:
+  """tensorboardX without torch, which it would import for seconds where it is installed."""
+  missing = "torch" not in sys.modules
+  if missing:
+    sys.modules["torch"] = None
+  try:
+    return importlib.import_module("tensorboardX")
+  finally:
+    if missing:
+      del sys.modules["torch"]
 
 
 def read_metrics(path: str | pathlib.Path) -> list[dict[str, float]]:

@@ -183,7 +183,7 @@ def stack(members: Sequence[tuple[Any, Any]], held: Sequence[Any] | None = None)
   structures = {jax.tree.structure(x) for x in trainable}, {jax.tree.structure(x) for x in frozen}
   if any(len(s) > 1 for s in structures):
     raise errors.UserError("members of one population differ in more than their numbers; give them groups of their own")
-  stacked = lambda xs: jax.tree.map(lambda *leaves: jnp.stack(leaves), *xs)
+  stacked = lambda xs: jax.jit(lambda xs: jax.tree.map(lambda *leaves: jnp.stack(leaves), *xs))(xs)
   kept = None
   if held is not None:
     pairs = [tree.split(f, tree.split(h, m)[1]) for f, h, (_, m) in zip(frozen, held, aligned, strict=True)]
@@ -203,11 +203,14 @@ def unstack(stacked: Any, i: int, like: Any) -> Any:
 def hyper(configs: Sequence[Mapping], batches: Sequence[int], dropout: Mapping[str, list[float]]) -> Hyper:
   """The hyperparameters of members from their configs; see `Hyper`."""
   steps = [c["train"]["steps"] for c in configs]
-  table = []
+  table, made = [], {}
   for c, n in zip(configs, steps, strict=True):
-    rate = optim.make(steps=n, **c["optim"])[1]
-    rates = jax.vmap(lambda t, rate=rate: jnp.asarray(rate(t), jnp.float32))(jnp.arange(n))
-    table.append(np.pad(np.asarray(rates), (0, max(steps) - n), mode="edge"))
+    schedule = str((n, sorted(c["optim"].items())))
+    if schedule not in made:
+      rate = optim.make(steps=n, **c["optim"])[1]
+      rates = jax.jit(jax.vmap(lambda t, rate=rate: jnp.asarray(rate(t), jnp.float32)))(np.arange(n))
+      made[schedule] = np.pad(np.asarray(rates), (0, max(steps) - n), mode="edge")
+    table.append(made[schedule])
   return Hyper(
     learning_rates=np.stack(table),
     steps=np.array(steps, np.int32),

@@ -89,8 +89,8 @@ def train_iterator(
   formatted = [task.format(example) for example in examples]
   encoded, truncated = encode_all(tokenizer, formatted, seq_len, target_len, start, eos, soft)
   fit = functools.partial(_fit, target_len=target_len)
-  source = data.endless(encoded, data.padding_id(tokenizer), batch_size, seq_len, share, seed, fit=fit)
-  return data.TrainIterator(source, len(encoded), truncated)
+  order = functools.partial(data.endless, encoded, data.padding_id(tokenizer), batch_size, seq_len, share, fit=fit)
+  return data.TrainIterator(order, seed, len(encoded), truncated)
 
 
 def _fit(examples: Sequence[data.Batch], share: slice, seq_len: int, pad_id: int, target_len: int) -> data.Batch:
@@ -108,9 +108,10 @@ def eval_batches(
   *,
   batch_size: int,
   seq_len: int,
+  same_length: bool = False,
   soft: prompts.Soft | None = None,
 ) -> list[data.Batch]:
   """Prompts to encode, framed and cut as in training; otherwise as in `data.eval_batches`."""
   asked = [texts(tokenizer, task.format(example))[:1] for example in examples]
   encoded = [{"tokens": e["tokens"]} for e in classify.encode(tokenizer, asked, seq_len, soft)[0]]
-  return list(data.longest_first(encoded, data.padding_id(tokenizer), batch_size, seq_len))
+  return list(data.longest_first(encoded, data.padding_id(tokenizer), batch_size, seq_len, same_length))

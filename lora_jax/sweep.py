@@ -5,17 +5,20 @@ model; each leaves a directory `workdir/members/<member>`. The same call again g
 Hosts take shards of the members, in one directory that all see or each in its own; `join` puts results together.
 """
 
+import itertools
+import json
 import os
 import pathlib
 import time
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 
 from lora_jax import (
   compare,
   config as config_lib,
+  curves,
   errors,
   evaluate,
   experiment,
@@ -24,18 +27,34 @@ from lora_jax import (
   metrics,
   report,
   sharding,
+  subspace,
   tables,
+  tasks,
   variants,
 )
-from lora_jax.formats import hf
+from lora_jax.formats import adapter, hf
 
 
 def groups(configs: Mapping[str, Mapping], most: int = 0) -> list[list[str]]:
-  """Names of members that train together, each group of at most `most` (0: any number), in order."""
-  found: dict[str, list[str]] = {}
+  """Names of members that train together, each group of at most `most` (0: any number).
+
+  In order, but groups over one pretrained model come one after the other, and last those that start from adapters,
+  which may be those of other members.
+  """
+  found: dict[tuple, dict[str, list[str]]] = {}
   for name, c in configs.items():
-    found.setdefault(group_lib.key(c), []).append(name)
-  return [part for names in found.values() for part in cut(names, -(-len(names) // most) if most else 1)]
+    found.setdefault(_base(c), {}).setdefault(group_lib.key(c), []).append(name)
+  order = sorted(found, key=lambda base: base[0])
+  every = [names for base in order for names in found[base].values()]
+  return [part for names in every for part in cut(names, -(-len(names) // most) if most else 1)]
+
+
+def _base(config: Mapping) -> tuple[bool, str]:
+  """(whether a member starts from an adapter, what its pretrained model is): that of a classifier has a head."""
+  classifies = config["objective"]["name"] == "classification"
+  outputs = tasks.get(**config["task"]).n_outputs if classifies else 0
+  model = json.dumps([dict(config["model"]), outputs], sort_keys=True)
+  return bool(config_lib.train_settings(**config["train"])["init_from"]), model
 
 
 def cut(names: Sequence[str], n: int) -> list[list[str]]:
@@ -45,10 +64,12 @@ def cut(names: Sequence[str], n: int) -> list[list[str]]:
 
 
 def shard_of(configs: Mapping[str, Mapping], index: int, count: int) -> list[str]:
-  """The members that shard `index` of `count` takes: of every group a share, so that shards are of one size."""
+  """The members that shard `index` of `count` takes: whole groups, or where those are too few a share of each."""
   if not 0 <= index < count:
     raise errors.UserError(f"--shard {index}/{count}: expected i/n with 0 <= i < n")
-  return [name for names in groups(configs) for name in names[index::count]]
+  found = groups(configs)
+  shares = found[index::count] if len(found) >= count else [names[index::count] for names in found]
+  return [name for names in shares for name in names]
 
 
 def run(config: Mapping, workdir: str | os.PathLike, command: str = "", shard: tuple[int, int] = (0, 1)) -> dict:
@@ -71,27 +92,15 @@ def run(config: Mapping, workdir: str | os.PathLike, command: str = "", shard: t
   if config_lib.finished(config, workdir):
     metrics.say(f"{workdir} is complete: see {workdir / 'report.md'}, or give another --workdir")
     return hf.read_json(workdir / "summary.json")
-  base = next(iter(configs.values()))
-  mesh, task = sharding.make_mesh(**base["mesh"]), experiment.check(base)
+  for c in {group_lib.key(configs[n]): configs[n] for n in mine}.values():
+    experiment.check(c)
+  mesh = sharding.make_mesh(**config["mesh"])
   if jax.process_index() == 0:
     metrics.write_json(workdir / "config.json", config)
   plan = groups({name: configs[name] for name in mine}, options["max_members"])
   metrics.say(_told(plan, len(configs), shard))
-  model = before = None
-  while plan:
-    names = plan.pop(0)
-    if all(group_lib.finished(workdir / "members" / n) for n in names):
-      continue
-    if model is None:
-      model = experiment.load(base, task, mesh)
-      with jax.set_mesh(mesh):
-        (before,) = experiment.scores(base, model, task, evaluate.one(model.params), mesh, "before", "test")
-      metrics.say("before: " + "  ".join(f"{k} {v:.4f}" for k, v in before.items()))
-    chosen = {n: configs[n] for n in names}
-    if len(names) == 1:
-      _alone(names[0], chosen[names[0]], workdir, model, before)
-    else:
-      plan = _together(chosen, workdir, task, mesh, model, before, command, options["memory_gib"]) + plan
+  for _, part in itertools.groupby(plan, lambda names: _base(configs[names[0]])):
+    _over_one_model(list(part), configs, workdir, mesh, command, options["memory_gib"])
   return _finish(config, found, workdir, command, time.perf_counter() - started)
 
 
@@ -103,6 +112,28 @@ def _told(plan: Sequence[Sequence[str]], n: int, shard: tuple[int, int]) -> str:
     shown = ", ".join(names[:6]) + (f", ... ({len(names)} members)" if len(names) > 6 else "")
     lines.append(f"  group {i + 1}: {shown}")
   return "\n".join(lines)
+
+
+def _over_one_model(plan: list, configs: Mapping, workdir: pathlib.Path, mesh, command: str, memory_gib: float) -> None:
+  """Runs groups that share a pretrained model, which is loaded if any of them is not finished."""
+  model, known = None, {}
+  while plan:
+    names = plan.pop(0)
+    if all(group_lib.finished(workdir / "members" / n) for n in names):
+      continue
+    chosen = {n: configs[n] for n in names}
+    first = chosen[names[0]]
+    task = tasks.get(**first["task"])
+    model = model or experiment.load(first, task, mesh)
+    scored = json.dumps([dict(first[k]) for k in ("task", "eval")], sort_keys=True)
+    if scored not in known:
+      with jax.set_mesh(mesh):
+        (known[scored],) = experiment.scores(first, model, task, evaluate.one(model.params), mesh, "before", "test")
+      metrics.say("before: " + "  ".join(f"{k} {v:.4f}" for k, v in known[scored].items()))
+    if len(names) == 1:
+      _alone(names[0], first, workdir, model, known[scored])
+    else:
+      plan = _together(chosen, workdir, task, mesh, model, known[scored], command, memory_gib) + plan
 
 
 def _alone(name: str, config: Mapping, workdir: pathlib.Path, model, before) -> None:
@@ -121,7 +152,14 @@ def _together(configs, workdir, task, mesh, model, before, command, memory_gib) 
   """Runs a group, or returns the smaller groups that it has to be cut into."""
   names = list(configs)
   metrics.say(f"{len(names)} members train together")
-  built = group_lib.build(configs, task, mesh, model)
+  try:
+    built = group_lib.build(configs, task, mesh, model)
+  except jax.errors.JaxRuntimeError as e:
+    if "RESOURCE_EXHAUSTED" not in str(e):
+      raise
+    parts = cut(names, 2)
+    metrics.say(f"their weights do not fit: cut into 2 groups of {len(parts[0])} or fewer")
+    return parts
   limit = int(memory_gib * 2**30) or group_lib.memory_limit(mesh)
   if not group_lib.fits(built, limit):
     parts = cut(names, min(-(-built.step.memory_bytes // limit), len(names)))
@@ -137,7 +175,7 @@ def _together(configs, workdir, task, mesh, model, before, command, memory_gib) 
 def _finish(config: Mapping, found: Mapping, workdir: pathlib.Path, command: str, seconds: float) -> dict:
   """Writes the summary and the report of what is there; the summary's final name only when all is."""
   out = summary(config, found, [workdir], seconds)
-  missing = len(found) - len(out["members"])
+  missing = len(out["missing"])
   if jax.process_index() == 0:
     write_report(workdir, out, command)
     if not missing:
@@ -148,19 +186,50 @@ def _finish(config: Mapping, found: Mapping, workdir: pathlib.Path, command: str
   return out
 
 
-def summary(config: Mapping, found: Mapping, workdirs: Iterable[pathlib.Path], seconds: float) -> dict:
-  """The content of summary.json: the members that are finished in any of the directories, in the sweep's order."""
+def summary(config: Mapping, found: Mapping, workdirs: Sequence[pathlib.Path], seconds: float) -> dict:
+  """The content of summary.json: the members that are finished in any of the directories, in the sweep's order.
+
+  Those whose directories are not there are taken from a summary.json that is.
+  """
+  kept = [hf.read_json(w / "summary.json") for w in workdirs if (w / "summary.json").exists()]
+  earlier = {m["name"]: m for s in kept for m in s["members"]}
   rows = []
   for name, (overrides, _) in found.items():
     directories = [d for w in workdirs if group_lib.finished(d := w / "members" / name)]
-    if directories:
-      rows.append({"name": name, "overrides": overrides, **group_lib.result(directories[0])})
+    if directories or name in earlier:
+      result = group_lib.result(directories[0]) if directories else earlier[name]
+      rows.append({**result, "name": name, "overrides": overrides})
   here = {r["name"] for r in rows}
   plan = groups({n: c for n, (_, c) in found.items() if n in here})
   parts = {k: v for k, v in config.items() if k != "sweep"}
   table = parts.pop("table", None)
   out = {"config": parts, "table": table, "members": rows, "groups": plan, "wall_seconds": seconds}
-  return out | {"versions": report.versions()}
+  out["missing"] = [n for n in found if n not in here]
+  out["analyses"] = _analyses(out, found, workdirs, kept) if table else {}
+  return out | {"versions": next((s["versions"] for s in kept), report.versions())}
+
+
+def _analyses(out: Mapping, found: Mapping, workdirs: Sequence[pathlib.Path], kept: Sequence[Mapping]) -> dict:
+  """What the layout asks for beside the table; subspaces, which take the base model, once all members are there."""
+  analyses = {"d90": curves.reached(out)}
+  asked = layout.of(out).subspace
+  if asked is not None and not out["missing"] and jax.process_index() == 0:
+    earlier = [x for s in kept if (x := s.get("analyses", {}).get("subspace")) and "error" not in x]
+    analyses["subspace"] = earlier[0] if earlier else _subspaces(asked, found, workdirs)
+  return {k: x for k, x in analyses.items() if x is not None}
+
+
+def _subspaces(asked: Mapping, found: Mapping, workdirs: Sequence[pathlib.Path]) -> dict:
+  """`subspace.analyse` of the members' adapters; what goes wrong is its result, as a member's is."""
+  places = {n: d for n in found for w in workdirs if (d := w / "members" / n / "adapter").is_dir()}
+  config = found[next(iter(places), next(iter(found)))][1]
+  metrics.say(f"analysing the adapters of {len(places)} members")
+  try:
+    model = experiment.load(config, tasks.get(**config["task"]), sharding.make_mesh(1))
+    members = {n: adapter.load(model, places[n]) for n in found if n in places}
+    return subspace.analyse(members, model.params, **asked)
+  except errors.UserError as e:
+    return {"error": str(e)}
 
 
 def write_report(workdir: pathlib.Path, out: Mapping, command: str = "") -> None:
@@ -194,10 +263,13 @@ def join(workdirs: Sequence[str | os.PathLike], out: str | os.PathLike, command:
   joined = summary(configs[0], found, paths, sum(seconds))
   if not joined["members"]:
     raise errors.UserError(f"no member is finished in {', '.join(map(str, paths))}")
-  out = pathlib.Path(out)
-  metrics.write_json(out / "summary.json", joined)
+  out, missing = pathlib.Path(out), joined["missing"]
+  if not missing:
+    metrics.write_json(out / "config.json", configs[0])
+  if not missing or out not in paths:  # where a run may go on, which would take the summary for that of all
+    metrics.write_json(out / "summary.json", joined)
   write_report(out, joined, command)
-  if missing := [n for n in found if n not in {r["name"] for r in joined["members"]}]:
+  if missing:
     metrics.say(f"{len(missing)} of {len(found)} members are missing, such as {missing[0]}")
   metrics.say(text_table(joined))
   return joined

@@ -11,7 +11,9 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from lora_jax import curves, files, layout, plots, report
+from lora_jax import curves, files, layout, plots, report, subspace
+
+SUBSPACES = "Similarity is that of the directions of inputs (a) and of outputs (b); amplification is ‖ΔW‖ / ‖UᵀWVᵀ‖."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +102,8 @@ def pivot(summary: Mapping[str, Any]) -> Table:
     metric = lambda r, c: metric_of.get(r if how.columns else c, how.metrics[0])
     parsed = {r: {c: _published(x, metric(r, c)) for c, x in row.items()} for r, row in rows.items()}
     published[source] = tuple(Row(r, parsed[r]) for r in dict.fromkeys([*cells, *parsed]) if r in parsed)
-  columns = _in_order([*columns, *(c for rows in published.values() for r in rows for c in r.cells)])
+  columns = [*columns, *(c for rows in published.values() for r in rows for c in r.cells)]
+  columns = _in_order(columns, how.column_labels if how.columns else ())
   counts = collections.Counter(c.n for row in cells.values() for c in row.values() if c.n)
   return Table(
     paper=how.paper,
@@ -116,11 +119,12 @@ def pivot(summary: Mapping[str, Any]) -> Table:
   )
 
 
-def _in_order(labels: Iterable[str]) -> tuple[str, ...]:
-  """Each label once, and in the order of numbers where all are."""
-  found = list(dict.fromkeys(labels))
+def _in_order(labels: Iterable[str], given: Any) -> tuple[str, ...]:
+  """Each label once: in the order of numbers where all are, else of labels `given` as pairs."""
+  found, order = list(dict.fromkeys(labels)), layout.order(given)
   numbers = [layout.number(c) for c in found]
-  return tuple(found) if None in numbers else tuple(c for _, c in sorted(zip(numbers, found, strict=True)))
+  found.sort(key=lambda c: order.get(c, len(order)) if None in numbers else layout.number(c))
+  return tuple(found)
 
 
 def _cell(members: Sequence[Mapping[str, Any]], metric: str, unit: int) -> Cell:
@@ -205,14 +209,8 @@ def markdown(table: Table) -> str:
 def escape(text: str) -> str:
   """Text for LaTeX."""
   special = {c: f"\\{c}" for c in "&%$#_{}"} | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}"}
-  special |= {
-    "[": "{[}",
-    "^": r"\textasciicircum{}",
-    "±": r"$\pm$",
-    "\n": " ",
-    "<": r"\textless{}",
-    ">": r"\textgreater{}",
-  }
+  special |= {"[": "{[}", "^": r"\textasciicircum{}", "±": r"$\pm$", "\n": " "}
+  special |= {"<": r"\textless{}", ">": r"\textgreater{}"}
   return "".join(special.get(c, c) for c in text)
 
 
@@ -240,9 +238,7 @@ def latex(table: Table) -> str:
       r"\usepackage[T1]{fontenc}",
       r"\usepackage[margin=2cm]{geometry}",
       r"\usepackage{booktabs}",
-      r"\begin{document}",
-      r"\begin{table}",
-      r"\centering",
+      *(r"\begin{document}", r"\begin{table}", r"\centering"),
       rf"\caption{{{escape(title)}}}",
       rf"\begin{{tabular}}{{l{'r' * len(table.columns)}}}",
       r"\toprule",
@@ -250,10 +246,7 @@ def latex(table: Table) -> str:
       r"\midrule",
       *lines,
       r"\bottomrule",
-      r"\end{tabular}",
-      r"\end{table}",
-      r"\end{document}",
-      "",
+      *(r"\end{tabular}", r"\end{table}", r"\end{document}", ""),
     ]
   )
 
@@ -268,13 +261,25 @@ def write(workdir: str | pathlib.Path, summary: Mapping[str, Any], command: str 
     filter(None, (table.paper, " on ".join(filter(None, (str(layout.known(summary, "task")), table.ours)))))
   )
   parts = [f"# {title or 'Sweep'}", _how(summary), text, caption(table)]
-  for name, draw in (("metric", curves.metric_plot), ("loss", curves.loss_plot)):
-    if (image := draw(summary)) is not None:
-      files.write(workdir / "plots" / f"{name}.png", image)
-      parts.append(f"![{name}](plots/{name}.png)")
-  parts += [f"**{m['name']}** failed: {m['error']}" for m in members if "error" in m]
+  for name, image in curves.images(summary).items():
+    files.write(workdir / "plots" / f"{name}.png", image)
+    parts.append(f"![{name}](plots/{name}.png)")
+  parts += [*_analyses(summary), *(f"**{m['name']}** failed: {m['error']}" for m in members if "error" in m)]
   parts += report.closing(command, Config=summary.get("config"), Versions=summary.get("versions"))
   files.write(workdir / "report.md", ("\n\n".join(parts) + "\n").encode())
+
+
+def _analyses(summary: Mapping[str, Any]) -> list[str]:
+  """Sections on what the layout asks for beside the table."""
+  found = summary.get("analyses") or {}
+  parts, result = [], found.get("subspace") or {}
+  if reached := found.get("d90"):
+    parts += ["## Intrinsic dimension", curves.reached_table(reached, layout.is_share(summary, reached["metric"]))]
+  if "error" in result:
+    parts.append(f"**subspace** failed: {result['error']}")
+  elif result:
+    parts += ["## Subspaces", SUBSPACES, subspace.amplification_table(result)]
+  return parts
 
 
 def _how(summary: Mapping[str, Any]) -> str:

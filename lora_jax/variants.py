@@ -10,7 +10,8 @@ it has otherwise:
   random   {"n": 8, "seed": 0, section: {key: {"uniform" or "log_uniform": (low, high)} or {"choice": values}}}
 
 Several of them are combined as a product. In place of a key's values a section may itself be a sequence of sections,
-such as methods. Overrides update a section; a method that has a name replaces the config's.
+such as methods. Overrides update a section; a method, task or objective that has a name replaces the config's. Members
+may differ in anything but the mesh.
 """
 
 import itertools
@@ -22,8 +23,8 @@ import numpy as np
 
 from lora_jax import config as config_lib, errors
 
+NAMED = ("method", "task", "objective")  # sections whose keys are those of what they name
 PARTS = ("list", "zip", "product", "random")  # the first changes slowest
-SHARED = ("model", "task", "objective", "mesh")  # sections that members have in common
 
 Overrides = dict[str, dict[str, Any]]
 
@@ -60,8 +61,8 @@ def members(config: Mapping) -> dict[str, tuple[Overrides, dict]]:
       config_lib.check(whole)
     except errors.UserError as e:
       raise errors.UserError(f"config.sweep, member {name}: {e}") from None
-    if odd := [k for k in SHARED if whole[k] != base[k]]:
-      raise errors.UserError(f"config.sweep, member {name}: {odd[0]}; members share {', '.join(SHARED)}")
+    if whole["mesh"] != base["mesh"]:
+      raise errors.UserError(f"config.sweep, member {name}: mesh; members share the mesh")
     found[name] = (overrides, whole)
   return found
 
@@ -70,7 +71,7 @@ def _merge(config: Mapping, overrides: Overrides) -> dict:
   """`config` with overrides in its sections."""
   out = dict(config)
   for section, change in overrides.items():
-    whole = section == "method" and not (isinstance(change, Mapping) and "name" not in change)
+    whole = section in NAMED and not (isinstance(change, Mapping) and "name" not in change)
     old = out.get(section, {})
     if not whole and not isinstance(old, Mapping):
       raise errors.UserError(f"config.sweep: config.{section} is a list; override it as a whole")

@@ -274,6 +274,9 @@ def test_order_depends_on_the_seed_alone(pack):
   a, b, c = ([next(it) for _ in range(4)] for it in (iterator(corpus(), pack=pack, seed=s) for s in (0, 0, 1)))
   assert same(a, b)
   assert [x["tokens"].tolist() for x in a] != [x["tokens"].tolist() for x in c]
+  again = iterator(corpus(), pack=pack)
+  next(again)
+  assert same([next(again.reseeded(1))], c[:1])
 
 
 @pytest.mark.parametrize("pack", [False, True])
@@ -319,6 +322,11 @@ def test_eval_batches_hold_every_prompt_once(add_bos):
         assert tokens[:n].tolist() == cut
         lengths.append(n)
   assert lengths == sorted(lengths, reverse=True)
+  one = data.eval_batches(*task(formatted), tokenizer, batch_size=4, seq_len=60, same_length=True)
+  longest = max(b["lengths"].max() for b in one)
+  assert {b["tokens"].shape for b in one} == {(4, data.bucket(longest, 60))}
+  other = data.eval_batches(*task(formatted), tokenizer, batch_size=4, seq_len=60)
+  assert all(np.array_equal(a["lengths"], b["lengths"]) for a, b in zip(one, other, strict=True))
 
 
 def test_label_ids():

@@ -261,6 +261,9 @@ def test_run_on_a_toy_task(batch_size):
   got = evaluate.run(config, params, tok, task(), examples(), **kw)
   assert got == pytest.approx({"accuracy": 4 / 5, "exact_match": 2 / 5, "words": 1.0})
   assert done[-1] == (5, 5) and len(done) == -(-5 // batch_size)
+  del kw["progress"]
+  labels = evaluate.run(config, params, tok, task(), examples(), **kw, same_length=True, max_new_tokens=0)
+  assert labels == pytest.approx({"accuracy": 4 / 5})
 
 
 def test_run_without_labels_generates_up_to_the_limit():
@@ -269,6 +272,8 @@ def test_run_without_labels_generates_up_to_the_limit():
   params["head"]["kernel"] = params["head"]["kernel"].at[w("yes")].set(jnp.full(7, -9.0).at[w("yes")].set(5.0))
   got = evaluate.run(config, params, tok, task(None), examples(), batch_size=4, seq_len=16, max_new_tokens=6)
   assert got == pytest.approx({"exact_match": 0.0, "words": (6 + 1 + 1 + 1 + 6) / 5})
+  with pytest.raises(errors.UserError, match="task 'toy' has none"):
+    evaluate.run(config, params, tok, task(None), examples(), max_new_tokens=0)
 
 
 def test_hidden_labels_are_left_out():

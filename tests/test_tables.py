@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from lora_jax import curves, errors, layout, plots, tables
+from lora_jax.methods import intrinsic
 
 BASE = {
   "model": {"name": "tiny"},
@@ -321,6 +322,14 @@ def test_metric_plot_shows_means_bands_and_single_runs(swept, monkeypatch):
   assert far.curves[0].colour == first.colour
 
 
+def test_published_lines_that_are_not_ours_have_colours_of_their_own(swept, monkeypatch):
+  seen = shown(monkeypatch)
+  swept["table"]["published"] = {"them": {k: {"1": 90.0, "64": 91.0} for k in ("$W_q$", "Wk", "Wo")}}
+  curves.metric_plot(swept)
+  ours, theirs = (p.curves for p in seen[0][0])
+  assert theirs[0].colour == ours[0].colour and len({c.colour for c in (*ours, *theirs)}) == 4
+
+
 def test_near_published_curves_share_the_panel(swept, monkeypatch):
   seen = shown(monkeypatch)
   swept["table"]["published"] = {"them": {"$W_q$": {"1": 81.5, "64": 82.5}}}
@@ -403,6 +412,107 @@ def test_all_kinds_of_plots_can_be_drawn(swept):
   rates = summary(members, {"rows": "optim.learning_rate", "log": True})
   for png in (*draw(swept), *draw(rates), *draw(several(rows="method.rank")), *draw(swept | {"table": None})):
     assert png.startswith(b"\x89PNG")
+
+
+DIMENSIONS, REACHED = (10, 100, 1000), {True: (0.6, 0.8, 0.88), False: (0.55, 0.7, 0.78)}
+
+
+def dimensions(metric="accuracy", sign=1, **table):
+  """Two lines over dimensions, and full finetuning, each of two seeds; in an order that is none."""
+  score = lambda x, s: {metric: sign * (x + (0.01, -0.01)[s])}
+  members = [
+    member(
+      f"{scales}-{d}-{s}",
+      {"method": {"name": "intrinsic", "dimension": d, "layer_scales": scales}, "train": {"seed": s}},
+      score(x, s),
+    )
+    for scales, row in REACHED.items()
+    for d, x in reversed(list(zip(DIMENSIONS, row, strict=True)))
+    for s in (0, 1)
+  ]
+  members[2:2] = [member(f"full-{s}", {"method": {"name": "full"}}, score(0.9, s)) for s in (0, 1)]
+  labels = (("True", "SAID"), ("False", "DID"), ("-", "full"))
+  rows_ = {"rows": "method.layer_scales", "row_labels": labels, "lines": "method.layer_scales"}
+  columns = {"columns": "method.dimension", "x": "method.dimension", "column_labels": {"-": "all"}}
+  return summary(members, {"metric": metric, **rows_, **columns, "log": True, "d90": 0.9, **table})
+
+
+def test_the_dimension_that_reaches_a_share_of_full_finetuning():
+  given = dimensions()
+  found = curves.reached(given)
+  assert (found["share"], found["metric"], found["full"], found["before"]) == (0.9, "accuracy", pytest.approx(0.9), 0.5)
+  for line, ys in zip(("SAID", "DID"), REACHED.values(), strict=True):
+    got = found["lines"][line]
+    assert (got["smallest"], got["largest"]) == (10, 1000)
+    for k, base in (("of_full", 0.0), ("of_gain", 0.5)):
+      want = intrinsic.d90(DIMENSIONS, ys, 0.9, base)
+      assert got[k] == (want if want is None else pytest.approx(want))
+  assert found["lines"]["DID"]["of_full"] is None and 100 < found["lines"]["SAID"]["of_full"] < 200
+  table = rows(curves.reached_table(found))
+  assert list(table)[0] == "accuracy" and table["accuracy"] == [
+    "d90 of full finetuning's 0.9",
+    "d90 of its gain over 0.5 before",
+  ]
+  assert table["SAID"] == [f"{found['lines']['SAID'][k]:.0f}" for k in ("of_full", "of_gain")]
+  assert table["DID"] == ["> 1000", "> 1000"]
+  assert "full finetuning's 90.0%" in curves.reached_table(found, percent=True)
+  easy = curves.reached(dimensions(d90=0.6))
+  assert rows(curves.reached_table(easy))["SAID"][0] == "≤ 10"
+  assert curves.reached(fails(given, "full-0", "full-1")) is None and curves.reached(dimensions(d90=None)) is None
+
+
+def test_there_is_no_share_of_what_full_finetuning_has_not_gained(monkeypatch):
+  """Of a loss 90% says nothing, what it falls by does; and nothing is gained where it is worse than before."""
+  loss = dimensions("val_loss", -1)
+  for m in loss["members"]:
+    m["eval"]["after"]["val_loss"] += 2
+    m["eval"]["before"]["val_loss"] = 1.5
+  found = curves.reached(loss)
+  assert "of_full" not in found["lines"]["SAID"] and found["lines"]["SAID"]["of_gain"] > 100
+  for m in loss["members"]:
+    m["eval"]["before"]["val_loss"] = 1.0
+  assert rows(curves.reached_table(curves.reached(loss)))["SAID"] == ["-", "-"]
+  seen = shown(monkeypatch)
+  curves.metric_plot(loss)
+  assert [c.label for c in seen[0][0][0].curves] == ["SAID", "DID", "full"]
+
+
+def test_members_without_a_dimension_are_a_level_line(monkeypatch):
+  seen = shown(monkeypatch)
+  given = dimensions()
+  assert tables.pivot(given).columns == ("10", "100", "1000", "all")
+  assert rows(tables.markdown(tables.pivot(given)))["full"] == ["-", "-", "-", "90.0 ± 1.4"]
+  curves.metric_plot(given)
+  ((panels, xlabel, log, names),) = seen
+  assert (xlabel, log, names) == ("Dimension", True, [])
+  said, did, full, *goals = panels[0].curves
+  assert (
+    (said.label, did.label, full.label) == ("SAID", "DID", "full") and said.x == [10, 100, 1000] and not said.dashed
+  )
+  assert full.x == [10, 1000] and full.dashed and full.y == pytest.approx([90, 90]) and not full.dots
+  assert [(c.label, *c.y) for c in goals] == [
+    ("90% of full finetuning", pytest.approx(81), pytest.approx(81)),
+    ("90% of its gain", pytest.approx(86), pytest.approx(86)),
+  ]
+
+
+def test_what_is_there_of_a_sweep_has_a_report(tmp_path):
+  """A shard may have no member that full finetuning or a dimension needs, or none at all."""
+  given = dimensions()
+  for some in ([m for m in given["members"] if "full" in m["name"]], []):
+    part = {**given, "members": some, "missing": ["others"], "analyses": {}}
+    tables.write(tmp_path, part)
+    assert "Intrinsic dimension" not in (tmp_path / "report.md").read_text()
+  with pytest.raises(errors.UserError, match="method.layer_scales"):
+    layout.of({**given, "members": [m for m in given["members"] if "full" in m["name"]]})
+
+
+def test_analyses_have_a_section(tmp_path):
+  given = dimensions()
+  tables.write(tmp_path, given | {"analyses": {"d90": curves.reached(given), "subspace": {"error": "no LoRA"}}})
+  text = (tmp_path / "report.md").read_text()
+  assert f"## Intrinsic dimension\n\n{curves.reached_table(curves.reached(given), percent=True)}\n" in text
+  assert "**subspace** failed: no LoRA" in text and "## Subspaces" not in text
 
 
 @pytest.mark.parametrize(

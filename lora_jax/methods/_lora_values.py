@@ -1,7 +1,6 @@
 """What LoRA's factors are at first: random columns, or parts of a decomposition of the weight."""
 
 import functools
-import itertools
 import math
 import re
 from collections.abc import Sequence
@@ -49,52 +48,37 @@ def decomposes(init: str) -> bool:
 
 
 def draw(key: jax.Array, specs: Sequence[Spec]) -> dict[str, tuple[jax.Array, jax.Array | None]]:
-  """{name: (a [layers * experts, inner, R], b [layers * experts, R, outer], or None for zeros)}, all in one program.
+  """{name: (a [layers * experts, inner, R], b [layers * experts, R, outer], or None for zeros)}.
 
   Each column of `a` follows from the leaf's name, its layer, expert and index alone, but for "orthogonal".
   """
-  return _draw({s.name: tree.fold(key, s.name) for s in specs}, tuple(specs))
+  return {s.name: _draw(tree.fold(key, s.name), s) for s in specs}
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def _draw(keys, specs):
-  made = {s.name: _orthogonal(keys[s.name], s) for s in specs if s.init == "orthogonal"}
-  groups = {}
-  for s in specs:
-    if s.init != "orthogonal":
-      groups.setdefault((s.init, s.inner), []).append(s)
-  if not groups:
-    return made
-  # Keys of all columns at once, and then all columns of a length: compiling takes longer than drawing.
-  order = [s for group in groups.values() for s in group]
-  counts = [len(s.ranks) * s.experts for s in order]
-  fold = jax.random.fold_in
-  leaves = jnp.repeat(jnp.stack([keys[s.name] for s in order]), np.array(counts), total_repeat_length=sum(counts))
-  index = np.concatenate([np.arange(n) for n in counts])
-  columns = np.arange(max(max(s.ranks) for s in order))
-  each = jax.vmap(lambda k, i: jax.vmap(lambda j: fold(fold(k, i), j))(columns))(leaves, index)
-  start = 0
-  for (init, inner), group in groups.items():
-    ranks = np.array([r for s in group for r in s.ranks for _ in range(s.experts)])
-    a = _normal_or_uniform(each[start : start + ranks.size], init, inner, ranks)
-    start += ranks.size
-    ends = list(itertools.accumulate(len(s.ranks) * s.experts for s in group))
-    made |= {s.name: (x[..., : max(s.ranks)], None) for s, x in zip(group, jnp.split(a, ends[:-1]), strict=True)}
-  return made
+def _draw(key, spec):
+  if spec.init == "orthogonal":
+    return _orthogonal(key, spec._replace(name=""))
+  ranks, most = np.repeat(np.array(spec.ranks, np.int32), spec.experts), max(spec.ranks)
+  # Compiling takes longer than drawing: leaves of one input size share a program, whatever their ranks.
+  columns = 1 << max(3, (most - 1).bit_length())
+  return _normal_or_uniform(key, ranks, columns=columns, inner=spec.inner, init=spec.init)[..., :most], None
 
 
-def _normal_or_uniform(keys, init, inner, ranks):
-  """[N, inner, R] from a key for each of N * R columns; those beyond a rank are zero."""
+@functools.partial(jax.jit, static_argnames=("columns", "inner", "init"))
+def _normal_or_uniform(key, ranks, *, columns, inner, init):
+  """[N, inner, columns], each column from a key of its own; those beyond a rank are zero."""
   if init == "peft":
     draw = lambda key: jax.random.uniform(key, (inner,), minval=-1.0, maxval=1.0) / math.sqrt(inner)
   else:
     draw = lambda key: jax.random.normal(key, (inner,))
-  x = jax.vmap(jax.vmap(draw, out_axes=1))(keys)
+  each = lambda i: jax.vmap(lambda j: draw(jax.random.fold_in(i, j)), out_axes=1)(np.arange(columns))
+  x = jax.vmap(lambda i: each(jax.random.fold_in(key, i)))(np.arange(ranks.size))
   if init in ("paper", "gaussian"):
-    x /= np.maximum(ranks, 1)[:, None, None]
-  return jnp.where(np.arange(keys.shape[1]) < ranks[:, None, None], x, 0.0)
+    x /= jnp.maximum(ranks, 1)[:, None, None]
+  return jnp.where(np.arange(columns) < ranks[:, None, None], x, 0.0)
 
 
+@functools.partial(jax.jit, static_argnums=1)
 def _orthogonal(key, spec):
   """`A = X Q_odd / 10`, `B = Q_even^T Y / 10` with X, Y normal and Q orthogonal, so that `A B` is zero.
 

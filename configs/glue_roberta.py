@@ -1,0 +1,156 @@
+"""RoBERTa-base on GLUE: everything, biases, adapters or LoRA? Hu et al. 2021, table 2.
+
+https://arxiv.org/abs/2106.09685, with the hyperparameters of table 9. Eight tasks, four methods, five seeds each; the
+seeds of a method on a task are one program. LoRA on MRPC, RTE and STS-B starts from LoRA on MNLI, of which `MNLI` says
+where it is: where the run of all tasks leaves it, and that of MNLI alone, without --workdir.
+
+Command: python -m experiments.run --config configs/glue_roberta.py
+  160 members in 32 groups: days on one GPU, most of them for MNLI and QQP. tensorflow_datasets downloads the data.
+  `configs/glue_roberta.py:mrpc` is one task, and so for any other of mnli sst2 mrpc cola qnli qqp rte stsb: 20 members
+  in 4 groups. After MNLI give each a --workdir. Not run yet.
+  `configs/glue_roberta.py:smol` is SmolLM2-135M-Instruct with a new head, on sentences of Rotten Tomatoes and BBC news
+  articles, from packages: runs offline; 24 members in 8 groups.
+Hardware: written for one GPU; not run yet.
+Published: `ROWS`: of LoRA medians of five seeds, each at its best epoch. Ours are means after the last step, MNLI's on
+matched genres alone (the paper's: on both). A tenth of the training sets is held out here; steps are the paper's.
+"""
+
+from configs import common
+
+MNLI = "runs/glue_roberta/members/mnli_lora-seed_0/adapter"
+# task: (its column, metric, training examples).
+TASKS = {
+  "mnli": ("MNLI", "accuracy", 392_702),
+  "sst2": ("SST-2", "accuracy", 67_349),
+  "mrpc": ("MRPC", "accuracy", 3_668),
+  "cola": ("CoLA", "matthews", 8_551),
+  "qnli": ("QNLI", "accuracy", 104_743),
+  "qqp": ("QQP", "accuracy", 363_846),
+  "rte": ("RTE", "accuracy", 2_490),
+  "stsb": ("STS-B", "pearson", 5_749),
+}
+# method: (its row, keywords).
+METHODS = {
+  "full": ("Fine-tuning", {"name": "full"}),
+  "bitfit": ("BitFit", {"name": "bitfit"}),
+  "adapter": ("Adapters", {"name": "pfeiffer", "size": 48}),
+  "lora": ("LoRA", {"name": "lora", "rank": 8, "alpha": 8.0, "targets": "q,v"}),
+}
+# method: (batch size, epochs, learning rate, weight decay), one value or one for each of TASKS.
+SETTINGS = {
+  # Liu et al. 2019, from memory of their table 10: one rate of their grid.
+  "full": (16, 10, 2e-5, 0.1),
+  # Ben Zaken et al. 2021, the official code's defaults.
+  "bitfit": (8, 16, 1e-3, 0.0),
+  # The paper's source of these numbers, Rücklé et al. 2021, is not at hand: table 9, RoBERTa-large, Adapter^P of 0.8M.
+  "adapter": (32, (5, 20, 20, 20, 10, 20, 20, 20), 3e-4, 0.0),
+  # Table 9. The scripts in the authors' repository have alpha 16, eight GPUs of these batch sizes each, and this decay.
+  "lora": (
+    (16, 16, 16, 32, 32, 16, 32, 16),
+    (30, 60, 30, 80, 25, 25, 80, 40),
+    (5e-4, 5e-4, 4e-4, 4e-4, 4e-4, 5e-4, 5e-4, 4e-4),
+    0.1,
+  ),
+}
+ROWS = {
+  "Fine-tuning": (87.6, 94.8, 90.2, 63.6, 92.8, 91.9, 78.7, 91.2),
+  "BitFit": (84.7, 93.7, 92.7, 62.0, 91.8, 84.0, 81.5, 90.8),
+  "Adapters, 0.3M": (
+    *((87.1, 0.0), (94.2, 0.1), (88.5, 1.1), (60.8, 0.4)),
+    *((93.1, 0.1), (90.2, 0.0), (71.5, 2.7), (89.7, 0.3)),
+  ),
+  "Adapters": (  # 0.9M
+    *((87.3, 0.1), (94.7, 0.3), (88.4, 0.1), (62.6, 0.9)),
+    *((93.0, 0.2), (90.6, 0.0), (75.9, 2.2), (90.3, 0.1)),
+  ),
+  "LoRA": (
+    *((87.5, 0.3), (95.1, 0.2), (89.7, 0.7), (63.4, 1.2)),
+    *((93.3, 0.3), (90.8, 0.1), (86.6, 0.7), (91.5, 0.2)),
+  ),
+}
+
+
+def get_config(task: str = ""):
+  """All tasks, one of TASKS, or "smol"."""
+  if task not in ("", "smol", *TASKS):
+    raise KeyError(f"unknown task {task!r}; known: {', '.join(TASKS)}, smol, or none for all")
+  config = common.get_sweep("smol" if task == "smol" else "")
+  config.objective = {"name": "classification"}
+  config.data = {"batch_size": 32, "seq_len": 256}
+  return smol(config) if task == "smol" else full(config, [task] if task else list(TASKS))
+
+
+def full(config, names: list[str]):
+  """The paper's."""
+  config.model.name = "hf:FacebookAI/roberta-base"
+  config.data.seq_len = 512
+  config.train.log_every = 100
+  config.train.checkpoint_every = 5000
+  config.eval = {"examples": 50_000, "every": 0, "batch_size": 640, "seq_len": 512}
+  config.sweep = {
+    "list": {f"{name}_{method}": member(name, method) for name in names for method in METHODS},
+    "product": {"train": {"seed": (0, 1, 2, 3, 4)}},
+  }
+  metrics = tuple(dict.fromkeys(TASKS[name][1] for name in names))
+  config.table = table(metrics, "task.subset", {name: TASKS[name][0] for name in names})
+  config.table["published"] = {"RoBERTa-base": published(names, len(metrics) > 1)}
+  return config
+
+
+def table(metrics, path: str, tasks: dict) -> dict:
+  """Table 2's layout, but that tasks are rows: what can be compared is in one."""
+  return {
+    "paper": "Hu et al. 2021, table 2",
+    "metric": metrics,
+    "rows": path,
+    "row_labels": tuple(tasks.items()),
+    "columns": "method",
+    "column_labels": tuple((text(method), label) for label, method in METHODS.values()),
+    "x": "trainable_params",
+    "log": True,
+    "lines": path,
+  }
+
+
+def member(name: str, method: str) -> dict:
+  """Overrides of a method on a task."""
+  i = list(TASKS).index(name)
+  batch_size, epochs, rate, decay = (x[i] if isinstance(x, tuple) else x for x in SETTINGS[method])
+  steps = -(-TASKS[name][2] // batch_size) * epochs
+  warm = {"init_from": MNLI} if method == "lora" and name in ("mrpc", "rte", "stsb") else {}
+  return {
+    "task": {"name": "glue", "subset": name},
+    "method": METHODS[method][1],
+    "data": {"batch_size": batch_size},
+    "optim": {"learning_rate": rate, "weight_decay": decay},
+    "train": {"steps": steps, **warm},
+  }
+
+
+def published(names: list[str], groups: bool) -> tuple:
+  """Columns of ROWS as rows, which are in groups by metric if there are several."""
+  found = dict(zip(TASKS, zip(*ROWS.values(), strict=True), strict=True))
+  rows = {name: tuple(zip(ROWS, found[name], strict=True)) for name in names}
+  return tuple((f"{TASKS[n][1]}, {TASKS[n][0]}" if groups else TASKS[n][0], row) for n, row in rows.items())
+
+
+def smol(config):
+  """Two tasks of packages, the paper's methods and rates."""
+  tasks = {"news": {"name": "bbc_news"}, "reviews": {"name": "rotten_tomatoes"}}
+  rates = {"full": 2e-5, "bitfit": 1e-3, "adapter": 3e-4, "lora": 5e-4}
+  config.eval.seq_len = 256
+  config.sweep = {
+    "list": {
+      f"{name}_{method}": {"task": task, "method": kw, "optim": {"learning_rate": rates[method]}}
+      for name, task in tasks.items()
+      for method, (_, kw) in METHODS.items()
+    },
+    "product": {"train": {"seed": (0, 1, 2)}},
+  }
+  config.table = table("accuracy", "task.name", {"rotten_tomatoes": "Rotten Tomatoes", "bbc_news": "BBC News"})
+  return config
+
+
+def text(method: dict) -> str:
+  """A method as the table knows it."""
+  return ",".join(f"{k},{v:g}" if isinstance(v, float) else f"{k},{v}" for k, v in sorted(method.items()))

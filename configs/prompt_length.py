@@ -1,0 +1,45 @@
+"""How many soft tokens does prompt tuning need? Lester et al. 2021, figure 3a.
+
+https://arxiv.org/abs/2104.08691. Prompts of 1 to 150 tokens, which start as the labels' embeddings and, beyond those,
+as rows of the vocabulary; three seeds each. Another length is another shape: a group for each length.
+
+Command: python -m experiments.run --config configs/prompt_length.py:smol
+  SmolLM2-135M-Instruct on Rotten Tomatoes sentences, from packages: runs offline; 12 members in 4 groups. Its 200 steps
+  are few: the paper has 30,000.
+  `configs/prompt_length.py` is 15 members in 5 groups with Flan-T5-base from the hub and RTE, the task of SuperGLUE
+  that GLUE has too. Not run yet. Flan-T5 knows instructions, RTE's among them, and so needs a prompt less than the
+  paper's T5 1.1 adapted to language modelling, which --config.model.name=DIR takes from a directory of safetensors.
+Hardware: written for one GPU; not run yet.
+Published: a figure only: SuperGLUE rises much from 1 to 20 tokens and hardly beyond; T5-XXL does well with one.
+"""
+
+from configs import common
+
+LENGTHS = (1, 5, 20, 100, 150)
+
+
+def get_config(size: str = ""):
+  config = common.get_sweep(size)
+  lengths = LENGTHS[:-1] if size else LENGTHS
+  config.method = {"name": "prompt_tuning", "length": 20, "init": "labels", "top": 5000}
+  config.optim.update({"name": "adafactor", "learning_rate": 0.3, "schedule": "constant", "warmup": 0.0})
+  config.optim.weight_decay = 1e-5
+  if size:
+    config.data.seq_len = config.eval.seq_len = 192  # what the longest prompt leaves must hold a sentence
+  else:
+    config.model.name = "hf:google/flan-t5-base"
+    config.task = {"name": "glue", "subset": "rte"}
+    config.data.seq_len = config.eval.seq_len = 512
+    config.data.target_len = 16
+    config.train.steps = 30_000
+    config.train.checkpoint_every = 5000
+    config.eval.examples = 277
+  config.sweep = {"product": {"method": {"length": lengths}, "train": {"seed": (0, 1, 2)}}}
+  config.table = {
+    "paper": "Lester et al. 2021, figure 3a",
+    "metric": "accuracy",
+    "columns": "method.length",
+    "x": "method.length",
+    "log": True,
+  }
+  return config

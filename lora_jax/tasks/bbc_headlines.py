@@ -1,0 +1,53 @@
+"""BBC headlines: the first line of an article from the rest of it.
+
+The articles of bbc_news.py. Some are there twice, under one headline or two, and some headlines are: the first of each
+is kept, so that nothing in one split is in another.
+"""
+
+from collections.abc import Iterator, Sequence
+
+from lora_jax import nlg, tasks
+from lora_jax.tasks import _packaged, bbc_news
+
+LABELS = None
+PROMPT_LOSS_WEIGHT = 0.0
+
+
+def load(split: str) -> Sequence[dict]:
+  """Examples `{"headline": str, "article": str}` of a split."""
+  if split != "train":
+    nlg.check()
+  files = bbc_news.files()
+  return _packaged.load(
+    "bbc_headlines",
+    split,
+    fields={"headline": str, "article": str},
+    rows=lambda: _rows(bbc_news.articles(files)),
+    fingerprint=_packaged.fingerprint(files),
+  )
+
+
+def format(example: dict, *, max_words: int | None = 100) -> tasks.Formatted:
+  """`Article: <the first max_words words>`, then the headline; None keeps all words."""
+  article = " ".join(example["article"].split()[:max_words])
+  return tasks.Formatted(f"Article: {article}\nHeadline:", f" {example['headline']}")
+
+
+def score(example: dict, text: str) -> dict[str, float]:
+  """Nothing of a single text."""
+  return {}
+
+
+def corpus(texts: Sequence[str], examples: Sequence[dict]) -> dict[str, float]:
+  """`bleu`, `nist`, `meteor`, `rouge_l` and `cider` of the first lines of generated texts, see `nlg.scores`."""
+  return nlg.scores([text.strip().partition("\n")[0] for text in texts], [[e["headline"]] for e in examples])
+
+
+def _rows(articles: Iterator[tuple[str, str]]) -> Iterator[_packaged.Row]:
+  seen = set()
+  for text, _ in articles:
+    headline, _, article = (part.strip() for part in text.partition("\n"))
+    digests = {_packaged.digest(headline), _packaged.digest(article)}
+    if not seen & digests:
+      yield None, (headline, article), {"headline": headline, "article": article}
+    seen |= digests

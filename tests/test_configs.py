@@ -1,0 +1,191 @@
+"""Every file in configs/: what its docstring says is so, and its sweep and table can be made; no model is loaded."""
+
+import copy
+import importlib
+import inspect
+import json
+import pathlib
+import re
+
+import pytest
+
+from lora_jax import config as config_lib, curves, errors, layout, sweep, tables, variants
+from tests.test_experiment import compiled, config, files  # noqa: F401, fixtures
+
+pytestmark = pytest.mark.filterwarnings("ignore:The default value of")
+ROOT = pathlib.Path(__file__).parents[1] / "configs"
+NAMES = sorted(p.stem for p in ROOT.glob("*.py") if p.stem not in ("__init__", "common"))
+
+
+def module(name):
+  return importlib.import_module(f"configs.{name}")
+
+
+def arguments(name):
+  """What the docstring's commands give to get_config, "" being nothing."""
+  found = re.findall(rf"configs/{name}\.py(?::([\w.,]*\w))?", module(name).__doc__)
+  sizes = ["smol"] if "size" in inspect.signature(module(name).get_config).parameters else []
+  return list(dict.fromkeys(["", *found, *sizes]))
+
+
+def get(name, arg):
+  return module(name).get_config(*filter(None, [arg])).to_dict()
+
+
+CASES = [(name, arg) for name in NAMES for arg in arguments(name)]
+SWEEPS = [case for case in CASES if "sweep" in get(*case)]
+TABLES = [case for case in SWEEPS if "table" in get(*case)]
+
+
+def planned(given):
+  """A summary before anything has run."""
+  rows = [{"name": n, "overrides": o} for n, (o, _) in variants.members(given).items()]
+  parts = {k: v for k, v in given.items() if k not in config_lib.SWEEP}
+  return {"config": parts, "table": given["table"], "members": rows}
+
+
+def finished(given):
+  """A summary as if all had run, as it is read from a file."""
+  found = planned(given)
+  metrics = [k for k in layout.of(found).metrics if not layout.SIZES.search(k)]
+  for i, m in enumerate(found["members"]):
+    share = {"before": 0.5, "after": 0.7 + 0.2 * i / len(found["members"])}
+    scores = {when: dict.fromkeys(metrics, x) for when, x in share.items()}
+    m |= {"model": "model", "task": "task", "eval": scores, "trainable_params": 1000 + 10 * (i // 3)}
+    m |= {"train": {"steps": 200}, "losses": {"step": [1, 2], "loss": [2.0, 1.0]}}
+  return json.loads(json.dumps(found | {"groups": 1}))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_docstrings_say_how_to_run_and_what_to_expect(name):
+  doc = module(name).__doc__
+  assert "\nCommand: " in doc and "\nHardware: " in doc and f"--config configs/{name}.py" in doc
+  assert re.search(r"\n(Expected|Published)|not scored yet|not run|score depend", doc)
+  assert all(len(line) <= 120 for line in doc.splitlines())
+
+
+@pytest.mark.parametrize("name, arg", [c for c in CASES if c not in SWEEPS])
+def test_configs_are_valid(name, arg):
+  config_lib.check(get(name, arg))
+
+
+@pytest.mark.parametrize("name, arg", SWEEPS)
+def test_sweeps_are_grouped_as_their_docstrings_say(name, arg):
+  found = {n: c for n, (_, c) in variants.members(get(name, arg)).items()}
+  groups, doc = sweep.groups(found), " ".join(module(name).__doc__.split())
+  assert sorted(n for g in groups for n in g) == sorted(found)
+  if re.search(r"\d+ members", doc):
+    grouped = ", one program" if len(groups) == 1 else f" in {len(groups)} groups"
+    assert f"{len(found)} members{grouped}" in doc
+
+
+@pytest.mark.parametrize("name, arg", TABLES)
+def test_tables_have_a_place_for_what_is_published(name, arg):
+  given = get(name, arg)
+  assert layout.of(planned(given)).paper
+  table = tables.pivot(finished(given))
+  ours = {(r.label, c) for r in table.rows for c in r.cells}
+  assert len(ours) > 1 and all(cell.mean is not None for r in table.rows for cell in r.cells.values())
+  for source, rows in table.published.items():
+    assert ours & {(r.label, c) for r in rows for c in r.cells}, source
+
+
+@pytest.mark.parametrize("name, arg", [c for c in TABLES if c[1]])
+def test_plots_of_tables_can_be_drawn(name, arg):
+  assert curves.metric_plot(finished(get(name, arg))).startswith(b"\x89PNG")
+
+
+def test_dimensions_are_those_that_there_is_room_for():
+  """SAID's layers take some; the plot has full finetuning as a level line."""
+  given = get("intrinsic_dimension", "smol")
+  methods = [o["method"] for o, _ in variants.members(given).values()]
+  assert min(m["dimension"] for m in methods if m.get("layer_scales")) == 50
+  assert min(m["dimension"] for m in methods if m.get("layer_scales") is False) == 10
+  assert tables.pivot(finished(given)).columns == ("10", "50", "200", "1000", "3000", "10,000", "all")
+
+
+@pytest.mark.parametrize("size", ["", "smol"])
+def test_what_a_figure_says_in_numbers_is_of_members_that_there_are(size):
+  table = tables.pivot(finished(get("houlsby_size", size)))
+  (rows,) = table.published.values()
+  assert len(rows) == 3 and {r.label for r in rows} <= {r.label for r in table.rows}
+
+
+def test_columns_that_only_the_paper_has_are_in_their_place():
+  assert tables.pivot(finished(get("data_size", "smol"))).columns == ("100", "1k", "10k", "all")
+
+
+def tiny(config, members, table):  # noqa: F811
+  c = copy.deepcopy(config)
+  c["train"] |= {"steps": 3, "checkpoint_every": 3}
+  return c | {"sweep": {"list": members}, "table": table}
+
+
+@pytest.mark.slow
+def test_a_sweep_ends_with_its_subspaces(config, tmp_path):  # noqa: F811
+  """Computed once, from what the members saved; the report is drawn from the summary alone."""
+  members = {f"r{r}": {"method": {"rank": r}, "train": {"seed": r}} for r in (2, 4)}
+  asked = {"matrices": ("q", "v"), "layers": (0, 1)}
+  given = tiny(config, members, {"rows": "name", "metric": "train.loss_last", "subspace": asked})
+  summary = sweep.run(given, tmp_path / "s", "command")
+  result = summary["analyses"]["subspace"]
+  assert {(e["member"], e["matrix"], e["layer"], e["rank"]) for e in result["amplification"]} == {
+    (f"r{r}", f"attn/{m}", layer, r) for r in (2, 4) for m in "qv" for layer in (0, 1)
+  }
+  pairs = [tuple(e["members"]) for e in result["similarity"]]
+  assert pairs.count(("r2", "r4")) == pairs.count(("random", "random")) == 4
+  text = (tmp_path / "s" / "report.md").read_text()
+  assert text.count("\n| r2 | attn/q, layer 0 | 2 |") == 1 and "![similarity_a](plots/similarity_a.png)" in text
+
+  # What is committed.
+  (tmp_path / "kept").mkdir()
+  for file in ("config.json", "summary.json"):
+    (tmp_path / "kept" / file).write_text((tmp_path / "s" / file).read_text())
+  again = sweep.join([tmp_path / "kept"], tmp_path / "kept", "command")
+  assert json.loads((tmp_path / "kept" / "summary.json").read_text()) == json.loads(
+    (tmp_path / "s" / "summary.json").read_text()
+  )
+  assert again["analyses"]["subspace"]["amplification"] == json.loads(json.dumps(result["amplification"]))
+  assert (tmp_path / "kept" / "report.md").read_text() == text
+  for image in (tmp_path / "s" / "plots").iterdir():
+    assert (tmp_path / "kept" / "plots" / image.name).read_bytes() == image.read_bytes()
+
+
+def test_an_analysis_that_fails_leaves_the_table(config, tmp_path):  # noqa: F811
+  members = {f"seed{s}": {"method": {"name": "bitfit"}, "train": {"seed": s}} for s in (0, 1)}
+  given = tiny(config, members, {"rows": "name", "metric": "train.loss_last", "subspace": {"seed": 1}})
+  summary = sweep.run(given, tmp_path / "s")
+  assert "no LoRA" in summary["analyses"]["subspace"]["error"]
+  assert "**subspace** failed: member 'seed0' has no LoRA" in (tmp_path / "s" / "report.md").read_text()
+
+
+@pytest.mark.slow
+def test_a_sweep_ends_with_its_intrinsic_dimension(config, tmp_path):  # noqa: F811
+  members = {"full": {"method": {"name": "full", "targets": "layers/.*kernel$"}}}
+  members |= {f"d{d}": {"method": {"name": "intrinsic", "dimension": d}} for d in (5, 20)}
+  table = {"metric": "train.loss_last", "columns": "method.dimension", "x": "method.dimension", "d90": 0.9, "log": True}
+  summary = sweep.run(tiny(config, members, table), tmp_path / "s")
+  found = summary["analyses"]["d90"]
+  assert found["full"] == summary["members"][0]["train"]["loss_last"] and found["before"] == 0
+  assert found["lines"] == {"ours": {"smallest": 5, "largest": 20, "of_full": 5.0, "of_gain": 5.0}}
+  assert "| ours | ≤ 5 | ≤ 5 |" in (tmp_path / "s" / "report.md").read_text()
+
+
+@pytest.mark.parametrize(
+  "table, message",
+  [
+    ({"d90": 90}, "config.table.d90=90 is a share"),
+    ({"d90": 0.9, "x": "method.rank"}, "others without one: full finetuning"),
+    ({"d90": 0.9}, "config.table.x=''"),
+    ({"subspace": {"matrix": "q"}}, r"config\.table\.subspace\.matrix; did you mean 'matrices'"),
+    (
+      {"subspace": {"pairs": (("r2", "r3"),)}},
+      "unknown member in config.table.subspace.pairs: 'r3'; valid: r2, r4",
+    ),
+  ],
+)
+def test_bad_analyses_are_refused_before_anything_runs(config, tmp_path, table, message):  # noqa: F811
+  members = {f"r{r}": {"method": {"rank": r}} for r in (2, 4)}
+  with pytest.raises(errors.UserError, match=message):
+    sweep.run(tiny(config, members, table), tmp_path / "s")
+  assert not (tmp_path / "s").exists()
