@@ -21,7 +21,7 @@ def get_config() -> ConfigDict:
       },
       "task": {"name": ""},
       "objective": {"name": "causal_lm", "prompt_loss_weight": 0.1, "chunk": 2048},
-      "data": {"batch_size": 32, "seq_len": 512, "pack": False},
+      "data": {"batch_size": 32, "seq_len": 512, "pack": False, "share_rows": False},
       "optim": {
         "name": "adamw",
         "learning_rate": 2e-4,
@@ -52,7 +52,8 @@ def get_sweep(size: str = "") -> ConfigDict:
   config.model.remat = True  # of many members it is the activations that fill a device, and moving them that takes time
   if size == "smol":
     config.task.name = "rotten_tomatoes"
-    config.data.seq_len = 64
+    config.data.seq_len = 128
+    config.data.share_rows = True
     config.train.log_every = 20
     config.train.checkpoint_every = 200
     config.eval.examples = 850

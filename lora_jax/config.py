@@ -45,7 +45,7 @@ def check(config: Mapping) -> None:
 
 def check_data(config: Mapping, batches: ModuleType) -> None:
   """Raises UserError for a key of `config.data` that `batches.train_iterator` does not take."""
-  own = ("start", "prompt_loss_weight", "process_index", "process_count", "soft")
+  own = ("start", "prompt_loss_weight", "process_index", "process_count", "multiple", "soft")
   given = ("task", "examples", "tokenizer", *own)
   errors.check_keywords(batches.train_iterator, config["data"].keys() - {"train_examples"}, "config.data", given)
 

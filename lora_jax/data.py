@@ -1,4 +1,4 @@
-"""Text to batches: encoding, padding to buckets, packing, and an iterator whose state is saved.
+"""Text to batches: encoding, padding to buckets, packing or sharing rows, and an iterator whose state is saved.
 
 A training batch is a dict of numpy arrays [B, T]:
 
@@ -160,6 +160,51 @@ def fit(examples: Sequence[Batch], share: slice, seq_len: int, pad_id: int, leas
   return pad(examples[share], bucket(max(len(e["tokens"]) for e in examples), seq_len, least), pad_id)
 
 
+def compact(examples: Sequence[Batch], share: slice, seq_len: int, pad_id: int, rows: int) -> Batch:
+  """The examples `share` of a batch in rows that they share, the longest first, each in the first row with room.
+
+  `rows` are what most batches need; one that needs more gets twice as many, in all processes.
+  """
+  n = share.stop - share.start
+  found = [_first_fit(examples[i : i + n], seq_len) for i in range(0, len(examples), n)]
+  while max(map(len, found)) > rows:
+    rows *= 2
+  batch = {k: np.zeros((rows, seq_len), np.int32) for k in ("positions", "segment_ids")}
+  for k, x in examples[0].items():
+    batch[k] = np.full((rows, seq_len), pad_id if k in ("tokens", "targets") else 0, x.dtype)
+  for r, row in enumerate(found[share.start // n]):
+    start = 0
+    for i, e in enumerate(row):
+      place = r, slice(start, start + len(e["tokens"]))
+      for k, x in e.items():
+        batch[k][place] = x
+      batch["positions"][place], batch["segment_ids"][place] = np.arange(len(e["tokens"])), i + 1
+      start = place[1].stop
+  return batch
+
+
+def _first_fit(examples: Sequence[Batch], seq_len: int) -> list[list[Batch]]:
+  """Examples by row."""
+  rows, room = [], []
+  for e in sorted(examples, key=lambda e: -len(e["tokens"])):
+    n = len(e["tokens"])
+    r = next((r for r, left in enumerate(room) if left >= n), len(rows))
+    if r == len(rows):
+      rows.append([])
+      room.append(seq_len)
+    rows[r].append(e)
+    room[r] -= n
+  return rows
+
+
+def _usual_rows(encoded: Sequence[Batch], batch_size: int, seq_len: int, multiple: int) -> int:
+  """Rows, a multiple of `multiple`, that hold any of 100 batches drawn at random."""
+  rng = np.random.default_rng(0)
+  drawn = [rng.choice(len(encoded), min(batch_size, len(encoded)), replace=False) for _ in range(100)]
+  most = max(len(_first_fit([encoded[i] for i in indices], seq_len)) for indices in drawn)
+  return -(-most // multiple) * multiple
+
+
 @dataclasses.dataclass
 class TrainIterator:
   """Infinite training batches.
@@ -206,29 +251,40 @@ def train_iterator(
   batch_size: int,
   seq_len: int,
   pack: bool = False,
+  share_rows: bool = False,
   eos: bool = True,
   prompt_loss_weight: float = 0.1,
   seed: int = 0,
   process_index: int = 0,
   process_count: int = 1,
+  multiple: int = 1,
   soft: prompts.Soft | None = None,
 ) -> TrainIterator:
   """Batches of `task`'s examples for ever, in a new order each epoch that depends on the seed alone.
 
   Args:
     examples: what `task.load` gave; encoded once, here.
-    batch_size: rows of the global batch.
+    batch_size: examples of the global batch, or with `pack` its rows.
     seq_len: longest row. Unpacked batches are padded to the smallest bucket that holds their longest example.
     pack: put as many examples in a row of `seq_len` as fit, first fit.
+    share_rows: put the `batch_size` examples in as few rows of `seq_len` as hold them. Loss and gradient are those of
+      the padded batch, with less padding and one shape for nearly all batches.
     eos: learn to end the response.
     process_index, process_count: this process gets its consecutive share of the rows of each global batch. All
       processes have to pass the same examples and seed.
+    multiple: of which this process's rows are one where examples share them.
     soft: the soft tokens of the model, `prompts.of(params)`.
   """
   share = rows_of(task, examples, batch_size, seq_len, process_index, process_count)
   formatted = [task.format(e) for e in examples]
   encoded, truncated = encode_all(tokenizer, formatted, seq_len, prompt_loss_weight, eos, soft)
-  order = functools.partial(endless, encoded, padding_id(tokenizer), batch_size, seq_len, share, pack=pack)
+  if pack and share_rows:
+    raise errors.UserError("config.data: pack fills rows, share_rows puts whole batches in them; set one of the two")
+  how = {"pack": pack}
+  if share_rows:
+    rows = _usual_rows(encoded, batch_size // process_count, seq_len, multiple)
+    how = {"fit": functools.partial(compact, rows=rows)}
+  order = functools.partial(endless, encoded, padding_id(tokenizer), batch_size, seq_len, share, **how)
   return TrainIterator(order, seed, len(encoded), truncated)
 
 

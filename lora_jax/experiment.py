@@ -7,6 +7,7 @@ adapter/ (PEFT) or model/ (Hugging Face). The same call again goes on from the l
 import dataclasses
 import functools
 import inspect
+import math
 import os
 import pathlib
 import time
@@ -118,7 +119,8 @@ def computes(config: Mapping, arch: architecture.Config, members: int = 1) -> tu
   objective = objectives.OBJECTIVES[config["objective"]["name"]]
   if members > 1 and "chunk" in inspect.signature(objective).parameters:
     own["chunk"] = own.get("chunk", inspect.signature(objective).parameters["chunk"].default) // members
-  return train.Forward(arch, config["data"].get("pack", False)), functools.partial(objective, **own)
+  packed = any(config["data"].get(k, False) for k in ("pack", "share_rows"))
+  return train.Forward(arch, packed), functools.partial(objective, **own)
 
 
 def batches(
@@ -130,7 +132,9 @@ def batches(
   elif model.config.encoder_layers:
     kind, own = seq2seq, {"start": generate.start_id(model)}
   else:
+    rows = sharding.batch_divisor(sharding.make_mesh(**config["mesh"])) * config["train"].get("accumulate", 1)
     kind, own = data, {"prompt_loss_weight": config_lib.prompt_loss_weight(config, task)}
+    own["multiple"] = math.lcm(rows, jax.process_count()) // jax.process_count()
   config_lib.check_data(config, kind)
   settings = {"seed": config_lib.train_settings(**config["train"])["seed"]} | dict(config["data"])
   most = settings.pop("train_examples", 0)

@@ -66,6 +66,7 @@ def train_iterator(
   seq_len: int,
   target_len: int | None = None,
   pack: bool = False,
+  share_rows: bool = False,
   eos: bool = True,
   seed: int = 0,
   process_index: int = 0,
@@ -77,11 +78,11 @@ def train_iterator(
   Args:
     start: the token that the decoder begins with.
     seq_len, target_len: the longest prompt and response, each padded to buckets of its own; None is `seq_len`.
-    pack: False; UserError otherwise.
+    pack, share_rows: False; UserError otherwise.
     eos: learn to end the response.
   """
-  if pack:
-    raise errors.UserError("config.data.pack=True: the texts of an encoder-decoder are not packed; set it to False")
+  for k in (k for k, v in {"pack": pack, "share_rows": share_rows}.items() if v):
+    raise errors.UserError(f"config.data.{k}=True: the texts of an encoder-decoder are not packed; set it to False")
   target_len = seq_len if target_len is None else target_len
   if target_len < 1:
     raise errors.UserError(f"config.data.target_len={target_len} must be at least 1")

@@ -197,14 +197,13 @@ def dropout(x: jax.Array, rate: float, key: Any) -> jax.Array:
   """Elements zeroed with probability `rate`, the others divided by 1 - rate; x itself without a key.
 
   Args:
-    x: [B, T, ...], or with fewer axes. What is dropped at a position does not depend on how far rows are padded.
+    x: [B, ...]. What is dropped at a position does not depend on how many rows follow, or how far they are padded.
     key: a random key, or (key, rate): a traced rate in place of the static one, see `with_dropout`.
   """
   if key is None or not rate:
     return x
   key, rate = key if isinstance(key, tuple) else (key, rate)
-  swap = lambda x: x.swapaxes(0, 1) if x.ndim > 2 else x
-  kept = swap(jax.random.bernoulli(key, 1 - rate, jax.eval_shape(swap, x).shape))
+  kept = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, x.shape[1:]))(jax.random.split(key, len(x)))
   return jnp.where(kept, x / (1 - rate), 0).astype(x.dtype)
 
 

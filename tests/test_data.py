@@ -238,9 +238,12 @@ def test_packing_fills_rows_and_padding_uses_buckets():
   assert shapes <= set(data.buckets(100)) and len(shapes) > 2
 
 
-@pytest.mark.parametrize("pack", [False, True])
-def test_packed_and_padded_have_the_same_weights(pack):
-  it = iterator(corpus(), pack=pack, prompt_loss_weight=0.1)
+LAYOUTS = [{}, {"pack": True}, {"share_rows": True}]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_has_the_same_weights(layout):
+  it = iterator(corpus(), **layout, prompt_loss_weight=0.1)
   want = dict(originals(corpus()))
   for _ in range(5):
     batch = next(it)
@@ -254,27 +257,27 @@ def same(a, b):
   return all(x.keys() == y.keys() and all(np.array_equal(x[k], y[k]) for k in x) for x, y in zip(a, b, strict=True))
 
 
-@pytest.mark.parametrize("pack", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("done", [0, 1, 5, 20])
-def test_state_is_restored_exactly(pack, done):
-  a = iterator(corpus(), pack=pack)
+def test_state_is_restored_exactly(layout, done):
+  a = iterator(corpus(), **layout)
   for _ in range(done):
     next(a)
   state = json.loads(json.dumps(a.get_state()))
   want = [next(a) for _ in range(20)]
-  fresh = iterator(corpus(), pack=pack)
+  fresh = iterator(corpus(), **layout)
   fresh.set_state(state)
   assert same([next(fresh) for _ in range(20)], want)
   a.set_state(state)
   assert same([next(a) for _ in range(20)], want)
 
 
-@pytest.mark.parametrize("pack", [False, True])
-def test_order_depends_on_the_seed_alone(pack):
-  a, b, c = ([next(it) for _ in range(4)] for it in (iterator(corpus(), pack=pack, seed=s) for s in (0, 0, 1)))
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_order_depends_on_the_seed_alone(layout):
+  a, b, c = ([next(it) for _ in range(4)] for it in (iterator(corpus(), **layout, seed=s) for s in (0, 0, 1)))
   assert same(a, b)
   assert [x["tokens"].tolist() for x in a] != [x["tokens"].tolist() for x in c]
-  again = iterator(corpus(), pack=pack)
+  again = iterator(corpus(), **layout)
   next(again)
   assert same([next(again.reseeded(1))], c[:1])
 
@@ -289,9 +292,41 @@ def test_processes_share_the_global_batch(pack):
     assert same([{k: np.concatenate([g[k] for g in got]) for k in want}], [want])
 
 
+def test_rows_are_shared_by_the_examples_of_the_padded_batch():
+  padded, shared = iterator(corpus(), batch_size=16), iterator(corpus(), batch_size=16, share_rows=True, multiple=4)
+  rows = collections.Counter()
+  for _ in range(40):
+    a, b = next(padded), next(shared)
+    assert sorted(examples_of(a)) == sorted(examples_of(b)) and b["tokens"].shape[1] == T
+    rows[len(b["tokens"])] += 1
+  ((usual, n),) = rows.most_common(1)
+  assert n >= 38 and set(rows) <= {usual, 2 * usual} and usual % 4 == 0 and usual < 16
+  with pytest.raises(errors.UserError, match="set one of the two"):
+    iterator(corpus(), pack=True, share_rows=True)
+
+
+def test_a_batch_that_needs_more_rows_than_others_gets_twice_as_many():
+  rows = data.encode_all(Bytes(), corpus(16), T)[0]
+  batch = data.compact(rows, slice(0, 16), T, PAD, 1)
+  n = len(batch["tokens"])
+  assert n in (4, 8, 16) and sorted(examples_of(batch)) == sorted(originals(corpus(16)))
+  assert batch["segment_ids"][n // 2 :].any(), "half as many would do"
+
+
+def test_processes_have_equally_many_rows_to_share():
+  formatted = [tasks.Formatted("p" * n, "r") for n in range(1, 99)]
+  how = dict(seq_len=100, share_rows=True, batch_size=8)
+  whole = iterator(formatted, **how)
+  parts = [iterator(formatted, process_index=i, process_count=2, **how) for i in range(2)]
+  for _ in range(30):
+    want, got = next(whole), [next(p) for p in parts]
+    assert got[0]["tokens"].shape == got[1]["tokens"].shape
+    assert sorted(examples_of(want)) == sorted(e for g in got for e in examples_of(g))
+
+
 def test_batch_larger_than_the_data_and_a_single_example():
-  for pack in (False, True):
-    batch = next(iterator(corpus(1), pack=pack))
+  for layout in LAYOUTS:
+    batch = next(iterator(corpus(1), **layout))
     assert set(examples_of(batch)) == set(originals(corpus(1)))
 
 

@@ -11,6 +11,7 @@ import optax
 import pytest
 
 from lora_jax import objectives, optim, train, transformer, tree, weights
+from lora_jax.data import compact
 from lora_jax.methods import full, lora
 
 CONFIG = transformer.Config(47, 16, 2, 4, 2, 4, 24, dtype="float32", tied=True)
@@ -89,6 +90,24 @@ def test_accumulation_equals_one_batch(method):
     results[accumulate] = after.opt_state, metrics
   assert float(optax.tree.norm(results[1][0])) > 0.1
   close(results[4], results[1], atol=1e-6, rtol=1e-6)
+
+
+def test_examples_that_share_rows_have_the_gradient_of_the_padded_batch():
+  """Positions, attention and weights are each example's own."""
+  trainable, frozen = adapted()
+  padded = batch(length=11)
+  n = padded["segment_ids"].sum(1)
+  keys = ("tokens", "targets", "weights")
+  examples = [{k: padded[k][i, : n[i]] for k in keys} for i in range(len(n))]
+  shared = compact(examples, slice(0, len(n)), 16, 0, 2)
+  assert len(shared["tokens"]) < len(n) and shared["segment_ids"].max() > 2
+
+  def loss(trainable, batch):
+    return objectives.causal_lm(forward(CONFIG), tree.join(trainable, frozen), batch)[0]
+
+  (a, ga), (b, gb) = (jax.jit(jax.value_and_grad(loss))(trainable, x) for x in (padded, shared))
+  np.testing.assert_allclose(b, a, rtol=1e-6)
+  close(gb, ga, rtol=1e-4, atol=1e-6)
 
 
 def test_gradient_is_that_of_the_weighted_mean():
