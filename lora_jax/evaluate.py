@@ -49,9 +49,16 @@ class Members:
 
   def __call__(self, fn: Callable, config: transformer.Config, *arrays: Any, static: tuple = ()) -> Any:
     """`fn(config, params, *arrays, *static)` of each member: arrays with a leading P. `static` is hashable."""
-    if self.own is None:
-      return jax.tree.map(lambda x: x[None], fn(config, self.shared, *arrays, *static))
-    return _map(fn, config, static, self.own, self.shared, arrays)
+    return _program()(fn, config, static, self.own, self.shared, arrays)
+
+  def compile(self, fn: Callable, config: transformer.Config, *arrays: Any, static: tuple = ()) -> None:
+    """Compiles what a call with these arguments runs."""
+    _program().lower(fn, config, static, self.own, self.shared, arrays).compile()
+
+  def shapes(self) -> "Members":
+    """Members to compile for, whose own arrays may be given away meanwhile."""
+    shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+    return dataclasses.replace(self, own=jax.tree.map(shape, self.own))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,10 +82,17 @@ def one(params: Any) -> Members:
   return Members(params, soft=prompts.of(params))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _map(fn, config, static, own, shared, arrays):
-  each = lambda own, shared: fn(config, tree.join(own, shared), *arrays, *static)
-  return jax.vmap(each, in_axes=(0, None), spmd_axis_name="population")(own, shared)
+@functools.cache
+def _program() -> Callable:
+  """What `Members` run; there are few batches, so that compiling in little time is worth more than the best kernels."""
+
+  def run(fn, config, static, own, shared, arrays):
+    if own is None:
+      return jax.tree.map(lambda x: x[None], fn(config, shared, *arrays, *static))
+    each = lambda own: fn(config, tree.join(own, shared), *arrays, *static)
+    return jax.vmap(each, spmd_axis_name="population")(own)
+
+  return jax.jit(run, static_argnums=(0, 1, 2), compiler_options=train.compiler_options(autotune=False))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 6, 7, 8, 9))
@@ -163,6 +177,7 @@ def run_members(
   search: Search = Search(),
   place: Place = lambda batch: batch,
   progress: Callable[[int, int], None] = lambda done, total: None,
+  ahead: bool = False,
 ) -> list[dict[str, float]]:
   """Metrics of a task over `examples`, of each member.
 
@@ -178,6 +193,7 @@ def run_members(
     search: how texts are generated.
     place: puts a batch's arrays on the mesh.
     progress: called with (examples done, all).
+    ahead: only compile what would run, and return nothing.
   """
   config = dataclasses.replace(config, scan=True)  # each prompt length compiles anew: fast compiling is worth more
   labels, label_lengths = data.label_ids(task, tokenizer)
@@ -194,8 +210,11 @@ def run_members(
   )
   for batch in batches(task, examples, tokenizer, **how, soft=members.soft):
     inputs = place({k: batch[k] for k in ("tokens", "lengths")})
-    arrays = inputs["tokens"], inputs["lengths"], labels, label_lengths
-    lls, outs = map(np.asarray, members(score, config, *arrays, static=(new, end, start, search)))
+    call = score, config, inputs["tokens"], inputs["lengths"], labels, label_lengths
+    if ahead:
+      members.compile(*call, static=(new, end, start, search))
+      continue
+    lls, outs = map(np.asarray, members(*call, static=(new, end, start, search)))
     for p in range(members.n):
       for ll, out, index in zip(lls[p], outs[p], batch["index"].tolist(), strict=True):
         if index >= 0:
@@ -203,6 +222,8 @@ def run_members(
           texts[p] |= {index: text} if new else {}
           predictions[p][index] = int(ll.argmax()) if task.labels else tasks.number(text)
     progress(len(predictions[0]), len(examples))
+  if ahead:
+    return []
   values = [
     (_generated(task, examples, t) if new else {}) | _metrics(task, examples, p)
     for t, p in zip(texts, predictions, strict=True)
@@ -220,10 +241,14 @@ def text_loss(
   seq_len: int = 256,
   same_length: bool = False,
   place: Place = lambda batch: batch,
+  ahead: bool = False,
 ) -> list[float]:
   """Mean cross-entropy a token of language models on texts, each cut to `seq_len` tokens, in nats.
 
   Soft tokens stand before the text, after the token that begins it where they do not precede that one.
+
+  Args:
+    ahead: as in `run_members`.
   """
   if config.encoder_layers or not config.causal:
     raise errors.UserError("config.eval.general: only decoders predict the next token of a text")
@@ -237,11 +262,13 @@ def text_loss(
   total = 0.0
   for batch in data.longest_first(rows, data.padding_id(tokenizer), batch_size, seq_len, same_length):
     del batch["lengths"], batch["index"]
-    total += np.array(members(_text_loss, config, place(batch)), float)
-  return [float(loss / weight) for loss, weight in total]
+    if ahead:
+      members.compile(_text_loss, config, place(batch))
+    else:
+      total += np.array(members(_text_loss, config, place(batch)), float)
+  return [] if ahead else [float(loss / weight) for loss, weight in total]
 
 
-@functools.partial(jax.jit, static_argnums=0)
 def _text_loss(config, params, batch):
   loss, weight, _ = objectives.causal_lm(train.Forward(config), params, batch)
   return jnp.stack([loss, weight])
@@ -259,11 +286,12 @@ def run_classifiers(
   same_length: bool = False,
   place: Place = lambda batch: batch,
   progress: Callable[[int, int], None] = lambda done, total: None,
+  ahead: bool = False,
 ) -> list[dict[str, float]]:
   """`task.metrics` of models with a head over `examples`, of each member.
 
   Args:
-    place, progress: as in `run_members`.
+    place, progress, ahead: as in `run_members`.
   """
   predictions, how = (
     [{} for _ in range(members.n)],
@@ -271,15 +299,17 @@ def run_classifiers(
   )
   for batch in classify.eval_batches(task, examples, tokenizer, **how):
     index = batch.pop("index")
+    if ahead:
+      members.compile(predict, config, place(batch))
+      continue
     outputs = np.asarray(members(predict, config, place(batch)))
     values = outputs.argmax(-1) if task.labels else outputs[..., 0]
     for found, vs in zip(predictions, values, strict=True):
       found |= {int(i): v.item() for i, v in zip(index, vs, strict=True) if i >= 0}
     progress(len(predictions[0]), len(examples))
-  return [_metrics(task, examples, p) for p in predictions]
+  return [] if ahead else [_metrics(task, examples, p) for p in predictions]
 
 
-@functools.partial(jax.jit, static_argnums=0)
 def predict(config: transformer.Config, params: Any, batch: dict) -> jax.Array:
   """float32 [B, task.n_outputs] of a model with a head for a batch of classify.py: scores of labels, or a number."""
   return train.Forward(config).classify(params, batch)

@@ -4,6 +4,7 @@ The directory holds config.json, metrics.jsonl, summary.json, report.md, plots/,
 adapter/ (PEFT) or model/ (Hugging Face). The same call again goes on from the last checkpoint.
 """
 
+import concurrent.futures
 import dataclasses
 import functools
 import inspect
@@ -42,6 +43,8 @@ from lora_jax import (
   weights,
 )
 from lora_jax.formats import adapter, hf
+
+BACKGROUND = concurrent.futures.ThreadPoolExecutor(1, "compile")
 
 
 @dataclasses.dataclass
@@ -86,7 +89,8 @@ def build(config: Mapping, model: models.Model | None = None) -> Experiment:
   placement = jax.tree.map(lambda x: x.sharding, state)
   compiled = functools.partial(jax.jit, donate_argnums=1, out_shardings=placement)
   between = [(period, compiled(fn)) for period, fn in methods.between(config["method"])]
-  return Experiment(config, mesh, model, task, state, frozen, train.Stepper(step, state), examples, mask, between)
+  stepper = train.Stepper(step, state, run["autotune"])
+  return Experiment(config, mesh, model, task, state, frozen, stepper, examples, mask, between)
 
 
 def check(config: Mapping) -> tasks.Task:
@@ -290,12 +294,18 @@ def scores(
   mesh: jax.sharding.Mesh,
   prefix: str,
   split: str,
+  ahead: bool = False,
 ) -> list[dict[str, float]]:
-  """Metrics of each member on a split of the task, and on general text if the config names one."""
+  """Metrics of each member on a split of the task, and on general text if the config names one.
+
+  Args:
+    ahead: only compile what would run; see `compile_scores`.
+  """
   settings = config_lib.eval_settings(**config["eval"])
   examples = _sample(task.load(split), settings["examples"])
-  bar = metrics.Progress(len(examples), f"evaluating {prefix}")
+  bar = None if ahead else metrics.Progress(len(examples), f"evaluating {prefix}")
   how = {
+    "ahead": ahead,
     "batch_size": max(settings["batch_size"] // members.n, 1),
     "seq_len": settings["seq_len"],
     "same_length": settings["same_length"],
@@ -308,13 +318,36 @@ def scores(
     text = {"max_new_tokens": settings["max_new_tokens"], "start": generate.start_id(model), "search": search}
   progress = lambda done, _: bar.update(done)
   values = run(model.config, members, model.tokenizer, task, examples, progress=progress, **how, **text)
-  bar.close()
+  if bar:
+    bar.close()
   if settings["general"]:
     general = tasks.get(settings["general"])
     texts = [" ".join(general.texts(e)) for e in _sample(general.load("test"), settings["general_examples"])]
     losses = evaluate.text_loss(model.config, members, model.tokenizer, texts, **how)
     values = [v | {"general_loss": x} for v, x in zip(values, losses, strict=True)]
   return values
+
+
+def compile_scores(
+  config: Mapping,
+  model: models.Model,
+  task: tasks.Task,
+  members: evaluate.Members,
+  mesh: jax.sharding.Mesh,
+  prefix: str,
+  split: str,
+) -> concurrent.futures.Future:
+  """Compiles what `scores` with these arguments runs, while this thread does something else.
+
+  To be waited for before `scores` is called, which finds the programs then. What goes wrong goes wrong there again.
+  """
+  members = members.shapes()
+
+  def work():
+    with jax.set_mesh(mesh):
+      scores(config, model, task, members, mesh, prefix, split, ahead=True)
+
+  return BACKGROUND.submit(work)
 
 
 def _sample(examples: Any, n: int, seed: int = 0) -> list[dict]:

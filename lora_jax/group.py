@@ -4,13 +4,14 @@ Each member's directory gets what a run of its own leaves (config.json, metrics.
 report.md, summary.json), but for checkpoints, which hold the whole group.
 """
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import functools
 import json
 import pathlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -43,7 +44,7 @@ def key(config: Mapping) -> str:
   common["data"] = {k: v for k, v in config["data"].items() if k not in ("seed", "train_examples")}
   common["optim"] = {k: v for k, v in config["optim"].items() if k not in (*optim.SCHEDULE, *population.NUMBERS)}
   run, parts = config_lib.train_settings(**config["train"]), methods.parts(config["method"])
-  common["train"] = {k: run[k] for k in ("accumulate", "log_every", "checkpoint_every")}
+  common["train"] = {k: run[k] for k in ("accumulate", "log_every", "checkpoint_every", "autotune")}
   common["method"] = [
     [m.__name__, {k: v for k, v in kw.items() if k not in getattr(m, "VARIES", ())}] for m, kw in parts
   ]
@@ -73,8 +74,8 @@ class Group:
 
   @property
   def steps(self) -> int:
-    """Of the longest run."""
-    return int(self.hyper.steps.max())
+    """Of the longest run; not asked of the device, which would have to finish what it does."""
+    return max(exp.config["train"]["steps"] for exp in self.members.values())
 
   def next_batch(self) -> dict[str, jax.Array]:
     """[B, ...] for all members or, where their data differ, [K, B, ...]."""
@@ -114,17 +115,18 @@ def build(configs: Mapping[str, Mapping], task: tasks.Task, mesh: jax.sharding.M
     base = dataclasses.replace(base, params=fused.like(base.params, adapted[-1][0]))
   if jax.tree.structure(base.params) != jax.tree.structure(model.params):  # parts that all share are split once
     adapted = [experiment.adapt(c, task, base) for c in everyone]
-  members = {name: _member(c, task, mesh, model, *a) for (name, c), a in zip(configs.items(), adapted, strict=False)}
-  held = None if adapted[0][2] is None else [a[2] for a in adapted]
-  trees = population.stack([a[:2] for a in adapted], held)
-  del adapted
   sources, which = _sources(everyone)
-  hyper = population.hyper(everyone, which, trees.dropout)
-  placed = functools.partial(sharding.put, place=sharding.stacked(sharding.placer(mesh)))
-  with jax.set_mesh(mesh):
-    state = placed(population.init_state(everyone[0], trees, hyper))
-  soft = prompts.of(next(iter(members.values())).params)
-  batches = _batches(sources, model, task, soft)
+  with concurrent.futures.ThreadPoolExecutor(1) as pool:  # texts are read while programs compile
+    reading = pool.submit(_batches, sources, model, task, prompts.of(adapted[0][0]))
+    members = {n: _member(c, task, mesh, model, *a) for (n, c), a in zip(configs.items(), adapted, strict=False)}
+    held = None if adapted[0][2] is None else [a[2] for a in adapted]
+    trees = population.stack([a[:2] for a in adapted], held)
+    del adapted
+    hyper = population.hyper(everyone, which, trees.dropout)
+    placed = functools.partial(sharding.put, place=sharding.stacked(sharding.placer(mesh)))
+    with jax.set_mesh(mesh):
+      state = placed(population.init_state(everyone[0], trees, hyper))
+    batches = reading.result()
   trees = dataclasses.replace(trees, own=placed(trees.own), trainable=None, held=None)
   step = population.make_step(
     *experiment.computes(everyone[0], _architecture(model), len(everyone)), everyone[0], shared_batch=len(sources) == 1
@@ -134,7 +136,8 @@ def build(configs: Mapping[str, Mapping], task: tasks.Task, mesh: jax.sharding.M
     (n, jax.jit(population.between(fn), donate_argnums=1, out_shardings=placement))
     for n, fn in methods.between(everyone[0]["method"])
   ]
-  group = Group(members, trees, placed(hyper), state, train.Stepper(step, state), batches, changes, mesh)
+  stepper = train.Stepper(step, state, config_lib.train_settings(**everyone[0]["train"])["autotune"])
+  group = Group(members, trees, placed(hyper), state, stepper, batches, changes, mesh)
   for exp in members.values():
     exp.step = group.step
   return group
@@ -198,14 +201,18 @@ def memory_limit(mesh: jax.sharding.Mesh) -> int | None:
 
 
 def run(
-  group: Group, workdir: pathlib.Path, checkpoints: pathlib.Path, before: Mapping[str, float], command: str = ""
+  group: Group,
+  workdir: pathlib.Path,
+  checkpoints: pathlib.Path,
+  before: Callable[[], Mapping[str, float]],
+  command: str = "",
 ) -> None:
   """Trains, scores and writes a group; goes on from its last checkpoint.
 
   Args:
     workdir: holds `members/<name>`; those that are finished are left alone.
     checkpoints: a directory for those of the group.
-    before: scores of the pretrained model.
+    before: gives the scores of the pretrained model.
   """
   started, directories = time.perf_counter(), [workdir / "members" / name for name in group.members]
   with contextlib.ExitStack() as stack:
@@ -217,6 +224,7 @@ def run(
       for batches, state in zip(group.batches, data_state, strict=True):
         batches.set_state(state)
       metrics.say(f"going on from the checkpoint of step {start}")
+    known, compiling = None if start else before(), experiment.compile_scores(*_scoring(group, "after", "test"))
     outs = []
     for directory, exp in zip(directories, group.members.values(), strict=True):
       config_lib.finished(exp.config, directory)
@@ -224,8 +232,9 @@ def run(
         metrics.write_json(directory / "config.json", exp.config)
       outs.append(stack.enter_context(metrics.Metrics(directory, group.steps, start, bar=False)))
       if not start:
-        outs[-1].log(0, before, "before")
+        outs[-1].log(0, known, "before")
     failed = fit(group, outs, saved)
+    concurrent.futures.wait([compiling])
     values = _scores(group, "after", "test")
     for i, exp in enumerate(group.members.values()):
       if (directories[i] / "summary.json").exists():
@@ -251,10 +260,15 @@ def write(
     metrics.write_json(directory / "summary.json", summary)
 
 
-def _scores(group: Group, prefix: str, split: str) -> list[dict[str, float]]:
+def _scoring(group: Group, prefix: str, split: str) -> tuple:
+  """The arguments of `experiment.scores`."""
   first = next(iter(group.members.values()))
   model = dataclasses.replace(first.model, config=_architecture(first.model))
-  return experiment.scores(first.config, model, first.task, group.scored(), group.mesh, prefix, split)
+  return first.config, model, first.task, group.scored(), group.mesh, prefix, split
+
+
+def _scores(group: Group, prefix: str, split: str) -> list[dict[str, float]]:
+  return experiment.scores(*_scoring(group, prefix, split))
 
 
 def fit(group: Group, outs: Sequence[metrics.Metrics], saved: checkpoint.Checkpoints) -> dict[int, str]:

@@ -5,13 +5,16 @@ model; each leaves a directory `workdir/members/<member>`. The same call again g
 Hosts take shards of the members, in one directory that all see or each in its own; `join` puts results together.
 """
 
+import concurrent.futures
+import functools
 import itertools
 import json
 import os
 import pathlib
 import time
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 
@@ -127,13 +130,27 @@ def _over_one_model(plan: list, configs: Mapping, workdir: pathlib.Path, mesh, c
     model = model or experiment.load(first, task, mesh)
     scored = json.dumps([dict(first[k]) for k in ("task", "eval")], sort_keys=True)
     if scored not in known:
-      with jax.set_mesh(mesh):
-        (known[scored],) = experiment.scores(first, model, task, evaluate.one(model.params), mesh, "before", "test")
-      metrics.say("before: " + "  ".join(f"{k} {v:.4f}" for k, v in known[scored].items()))
+      known[scored] = _pretrained(first, model, task, mesh)
     if len(names) == 1:
-      _alone(names[0], first, workdir, model, known[scored])
+      _alone(names[0], first, workdir, model, known[scored]())
     else:
       plan = _together(chosen, workdir, task, mesh, model, known[scored], command, memory_gib) + plan
+
+
+def _pretrained(config: Mapping, model: Any, task: tasks.Task, mesh: jax.sharding.Mesh) -> Callable[[], Mapping]:
+  """A function that gives the scores of a model that is not trained; what it runs is compiled meanwhile."""
+  arguments = config, model, task, evaluate.one(model.params), mesh, "before", "test"
+  compiling = experiment.compile_scores(*arguments)
+
+  @functools.cache
+  def scores():
+    concurrent.futures.wait([compiling])
+    with jax.set_mesh(mesh):
+      (found,) = experiment.scores(*arguments)
+    metrics.say("before: " + "  ".join(f"{k} {v:.4f}" for k, v in found.items()))
+    return found
+
+  return scores
 
 
 def _alone(name: str, config: Mapping, workdir: pathlib.Path, model, before) -> None:

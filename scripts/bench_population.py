@@ -5,6 +5,7 @@ python scripts/bench_population.py --sizes 1,8,32,64 [--model smollm2-135m] [--t
 `--runs N` also trains N members one after the other, as runs of their own over one loaded base.
 """
 
+import math
 import time
 
 import jax
@@ -33,9 +34,11 @@ def settings(seed: int) -> dict:
 
 
 def timed(size: int, task, mesh, model) -> tuple[float, float, int, float]:
-  """(seconds a step, to compile, bytes, of all) of a population whose batches are padded to one shape."""
+  """(seconds a step, to compile, bytes, of all) of a population; nan for a step that does not fit in memory."""
   began = time.perf_counter()
   built = group.build({str(i): settings(i) for i in range(size)}, task, mesh, model)
+  if not group.fits(built, group.memory_limit(mesh)):
+    return math.nan, built.step.compile_seconds, built.step.memory_bytes, time.perf_counter() - began
   with jax.set_mesh(mesh):
     batch = built.next_batch()
     for i in range(STEPS.value + 2):

@@ -1,5 +1,6 @@
 """Scores against naive full forwards, transformers' greedy generation, and a Markov chain computed by hand."""
 
+import concurrent.futures
 import dataclasses
 import functools
 import itertools
@@ -243,6 +244,33 @@ def test_members_search_as_each_alone():
   for kernel in (params["head"]["kernel"], other):
     evaluate.run(config, params | {"head": {"kernel": kernel}}, tok, toy, examples(), **how)
   assert seen[0] == seen[2] and seen[1] == seen[3] and seen[0] != seen[1]
+
+
+def test_what_is_compiled_ahead_is_what_runs():
+  """Of members whose own arrays are not there any more, in another thread."""
+  config, params, tok, _ = chain()
+  params = jax.device_put(params, jax.devices()[0])  # as on a mesh, where all parameters have a place
+  mask = jax.tree.map(lambda x: x is params["head"]["kernel"], params)
+  trainable, shared = tree.split(params, mask)
+  both = evaluate.Members(shared, jax.tree.map(lambda x: jnp.stack([x, x + 1.0]), trainable), n=2)
+  how = dict(batch_size=4, seq_len=16)
+  compiled = []
+
+  def listen(event, seconds, **kw):
+    compiled.append(event) if event.endswith("backend_compile_duration") else None
+
+  jax.monitoring.register_event_duration_secs_listener(listen)
+  try:
+    scored = functools.partial(evaluate.run_members, config, tokenizer=tok, task=task(), examples=examples(), **how)
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+      assert pool.submit(scored, both.shapes(), ahead=True).result() == []
+    assert compiled
+    compiled.clear()
+    scores = scored(both)
+    assert not compiled
+  finally:
+    jax.monitoring.unregister_event_duration_listener(listen)
+  assert len(scores) == 2 and scores[0] == scored(evaluate.one(params))[0]
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 8])

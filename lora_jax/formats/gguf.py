@@ -21,6 +21,7 @@ from lora_jax.formats import _gguf_config, _gguf_tables as tables
 
 MAGIC = b"GGUF"
 STRING, ARRAY = 8, 9
+ROW = 2**15  # numbers in about half of a row as `gguf` is given them
 SCALARS = dict(zip((*range(8), 10, 11, 12), "BbHhIif?Qqd", strict=True))  # value type -> struct format
 
 STEM = re.compile(r"((?:enc\.|dec\.)?)(?:(blk)\.(0|[1-9]\d*)\.)?(\w+)\.(weight|bias)")
@@ -163,9 +164,11 @@ def _unpermute(w: np.ndarray, heads: int) -> np.ndarray:
 
 def _decode(path: str, data: np.ndarray, tensor: Tensor) -> np.ndarray:
   raw = np.array(data[tensor.start : tensor.start + tensor.nbytes])
-  rows = gguf.quant_shape_to_byte_shape(tensor.shape, tensor.type)
+  *rows, columns = gguf.quant_shape_to_byte_shape(tensor.shape, tensor.type)
+  # `gguf` decodes 16 rows at a time, which longer ones make fewer times: blocks do not know where a row ends.
+  longer = columns * math.gcd(math.prod(rows), 1 << (ROW // tensor.shape[-1]).bit_length())
   try:
-    return gguf.dequantize(raw.reshape(rows), tensor.type)
+    return gguf.dequantize(raw.reshape(-1, longer), tensor.type).reshape(tensor.shape)
   except NotImplementedError as e:
     raise errors.UserError(f"{path}: {tensor.name} is {tensor.type.name}, which `gguf` cannot decode") from e
 
