@@ -30,15 +30,7 @@ def get_config() -> ConfigDict:
         "weight_decay": 0.0,
         "clip_norm": 1.0,
       },
-      "train": {
-        "steps": 200,
-        "seed": 0,
-        "accumulate": 1,
-        "log_every": 10,
-        "checkpoint_every": 100,
-        "init_from": "",
-        "autotune": True,
-      },
+      "train": {"steps": 200, "seed": 0, "accumulate": 1, "log_every": 10, "checkpoint_every": 100, "init_from": ""},
       "mesh": {"population": 1, "data": -1, "fsdp": 1, "tensor": 1},
       "eval": {"examples": 500, "every": 0, "batch_size": 64, "seq_len": 512, "same_length": False},
     }
@@ -60,9 +52,8 @@ def get_sweep(size: str = "") -> ConfigDict:
   config.model.remat = True  # of many members it is the activations that fill a device, and moving them that takes time
   if size == "smol":
     config.task.name = "rotten_tomatoes"
-    config.data.seq_len = 64
+    config.data.seq_len = 128
     config.data.share_rows = True
-    config.train.autotune = False
     config.train.log_every = 20
     config.train.checkpoint_every = 200
     config.eval.examples = 850

@@ -58,13 +58,10 @@ def train_settings(
   log_every: int = 10,
   checkpoint_every: int = 100,
   init_from: str = "",
-  autotune: bool = True,
 ) -> dict:
   """`config.train`.
 
   `accumulate` splits each batch into that many micro-batches.
-  `autotune` lets XLA time kernels for the matmuls of a step on a GPU: compiling takes seconds longer, for what may be a
-  faster step.
   `init_from` is the directory of an adapter, or `hf:org/name`, whose values training starts from; see warm_start.py.
   """
   if steps < 1 or accumulate < 1 or log_every < 1 or checkpoint_every < 1:

@@ -49,11 +49,11 @@ class Members:
 
   def __call__(self, fn: Callable, config: transformer.Config, *arrays: Any, static: tuple = ()) -> Any:
     """`fn(config, params, *arrays, *static)` of each member: arrays with a leading P. `static` is hashable."""
-    return _program()(fn, config, static, self.own, self.shared, arrays)
+    return _run(fn, config, static, self.own, self.shared, arrays)
 
   def compile(self, fn: Callable, config: transformer.Config, *arrays: Any, static: tuple = ()) -> None:
     """Compiles what a call with these arguments runs."""
-    _program().lower(fn, config, static, self.own, self.shared, arrays).compile()
+    _run.lower(fn, config, static, self.own, self.shared, arrays).compile()
 
   def shapes(self) -> "Members":
     """Members to compile for, whose own arrays may be given away meanwhile."""
@@ -82,17 +82,12 @@ def one(params: Any) -> Members:
   return Members(params, soft=prompts.of(params))
 
 
-@functools.cache
-def _program() -> Callable:
-  """What `Members` run; there are few batches, so that compiling in little time is worth more than the best kernels."""
-
-  def run(fn, config, static, own, shared, arrays):
-    if own is None:
-      return jax.tree.map(lambda x: x[None], fn(config, shared, *arrays, *static))
-    each = lambda own: fn(config, tree.join(own, shared), *arrays, *static)
-    return jax.vmap(each, spmd_axis_name="population")(own)
-
-  return jax.jit(run, static_argnums=(0, 1, 2), compiler_options=train.compiler_options(autotune=False))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _run(fn, config, static, own, shared, arrays):
+  if own is None:
+    return jax.tree.map(lambda x: x[None], fn(config, shared, *arrays, *static))
+  each = lambda own: fn(config, tree.join(own, shared), *arrays, *static)
+  return jax.vmap(each, spmd_axis_name="population")(own)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 6, 7, 8, 9))

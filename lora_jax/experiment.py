@@ -89,8 +89,7 @@ def build(config: Mapping, model: models.Model | None = None) -> Experiment:
   placement = jax.tree.map(lambda x: x.sharding, state)
   compiled = functools.partial(jax.jit, donate_argnums=1, out_shardings=placement)
   between = [(period, compiled(fn)) for period, fn in methods.between(config["method"])]
-  stepper = train.Stepper(step, state, run["autotune"])
-  return Experiment(config, mesh, model, task, state, frozen, stepper, examples, mask, between)
+  return Experiment(config, mesh, model, task, state, frozen, train.Stepper(step, state), examples, mask, between)
 
 
 def check(config: Mapping) -> tasks.Task:

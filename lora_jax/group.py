@@ -44,7 +44,7 @@ def key(config: Mapping) -> str:
   common["data"] = {k: v for k, v in config["data"].items() if k not in ("seed", "train_examples")}
   common["optim"] = {k: v for k, v in config["optim"].items() if k not in (*optim.SCHEDULE, *population.NUMBERS)}
   run, parts = config_lib.train_settings(**config["train"]), methods.parts(config["method"])
-  common["train"] = {k: run[k] for k in ("accumulate", "log_every", "checkpoint_every", "autotune")}
+  common["train"] = {k: run[k] for k in ("accumulate", "log_every", "checkpoint_every")}
   common["method"] = [
     [m.__name__, {k: v for k, v in kw.items() if k not in getattr(m, "VARIES", ())}] for m, kw in parts
   ]
@@ -136,8 +136,7 @@ def build(configs: Mapping[str, Mapping], task: tasks.Task, mesh: jax.sharding.M
     (n, jax.jit(population.between(fn), donate_argnums=1, out_shardings=placement))
     for n, fn in methods.between(everyone[0]["method"])
   ]
-  stepper = train.Stepper(step, state, config_lib.train_settings(**everyone[0]["train"])["autotune"])
-  group = Group(members, trees, placed(hyper), state, stepper, batches, changes, mesh)
+  group = Group(members, trees, placed(hyper), state, train.Stepper(step, state), batches, changes, mesh)
   for exp in members.values():
     exp.step = group.step
   return group

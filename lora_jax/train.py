@@ -193,26 +193,18 @@ def make_step(
   return step
 
 
-def compiler_options(autotune: bool) -> dict[str, Any]:
-  """What XLA is told; without `autotune` it takes the first kernel for each matmul that it knows and times none."""
-  return {"xla_gpu_autotune_level": 0} if not autotune and jax.default_backend() == "gpu" else {}
-
-
 class Stepper:
   """A step compiled once a batch shape, with the state donated.
-
-  Args:
-    autotune: see `compiler_options`.
 
   Fields:
     compile_seconds: how long compiling took.
     memory_bytes: what the largest of the programs needs on a device, arguments included, by the compiler's account.
   """
 
-  def __init__(self, step: Callable, state: State, autotune: bool = True):
+  def __init__(self, step: Callable, state: State):
     placement = jax.tree.map(lambda x: x.sharding, state)
     self._step = jax.jit(step, donate_argnums=0, out_shardings=(placement, None))
-    self._compiled, self._options = {}, compiler_options(autotune)
+    self._compiled = {}
     self.compile_seconds = 0.0
     self.memory_bytes = 0
 
@@ -225,7 +217,7 @@ class Stepper:
     shape = tuple(x.shape for x in jax.tree.leaves(rest[-1]))
     if shape not in self._compiled:
       start = time.perf_counter()
-      self._compiled[shape] = self._step.lower(state, *rest).compile(self._options)
+      self._compiled[shape] = self._step.lower(state, *rest).compile()
       self.compile_seconds += time.perf_counter() - start
       if m := self._compiled[shape].memory_analysis():
         new = m.argument_size_in_bytes + m.output_size_in_bytes + m.temp_size_in_bytes - m.alias_size_in_bytes
