@@ -42,7 +42,8 @@ SETTINGS = {
   "full": (16, 10, 2e-5, 0.1),
   # Ben Zaken et al. 2021, the official code's defaults.
   "bitfit": (8, 16, 1e-3, 0.0),
-  # The paper's source of these numbers, Rücklé et al. 2021, is not at hand: table 9, RoBERTa-large, Adapter^P of 0.8M.
+  # The paper's source of these numbers, Rücklé et al. 2021, is not at hand: table 9, RoBERTa-large, Adapter^P of 0.8M,
+  # whose texts are cut to 128 tokens.
   "adapter": (32, (5, 20, 20, 20, 10, 20, 20, 20), 3e-4, 0.0),
   # Table 9. The scripts in the authors' repository have alpha 16, eight GPUs of these batch sizes each, and this decay.
   "lora": (
@@ -52,6 +53,7 @@ SETTINGS = {
     0.1,
   ),
 }
+LENGTHS = {"adapter": {"seq_len": 128}}
 ROWS = {
   "Fine-tuning": (87.6, 94.8, 90.2, 63.6, 92.8, 91.9, 78.7, 91.2),
   "BitFit": (84.7, 93.7, 92.7, 62.0, 91.8, 84.0, 81.5, 90.8),
@@ -116,12 +118,13 @@ def member(name: str, method: str) -> dict:
   """Overrides of a method on a task."""
   i = list(TASKS).index(name)
   batch_size, epochs, rate, decay = (x[i] if isinstance(x, tuple) else x for x in SETTINGS[method])
-  steps = -(-TASKS[name][2] // batch_size) * epochs
+  steps, length = -(-TASKS[name][2] // batch_size) * epochs, LENGTHS.get(method, {})
   warm = {"init_from": MNLI} if method == "lora" and name in ("mrpc", "rte", "stsb") else {}
   return {
     "task": {"name": "glue", "subset": name},
     "method": METHODS[method][1],
-    "data": {"batch_size": batch_size},
+    "data": {"batch_size": batch_size, **length},
+    "eval": length,
     "optim": {"learning_rate": rate, "weight_decay": decay},
     "train": {"steps": steps, **warm},
   }

@@ -10,8 +10,9 @@ Command: python -m experiments.run --config configs/subspace.py:smol
   `configs/subspace.py` is MNLI with SmolLM2-1.7B from the hub. Not run yet.
   --config.table.subspace.layers="(0,12,23)" looks at others.
 Hardware: written for one GPU; not run yet.
-Published (GPT-3 175B, layer 48): the first direction of ranks 8 and 64 overlaps by more than 0.5, others little; table
-7, Wq: amplification 21.5 at rank 4, 1.9 at rank 64, in the report below ours.
+Published (GPT-3 175B, layer 48): the first direction of ranks 8 and 64 overlaps by more than 0.5, others little. In the
+report below ours, table 7, Wq: amplification 21.59 at rank 4 (of its rounded norms; its text says 21.5), 1.88 at rank
+64.
 """
 
 from configs import common

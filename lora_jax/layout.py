@@ -57,6 +57,11 @@ class Layout:
     labels = dict(self.row_labels) | dict(self.column_labels)
     return labels.get(metric, metric.rpartition(".")[2].replace("_", " "))
 
+  def row(self, metric: str, label: str) -> str:
+    """What the table calls a row of a metric: where several have rows of their own, their names come first."""
+    group = self.metric_label(metric) if self.columns and len(self.metrics) > 1 else ""
+    return ", ".join(filter(None, (group, label)))
+
   def labels(self, path: str) -> Any:
     """Those of the values of a path."""
     return self.columns == path and self.column_labels or self.rows == path and self.row_labels or ()
@@ -220,8 +225,8 @@ def known(summary: Mapping[str, Any], field: str) -> Any:
 
 
 def has(member: Mapping[str, Any], metric: str) -> bool:
-  """Whether a member has or, had it not failed, might have a metric: a program that computes it may be missing."""
-  return "error" in member or metric in member["eval"]["after"] or value({}, member, metric) is not None
+  """Whether a member that has not failed has a metric: a program that computes it may be missing."""
+  return metric in member["eval"]["after"] or value({}, member, metric) is not None
 
 
 def score(member: Mapping[str, Any], metric: str) -> float | None:

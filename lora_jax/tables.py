@@ -5,6 +5,7 @@ All comes from the summary of the sweep; `lora_jax.layout` says how a config des
 
 import collections
 import dataclasses
+import decimal
 import itertools
 import pathlib
 import statistics
@@ -25,6 +26,7 @@ class Cell:
       are None where no run finished.
     n, failed: how many runs have a value, and how many do not; both 0 of what is published.
     text: what is published in place of a number.
+    digits: how many follow the point of mean and sd as published.
   """
 
   metric: str
@@ -33,6 +35,7 @@ class Cell:
   n: int = 0
   failed: int = 0
   text: str = ""
+  digits: tuple[int, int] = (0, 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +58,7 @@ class Table:
     rows: ours; `published`: those of each source.
     metrics: {name: label}; `shares` are those of them that are in percent.
     by_row: whether the cells of a row can be compared, rather than those of a column.
-    n: how many runs most cells have.
+    n: how many runs most cells have; `failed`: how many runs lack a value somewhere.
   """
 
   paper: str
@@ -68,9 +71,10 @@ class Table:
   shares: frozenset[str]
   by_row: bool
   n: int
+  failed: int
 
   def digits(self, metric: str) -> int:
-    """How many follow the point: one of shares and large numbers, more of small ones."""
+    """How many follow the point of ours: one of shares and large numbers, more of small ones."""
     rows = (*self.rows, *itertools.chain(*self.published.values()))
     found = [abs(c.mean) for r in rows for c in r.cells.values() if c.metric == metric and c.mean is not None]
     most = max(found, default=0)
@@ -86,21 +90,21 @@ def pivot(summary: Mapping[str, Any]) -> Table:
   for m in summary["members"]:
     runs[tuple(how.label(path, layout.value(summary, m, path)) if path else "" for path in axes)].append(m)
   named = lambda path: dict.fromkeys(how.label(path, v) if path else "" for v in layout.values(summary, how, path))
+  labels = tuple(map(named, axes))
+  likely = {r: _metrics(how, r, [m for c in labels[1] for m in runs[r, c]]) for r in labels[0]}
   cells: dict[str, dict[str, Cell]] = {}
-  columns, metric_of = [], {}  # of each row, or of each column where these are the metrics
-  for k, r, c in itertools.product(how.metrics, *map(named, axes)):
-    name = how.metric_label(k)
-    group = name if how.columns and len(how.metrics) > 1 else ""
-    row, column = ", ".join(filter(None, (group, r))), c if how.columns else name
+  columns, failed = [], set()
+  for k, r, c in itertools.product(how.metrics, *labels):
+    row, column = how.row(k, r), c if how.columns else how.metric_label(k)
     columns.append(column)
-    metric_of[row if how.columns else column] = k
-    found, members = cells.setdefault(row, {}), [m for m in runs[r, c] if layout.has(m, k)]
+    found = cells.setdefault(row, {})
+    members = [m for m in runs[r, c] if (k in likely[r] if "error" in m else layout.has(m, k))]
     if members:
       found[column] = _cell(members, k, 100 if k in shares else 1)
+    failed |= {m["name"] for m in members if layout.score(m, k) is None}
   published = {}
   for source, rows in how.published.items():
-    metric = lambda r, c: metric_of.get(r if how.columns else c, how.metrics[0])
-    parsed = {r: {c: _published(x, metric(r, c)) for c, x in row.items()} for r, row in rows.items()}
+    parsed = _published(how, rows)
     published[source] = tuple(Row(r, parsed[r]) for r in dict.fromkeys([*cells, *parsed]) if r in parsed)
   columns = [*columns, *(c for rows in published.values() for r in rows for c in r.cells)]
   columns = _in_order(columns, how.column_labels if how.columns else ())
@@ -110,13 +114,21 @@ def pivot(summary: Mapping[str, Any]) -> Table:
     ours=str(layout.known(summary, "model")),
     corner=" / ".join(path.rpartition(".")[2].replace("_", " ") for path in axes if path),
     columns=columns,
-    rows=tuple(Row(r, row) for r, row in cells.items()),
+    rows=tuple(Row(r, row) for r, row in cells.items() if row),
     published=published,
     metrics={k: how.metric_label(k) for k in how.metrics},
     shares=shares,
     by_row=bool(how.columns) and len(columns) > 1,
     n=counts.most_common(1)[0][0] if counts else 0,
+    failed=len(failed),
   )
+
+
+def _metrics(how: layout.Layout, row: str, members: Sequence[Mapping[str, Any]]) -> set[str]:
+  """What a failed member of a row would have: what others of it have, else what is published of it, else anything."""
+  found = {k for k in how.metrics if any(layout.has(m, k) for m in members if "error" not in m)}
+  published = {k for k in how.metrics if any(how.row(k, row) in rows for rows in how.published.values())}
+  return found or published or set(how.metrics)
 
 
 def _in_order(labels: Iterable[str], given: Any) -> tuple[str, ...]:
@@ -133,11 +145,25 @@ def _cell(members: Sequence[Mapping[str, Any]], metric: str, unit: int) -> Cell:
   return Cell(metric, statistics.fmean(found) if found else None, sd, len(found), len(members) - len(found))
 
 
-def _published(x: Any, metric: str) -> Cell:
+def _published(how: layout.Layout, rows: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Cell]]:
+  """The cells of a source by row and column."""
+  names, cells = {how.metric_label(k): k for k in how.metrics}, {}
+  longest = collections.Counter()  # by metric: a zero at the end is lost in a float, but other means have that digit
+  for r, row in rows.items():
+    for c, x in row.items():
+      metric = names.get(r.partition(", ")[0] if how.columns else c, how.metrics[0])
+      cells[r, c] = cell = _parsed(x, metric)
+      longest[metric] = max(longest[metric], cell.digits[0])
+  padded = lambda x: dataclasses.replace(x, digits=(longest[x.metric], x.digits[1]))
+  return {r: {c: padded(cells[r, c]) for c in row} for r, row in rows.items()}
+
+
+def _parsed(x: Any, metric: str) -> Cell:
   if isinstance(x, str):
     return Cell(metric, text=x)
-  mean, sd = x if isinstance(x, list | tuple) else (x, None)
-  return Cell(metric, float(mean), None if sd is None else float(sd))
+  numbers = x if isinstance(x, list | tuple) else (x, None)
+  digits = tuple(0 if n is None else max(0, -decimal.Decimal(str(n)).as_tuple().exponent) for n in numbers)
+  return Cell(metric, *(None if n is None else float(n) for n in numbers), digits=digits)
 
 
 def shown(table: Table, cell: Cell | None) -> tuple[str, str, str]:
@@ -150,8 +176,11 @@ def shown(table: Table, cell: Cell | None) -> tuple[str, str, str]:
   remark = remark or (f"n = {cell.n}" if cell.n not in (0, table.n) else "")
   if layout.SIZES.search(cell.metric):
     return plots.short(cell.mean), "", remark
-  form = f"{{:.{table.digits(cell.metric)}f}}".format
-  return form(cell.mean), "" if cell.sd is None else form(cell.sd), remark
+  least = table.digits(cell.metric)  # 91.0 may have been given as 91
+  mean, sd = (
+    "" if x is None else f"{x:.{max(n, least)}f}" for x, n in zip((cell.mean, cell.sd), cell.digits, strict=True)
+  )
+  return mean, sd, remark
 
 
 def best(table: Table, rows: Sequence[Row]) -> set[tuple[str, str]]:
@@ -174,8 +203,7 @@ def caption(table: Table) -> str:
   units = [f"{name} in %" if k in table.shares else name for k, name in scores.items()]
   runs = f"; mean ± standard deviation of {table.n} runs" if table.n > 1 else ""
   line = "row" if table.by_row else "column"
-  failed = sum(c.failed for r in table.rows for c in r.cells.values() if c.metric == next(iter(table.metrics)))
-  lost = f"; {failed} runs failed" if failed > 1 else "; one run failed" if failed else ""
+  lost = f"; {table.failed} runs failed" if table.failed > 1 else "; one run failed" if table.failed else ""
   text = f"{', '.join(units)}{runs}{lost}; best of each {line} in bold."
   return text[0].upper() + text[1:]
 

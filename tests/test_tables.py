@@ -164,6 +164,55 @@ def test_a_metric_that_was_not_computed_is_no_failure(swept):
   assert "| meteor, $W_q$ | 40.0 (n = 1) | - | - | - |" in text and "failed" not in text
 
 
+METRIC_OF = {"mnli": "accuracy", "cola": "matthews"}
+
+
+def tasks_apart(*failed, **layout_):
+  """Tasks of a metric each as rows, two methods as columns, two seeds."""
+  members = [
+    member(
+      f"{task}-{method}-{seed}",
+      {"task": {"name": "glue", "subset": task}, "method": {"name": method}, "train": {"seed": seed}},
+      {metric: 0.6 + 0.1 * seed},
+    )
+    for task, metric in METRIC_OF.items()
+    for method in ("lora", "ia3")
+    for seed in (0, 1)
+  ]
+  how = {"metric": ["matthews", "accuracy"], "rows": "task.subset", "columns": "method.name"}
+  return fails(summary(members, how | layout_), *failed)
+
+
+def counted(table):
+  """{row: {column: (n, failed)}} of ours."""
+  return {r.label: {c: (x.n, x.failed) for c, x in r.cells.items()} for r in table.rows}
+
+
+def test_a_row_is_of_a_metric_that_its_members_have():
+  found = counted(tables.pivot(tasks_apart()))
+  assert found == dict.fromkeys(("matthews, cola", "accuracy, mnli"), {"lora": (2, 0), "ia3": (2, 0)})
+
+
+def test_a_failed_member_counts_where_others_of_its_row_do():
+  table = tables.pivot(tasks_apart("cola-ia3-0", "cola-ia3-1", "mnli-lora-1"))
+  assert counted(table) == {
+    "matthews, cola": {"lora": (2, 0), "ia3": (0, 2)},
+    "accuracy, mnli": {"lora": (1, 1), "ia3": (2, 0)},
+  }
+  assert "3 runs failed" in tables.caption(table)
+
+
+def test_a_row_that_failed_is_of_the_metrics_that_are_published():
+  all_cola = [f"cola-{method}-{seed}" for method in ("lora", "ia3") for seed in (0, 1)]
+  failed = {"lora": (0, 2), "ia3": (0, 2)}
+  given = tasks_apart(*all_cola, published={"them": {"matthews, cola": {"lora": 63.4}}})
+  found = counted(tables.pivot(given))
+  assert list(found) == ["matthews, cola", "accuracy, mnli"] and found["matthews, cola"] == failed
+  table = tables.pivot(tasks_apart(*all_cola))  # nothing says which
+  assert [r for r, cells in counted(table).items() if cells == failed] == ["matthews, cola", "accuracy, cola"]
+  assert "4 runs failed" in tables.caption(table)
+
+
 def test_cells_of_fewer_seeds_say_so(swept):
   swept["members"] = [m for m in swept["members"] if m["name"] not in ("q-4-1", "q-4-2")]
   assert "| 81.5 (n = 1) |" in tables.markdown(tables.pivot(swept))
@@ -199,8 +248,20 @@ def test_metrics_as_columns():
   assert found[0] == "| rank | trainable params | BLEU | nist | METEOR | val loss |"
   assert found[3] == "| 1 | 98.3k | 0.9 | 8.51 | 47.0 | **1.21** |"
   assert found[4] == "| 4 | 393k | 0.9 | **8.54** | **50.0** | 1.24 |"
-  assert found[6] == "| 1 | 0.1M | 68.7 | - | 45.6 ± 0.1 | - |"
+  assert found[6] == "| 1 | 0.1M | 68.72 | - | 45.65 ± 0.1 | - |"
   assert tables.caption(table) == "BLEU, nist, METEOR in %, val loss; best of each column in bold."
+
+
+def test_published_numbers_have_the_digits_of_their_source():
+  """A zero at the end is lost in a float, but others of the metric have that digit; deviations have their own."""
+  sources = {
+    "A": {"1": {"bleu": [84.4, 0.02], "nist": 8.8439, "val_loss": 1}, "4": {"bleu": [83.7, 0.1], "nist": 8.85}},
+    "B": {"1": {"bleu": 68.2, "nist": 8.62, "METEOR": [46, 0.0]}, "4": {"nist": 8.5}},
+  }
+  found = tables.markdown(tables.pivot(several(rows="method.rank", published=sources))).replace("*", "").splitlines()
+  assert found[6:8] == ["| 1 | - | 84.4 ± 0.02 | 8.8439 | - | 1.00 |", "| 4 | - | 83.7 ± 0.1 | 8.8500 | - | - |"]
+  assert found[9:] == ["| 1 | - | 68.2 | 8.62 | 46.0 ± 0.0 | - |", "| 4 | - | - | 8.50 | - | - |"]
+  assert found[3] == "| 1 | 98.3k | 0.9 | 8.51 | 47.0 | 1.21 |"  # ours have as many as ever
 
 
 def test_metrics_as_rows():

@@ -22,7 +22,7 @@ import numpy as np
 
 from lora_jax import errors, families, methods, models, prompts, transformer, tree, weights
 from lora_jax.formats import hf, hub
-from lora_jax.methods import tokens
+from lora_jax.methods import _lora_tables, tokens
 
 TOP = "base_model."  # before a method's PEFT_SHARED, tensors of no module, and modules beside soft prompts
 PREFIX = f"{TOP}model."
@@ -80,6 +80,11 @@ def save(
   if whole and not getattr(module, "PEFT_WHOLE", True):
     raise NoForm(f"PEFT's {module.PEFT_TYPE} has no place for modules that are trained whole")
   tensors = tensors | _whole(whole, tree.flatten(params, is_leaf=weights.is_node))
+  if (tied := _tied_head(keys, {key.path for key in whole})) is not None:
+    if module.PEFT_TYPE != "LORA" or not _lora_tables.can_tie(keys):
+      raise NoForm(f"PEFT's {module.PEFT_TYPE} leaves {tied} as it was where the table that it is tied to is trained")
+    config["ensure_weight_tying"] = True
+    tensors[f"{tied}.weight"] = tensors[next(key.hf for key in whole if key.path == _lora_tables.EMBED)]
   tensors = {_prefix(module, k) + k: x for k, x in tensors.items()}
   modules = _suffixes({key.module for key in whole}, {key.module for key in keys}) or None
   config = {
@@ -148,6 +153,11 @@ def _whole(rows: Sequence[families.Key], flat: Mapping[str, Any]) -> dict[str, n
   return tensors
 
 
+def _tied_head(keys: Sequence[families.Key], whole: Collection[str]) -> str | None:
+  """The module of a head that is tied to an embedding that is among the leaves which an adapter has whole."""
+  return _lora_tables.tied_head(keys) if _lora_tables.EMBED in whole else None
+
+
 def _task_type(config: transformer.Config) -> str:
   if config.encoder_layers:
     return "SEQ_2_SEQ_LM"
@@ -183,6 +193,60 @@ def _saved(
     if all(n in tensors for n in names):
       found[key.path] = key, {n: tensors.pop(n) for n in names}
   return found
+
+
+def _absent(model: models.Model, method: ModuleType, config: Mapping, tensors: Collection[str]) -> list[str]:
+  """What is wrong with an adapter that lacks modules which its config names; PEFT leaves those as they are."""
+  flat, norms = tree.flatten(model.params), method.PEFT_TYPE == "LN_TUNING"
+  present = {k[:i] for k in tensors for i, c in enumerate(k) if c == "."}
+  saved = tuple(config.get("modules_to_save") or ())
+  bare, incomplete = [], []
+  for key in model.keys:
+    table = [*_lora_tables.lookups(key), *filter(None, [_lora_tables.tied_head(model.keys)])] if _is_table(key) else []
+    for index in np.ndindex(flat[key.path].shape[: key.hf.count("{}")]):
+      module = key.module.format(*index)
+      above = [module[:i] for i, c in enumerate(f"{module}.") if c == "."]
+      if saved and any(m.endswith(saved) for m in above):
+        incomplete += [] if (name := key.hf.format(*index)) in tensors else [name]
+      elif (norms or table or transformer.in_axes(key.path)) and "/moe/" not in key.path:
+        bare += [m for m in table or [module] if m not in present and _is_target(config, m)]
+  said = {"target_modules": sorted(set(bare)), "modules_to_save": incomplete}
+  return [f"{k} of the config without tensors: {', '.join(v)}" for k, v in said.items() if v]
+
+
+def _is_table(key: families.Key) -> bool:
+  return key.path == _lora_tables.EMBED
+
+
+def _is_target(config: Mapping, module: str) -> bool:
+  """Whether PEFT adapts a linear layer of this name."""
+
+  def ends(names):
+    return re.fullmatch(names, module) if isinstance(names, str) else any(f".{module}".endswith(f".{n}") for n in names)
+
+  targets, layers = config.get("target_modules") or (), config.get("layers_to_transform")
+  if str(targets).lower() == "all-linear" or not ends(targets) or ends(config.get("exclude_modules") or ()):
+    return False
+  if isinstance(targets, str) or module in targets or layers in (None, []):
+    return True
+  patterns = config.get("layers_pattern") or "[^.]*"
+  found = (re.match(rf".*\.{p}\.(\d+)\.", module) for p in ([patterns] if isinstance(patterns, str) else patterns))
+  layer = next((int(m[1]) for m in found if m), None)
+  return layer in (layers if isinstance(layers, list) else [layers])
+
+
+def _untied(head: str, saved: tuple[families.Key, dict], table: Any, tensors: dict[str, np.ndarray]) -> list[str]:
+  """What is wrong with an adapter that has a table whole which is the head too; takes that of the head out."""
+  (key, whole), name = saved, f"{head}.weight"
+  (new,) = whole.values()
+  if name in tensors:
+    same = np.array_equal(tensors.pop(name), new)
+    return [] if same else [f"{name} and {key.hf} differ, which are one table in this model"]
+  same = new.shape == key.hf_shape(table.shape) and np.array_equal(key.from_hf(new, table.shape), table)
+  said = (
+    f"{key.hf} is saved without {name}: PEFT then keeps the pretrained table as the head, which is one with it here"
+  )
+  return [] if same else [f"{said}; where PEFT ties the two, save with ensure_weight_tying=True"]
 
 
 def resolve(name: str | os.PathLike) -> pathlib.Path:
@@ -267,12 +331,18 @@ def load(model: models.Model, directory: str | os.PathLike) -> Any:
   if foreign:
     raise errors.UserError(f"{directory}: keys without the prefix {prefix!r}: {foreign}")
   tensors = {k.removeprefix(TOP if k in top else prefix): source.read(k) for k in source.names()}
+  absent = _absent(model, method, config, tensors)
   whole = _saved(model, config, tensors)
+  if (tied := _tied_head(model.keys, whole)) is not None:
+    absent += _untied(tied, whole[_lora_tables.EMBED], model.params["embed"]["kernel"], tensors)
   config = {k: v for k, v in config.items() if k != "modules_to_save" or not whole}
   try:
     params = _replace(model.params, whole)
     if config.get("trainable_token_indices") and method.PEFT_TYPE == "LORA":
       params, config, tensors = tokens.from_beside(params, model.keys, config, tensors)
-    return method.from_peft(params, model.keys, config, tensors)
+    params = method.from_peft(params, model.keys, config, tensors)
   except errors.UserError as e:
-    raise errors.UserError(f"{directory}: {e}") from None
+    absent.append(str(e))
+  if absent:
+    raise errors.UserError(f"{directory}: {'; '.join(absent)}")
+  return params
