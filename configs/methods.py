@@ -1,4 +1,7 @@
-"""Every method on one task, each with the learning rate that its paper or official code trains with.
+"""The methods on one task, each with the learning rate that its paper or official code trains with.
+
+Not among them: `tokens`, a few rows of the embedding, which goes beside another method, and `intrinsic`, which measures
+(configs/intrinsic_dimension.py).
 
 Command: python -m experiments.run --config configs/methods.py
   `configs/methods.py:lora,dora,ia3` runs some of them.
@@ -17,8 +20,8 @@ ALL = {"targets": "all-linear"}
 LOW_RANK = {"rank": 8, "alpha": 16.0, **ALL}
 # name: (method, optimiser). Where a paper trains no language model of this kind, its nearest rate.
 METHODS = {
-  # Whole weights. Devlin et al. 2018, appendix A.3; Houlsby et al. 2019, section 3.3; Zhao et al. 2024 (GaLore), the
-  # official code's command for GLUE; Lialin et al. 2023 (ReLoRA), README, for pretraining.
+  # Whole weights. Devlin et al. 2018, appendix A.3; Houlsby et al. 2019, section 3.3; Zhao et al. 2024 (GaLore),
+  # the paper's rank, rate and scale for SST-2; Lialin et al. 2023 (ReLoRA), README, for pretraining.
   "full": ({"name": "full"}, {"learning_rate": 2e-5}),
   "partial": ({"name": "partial", "layers": 2}, {"learning_rate": 3e-5}),
   "galore": ({"name": "galore", "rank": 8, "gap": 100, "scale": 2.0}, {"learning_rate": 2e-5}),

@@ -116,7 +116,7 @@ def finished(config: Mapping, workdir: pathlib.Path) -> bool:
   """Whether `workdir` holds this run complete; UserError if it holds anything else than a run of this config."""
   if workdir.exists() and not workdir.is_dir():
     raise errors.UserError(f"{workdir} is a file, expected a directory; give another --workdir")
-  if not workdir.exists() or not any(workdir.iterdir()):
+  if not workdir.exists() or all(p.suffix == ".tmp" for p in workdir.iterdir()):  # what is being written, or never was
     return False
   if not (workdir / "config.json").exists():
     raise errors.UserError(f"{workdir} is not empty and holds no run (no config.json); give another --workdir")

@@ -103,6 +103,7 @@ def check(config: Mapping) -> tasks.Task:
     raise errors.UserError(
       f"config.data.batch_size={config['data']['batch_size']} is no multiple of {rows} (data * fsdp * accumulate)"
     )
+  _check_processes(mesh)
   task = tasks.get(**config["task"])
   classifies = config["objective"]["name"] == "classification"
   if classifies and not task.n_outputs:
@@ -110,6 +111,18 @@ def check(config: Mapping) -> tasks.Task:
   for split in ("train", *scored):
     task.load(split)  # what is wrong with them is said now, not after training
   return task
+
+
+def _check_processes(mesh: jax.sharding.Mesh) -> None:
+  """Raises UserError where processes would not read rows of their own: each reads its share of a batch."""
+  n, rows = jax.process_count(), sharding.batch_divisor(mesh)
+  if rows % n:
+    raise errors.UserError(f"config.mesh: data * fsdp is {rows}, no multiple of the {n} processes that share the rows")
+  if n > 1 and mesh.shape["population"] > 1:
+    raise errors.UserError(
+      f"config.mesh.population={mesh.shape['population']}: members are spread over the devices of one process; start "
+      "processes by themselves, each with its --shard i/n"
+    )
 
 
 def computes(config: Mapping, arch: architecture.Config, members: int = 1) -> tuple[Callable, Callable]:

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import secrets
 import shutil
 import tempfile
 import time
@@ -47,9 +48,9 @@ def _remove_leftovers(directory: pathlib.Path) -> None:
 
 
 def write(path: pathlib.Path, content: bytes) -> None:
-  """Writes a file that is whole or absent, whatever happens meanwhile."""
+  """Writes a file that is whole or absent, whatever happens meanwhile; of several who do, the last one's stays."""
   path.parent.mkdir(parents=True, exist_ok=True)
-  part = path.with_name(path.name + ".tmp")
+  part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
   try:
     with part.open("wb") as f:
       f.write(content)

@@ -11,7 +11,8 @@ import functools
 import json
 import pathlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -45,12 +46,17 @@ def key(config: Mapping) -> str:
   common["optim"] = {k: v for k, v in config["optim"].items() if k not in (*optim.SCHEDULE, *population.NUMBERS)}
   run, parts = config_lib.train_settings(**config["train"]), methods.parts(config["method"])
   common["train"] = {k: run[k] for k in ("accumulate", "log_every", "checkpoint_every")}
-  common["method"] = [
-    [m.__name__, {k: v for k, v in kw.items() if k not in getattr(m, "VARIES", ())}] for m, kw in parts
-  ]
+  same = population.RANKS if config["optim"]["name"] in population.SEE_PADDING else ()
+  varies = lambda m: {k for k in getattr(m, "VARIES", ()) if k not in same}
+  common["method"] = [[m.__name__, {k: v for k, v in kw.items() if k not in varies(m)}] for m, kw in parts]
   if any(hasattr(m, "direction") or hasattr(m, "optimiser") for m, _ in parts):
     common["train"]["steps"] = run["steps"]
   return json.dumps(common, sort_keys=True)
+
+
+def identity(names: Iterable[str]) -> str:
+  """A name for the group of these members, so that it is found again and another one is not taken for it."""
+  return f"{zlib.crc32(chr(10).join(names).encode()):08x}"
 
 
 @dataclasses.dataclass
@@ -219,7 +225,7 @@ def run(
     saved = stack.enter_context(checkpoint.Checkpoints(checkpoints))
     start = saved.latest_step() or 0
     if start:
-      group.state, data_state = saved.restore(start, group.state)
+      group.state, data_state = restore(saved, start, group.state, len(group.members))
       for batches, state in zip(group.batches, data_state, strict=True):
         batches.set_state(state)
       metrics.say(f"going on from the checkpoint of step {start}")
@@ -247,12 +253,13 @@ def write(
   group: Group, i: int, directory: pathlib.Path, history: list[dict], error: str | None, seconds: float, command: str
 ) -> None:
   """The adapter, report and summary of a member, or a summary that says why it failed."""
+  together = {"population": len(group.members), "group": identity(group.members)}
   if error:
-    summary = {"error": error}
+    summary = {"error": error} | together
   else:
     exp = group.member(i)
     experiment.export(exp, directory)
-    summary = experiment.summarise(exp, history, seconds) | {"population": len(group.members)}
+    summary = experiment.summarise(exp, history, seconds) | together
     if jax.process_index() == 0:
       report.write_report(directory, summary, history, exp.config, command, exp.model.path, plot=False)
   if jax.process_index() == 0:
@@ -307,9 +314,28 @@ def fit(group: Group, outs: Sequence[metrics.Metrics], saved: checkpoint.Checkpo
     log.add(step, values)
     if step == group.steps or step % run["checkpoint_every"] == 0:
       log.flush(write=True)
-      saved.save(step, group.state, [b.get_state() for b in group.batches])
+      save(saved, step, group.state, len(group.members), [b.get_state() for b in group.batches])
   bar.close()
   return failed
+
+
+def save(saved: checkpoint.Checkpoints, step: int, state: population.State, n: int, data_state: Any) -> None:
+  """Saves the n members of a state without what fills the mesh, so that another mesh can go on."""
+  saved.save(step, _rows(state, n), data_state)
+
+
+def restore(saved: checkpoint.Checkpoints, step: int, like: population.State, n: int) -> tuple[population.State, Any]:
+  """(state, data_state) that `save` saved, with as many rows as `like` and placed like it."""
+  state, data_state = saved.restore(step, _rows(like, n))
+  return jax.tree.map(lambda x, y: jax.device_put(x, y.sharding), _rows(state, like.alive.size), like), data_state
+
+
+def _rows(state: population.State, n: int) -> population.State:
+  """The first n rows of a state, or all and copies of the last; a number that may not divide over the mesh."""
+  if n == state.alive.size:
+    return state
+  whole = lambda x: jax.NamedSharding(x.sharding.mesh, jax.P(None, *x.sharding.spec[1:]))
+  return jax.tree.map(lambda x: jax.device_put(x, whole(x))[np.minimum(np.arange(n), len(x) - 1)], state)
 
 
 def _has(row: Mapping, prefix: str) -> bool:

@@ -221,6 +221,9 @@ def hyper(configs: Sequence[Mapping], batches: Sequence[int], dropout: Mapping[s
   )
 
 
+# Optimisers whose step depends on means over a leaf, which zeros for further ranks would change, and what gives ranks.
+SEE_PADDING = ("adafactor",)
+RANKS = ("rank", "rank_pattern")
 NUMBERS = ("weight_decay", "clip_norm", "b1", "b2", "eps")  # keywords of an optimiser that may differ in a population
 
 

@@ -12,11 +12,11 @@ import json
 import os
 import pathlib
 import time
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+from jax.experimental import multihost_utils
 
 from lora_jax import (
   compare,
@@ -34,6 +34,7 @@ from lora_jax import (
   tables,
   tasks,
   variants,
+  warm_start,
 )
 from lora_jax.formats import adapter, hf
 
@@ -78,12 +79,14 @@ def shard_of(configs: Mapping[str, Mapping], index: int, count: int) -> list[str
 def run(config: Mapping, workdir: str | os.PathLike, command: str = "", shard: tuple[int, int] = (0, 1)) -> dict:
   """Runs the members that have not run yet; returns and writes summary.json, report.md and plots/ of all.
 
-  A member whose loss is not finite is reported, and the others go on.
+  A member whose loss is not finite is reported, and the others go on; one that starts from an adapter which is not
+  there yet is left to a later call.
 
   Args:
     shard: (i, n): run the i-th of n shares; the summary then is of what is there.
   """
-  workdir, started = pathlib.Path(workdir), time.perf_counter()
+  workdir = pathlib.Path(workdir)
+  tick = _clock(workdir / "seconds" / f"{shard[0]}-of-{shard[1]}.json")
   found = variants.members(config)
   configs = {name: c for name, (_, c) in found.items()}
   options = variants.settings(**{k: v for k, v in config["sweep"].items() if k not in variants.PARTS})
@@ -100,11 +103,42 @@ def run(config: Mapping, workdir: str | os.PathLike, command: str = "", shard: t
   mesh = sharding.make_mesh(**config["mesh"])
   if jax.process_index() == 0:
     metrics.write_json(workdir / "config.json", config)
-  plan = groups({name: configs[name] for name in mine}, options["max_members"])
+  plan = _plan({name: configs[name] for name in mine}, workdir, options["max_members"])
   metrics.say(_told(plan, len(configs), shard))
-  for _, part in itertools.groupby(plan, lambda names: _base(configs[names[0]])):
-    _over_one_model(list(part), configs, workdir, mesh, command, options["memory_gib"])
-  return _finish(config, found, workdir, command, time.perf_counter() - started)
+  try:
+    for _, part in itertools.groupby(plan, lambda names: _base(configs[names[0]])):
+      _over_one_model(list(part), configs, workdir, mesh, command, options["memory_gib"], tick)
+  finally:
+    tick()
+  return _finish(config, found, workdir, command)
+
+
+def _clock(path: pathlib.Path) -> Callable[[], None]:
+  """A function that writes to `path` the seconds since now, added to those of earlier calls."""
+  started, earlier = time.perf_counter(), hf.read_json(path)["seconds"] if path.exists() else 0.0
+
+  def tick():
+    if jax.process_index() == 0:
+      metrics.write_json(path, {"seconds": earlier + time.perf_counter() - started})
+
+  return tick
+
+
+def _seconds(workdir: pathlib.Path) -> float:
+  """What all calls and shards in a directory took; of an older one what its summary says."""
+  shards = [hf.read_json(p)["seconds"] for p in workdir.glob("seconds/*.json")]
+  whole = workdir / "summary.json"
+  return sum(shards) if shards or not whole.exists() else hf.read_json(whole)["wall_seconds"]
+
+
+def _plan(configs: Mapping[str, Mapping], workdir: pathlib.Path, most: int) -> list[list[str]]:
+  """The groups of what is not finished: as they were where an earlier call has begun, whose checkpoints go on."""
+  left = {n for n in configs if not group_lib.finished(workdir / "members" / n)}
+  known = [hf.read_json(p)["members"] for p in sorted(workdir.glob("groups/*/members.json"))]
+  begun = [names for names in known if left & set(names) and configs.keys() >= set(names)]
+  new = left.difference(*begun)
+  order = [n for names in groups(configs) for n in names]
+  return sorted([*begun, *groups({n: configs[n] for n in configs if n in new}, most)], key=lambda g: order.index(g[0]))
 
 
 def _told(plan: Sequence[Sequence[str]], n: int, shard: tuple[int, int]) -> str:
@@ -117,12 +151,14 @@ def _told(plan: Sequence[Sequence[str]], n: int, shard: tuple[int, int]) -> str:
   return "\n".join(lines)
 
 
-def _over_one_model(plan: list, configs: Mapping, workdir: pathlib.Path, mesh, command: str, memory_gib: float) -> None:
-  """Runs groups that share a pretrained model, which is loaded if any of them is not finished."""
+def _over_one_model(plan: list, configs: Mapping, workdir: pathlib.Path, mesh, command: str, memory_gib, tick) -> None:
+  """Runs groups that share a pretrained model, which is loaded if any of them can run; `tick` is called after each."""
   model, known = None, {}
+  done = lambda n: group_lib.finished(workdir / "members" / n)
   while plan:
-    names = plan.pop(0)
-    if all(group_lib.finished(workdir / "members" / n) for n in names):
+    multihost_utils.sync_global_devices("members")  # all see what process 0 has written
+    names = [n for n in plan.pop(0) if done(n) or not _waits(n, configs[n])]
+    if all(map(done, names)):
       continue
     chosen = {n: configs[n] for n in names}
     first = chosen[names[0]]
@@ -135,6 +171,18 @@ def _over_one_model(plan: list, configs: Mapping, workdir: pathlib.Path, mesh, c
       _alone(names[0], first, workdir, model, known[scored]())
     else:
       plan = _together(chosen, workdir, task, mesh, model, known[scored], command, memory_gib) + plan
+    tick()
+
+
+def _waits(name: str, config: Mapping) -> bool:
+  """Whether the adapter that a member starts from is not there, which is said: it may be another's to leave."""
+  try:
+    if source := config_lib.train_settings(**config["train"])["init_from"]:
+      warm_start.find(source)
+  except errors.UserError as e:
+    metrics.say(f"{name}: {e}; it is left to a later call")
+    return True
+  return False
 
 
 def _pretrained(config: Mapping, model: Any, task: tasks.Task, mesh: jax.sharding.Mesh) -> Callable[[], Mapping]:
@@ -154,15 +202,20 @@ def _pretrained(config: Mapping, model: Any, task: tasks.Task, mesh: jax.shardin
 
 
 def _alone(name: str, config: Mapping, workdir: pathlib.Path, model, before) -> None:
-  """A member that is a run of its own; what goes wrong is its result."""
+  """A member that is a run of its own."""
   metrics.say(f"member {name}")
-  directory = workdir / "members" / name
   try:
-    experiment.run(config, directory, model=model, before=before)
+    experiment.run(config, workdir / "members" / name, model=model, before=before)
   except errors.UserError as e:
-    metrics.say(f"{name}: {e}")
-    if jax.process_index() == 0:
-      metrics.write_json(directory / "summary.json", {"error": str(e)})
+    _failed([name], workdir, e)
+
+
+def _failed(names: Sequence[str], workdir: pathlib.Path, error: errors.UserError) -> None:
+  """What went wrong is the result of the members that it happened to."""
+  metrics.say(f"{', '.join(names)}: {error}")
+  for directory in (workdir / "members" / n for n in names):
+    if jax.process_index() == 0 and not group_lib.finished(directory):
+      metrics.write_json(directory / "summary.json", {"error": str(error), "group": group_lib.identity(names)})
 
 
 def _together(configs, workdir, task, mesh, model, before, command, memory_gib) -> list[list[str]]:
@@ -171,39 +224,45 @@ def _together(configs, workdir, task, mesh, model, before, command, memory_gib) 
   metrics.say(f"{len(names)} members train together")
   try:
     built = group_lib.build(configs, task, mesh, model)
+    limit = int(memory_gib * 2**30) or group_lib.memory_limit(mesh)
+    fits = group_lib.fits(built, limit)
+  except errors.UserError as e:
+    _failed(names, workdir, e)
+    return []
   except jax.errors.JaxRuntimeError as e:
     if "RESOURCE_EXHAUSTED" not in str(e):
       raise
     parts = cut(names, 2)
-    metrics.say(f"their weights do not fit: cut into 2 groups of {len(parts[0])} or fewer")
+    metrics.say(f"they do not fit: cut into 2 groups of {len(parts[0])} or fewer")
     return parts
-  limit = int(memory_gib * 2**30) or group_lib.memory_limit(mesh)
-  if not group_lib.fits(built, limit):
+  if not fits:
     parts = cut(names, min(-(-built.step.memory_bytes // limit), len(names)))
     need = f"{built.step.memory_bytes / 2**30:.2f} GiB of {limit / 2**30:.2f}"
     metrics.say(f"they need {need}: cut into {len(parts)} groups of {len(parts[0])} or fewer")
     return parts
-  # Named by its members, so that a group is found again and another one is not taken for it.
-  checkpoints = workdir / "groups" / f"{zlib.crc32(chr(10).join(names).encode()):08x}" / "checkpoints"
-  group_lib.run(built, workdir, checkpoints, before, command)
+  directory = workdir / "groups" / group_lib.identity(names)
+  if jax.process_index() == 0:
+    metrics.write_json(directory / "members.json", {"members": names})
+  group_lib.run(built, workdir, directory / "checkpoints", before, command)
   return []
 
 
-def _finish(config: Mapping, found: Mapping, workdir: pathlib.Path, command: str, seconds: float) -> dict:
+def _finish(config: Mapping, found: Mapping, workdir: pathlib.Path, command: str) -> dict:
   """Writes the summary and the report of what is there; the summary's final name only when all is."""
-  out = summary(config, found, [workdir], seconds)
+  out = summary(config, found, [workdir])
   missing = len(out["missing"])
   if jax.process_index() == 0:
     write_report(workdir, out, command)
     if not missing:
       metrics.write_json(workdir / "summary.json", out)
   if missing:
-    metrics.say(f"{missing} of {len(found)} members are not here; python -m experiments.report joins directories")
+    again = "the same command runs those that it can, python -m experiments.report joins directories"
+    metrics.say(f"{missing} of {len(found)} members are not here; {again}")
   metrics.say(text_table(out))
   return out
 
 
-def summary(config: Mapping, found: Mapping, workdirs: Sequence[pathlib.Path], seconds: float) -> dict:
+def summary(config: Mapping, found: Mapping, workdirs: Sequence[pathlib.Path]) -> dict:
   """The content of summary.json: the members that are finished in any of the directories, in the sweep's order.
 
   Those whose directories are not there are taken from a summary.json that is.
@@ -217,13 +276,23 @@ def summary(config: Mapping, found: Mapping, workdirs: Sequence[pathlib.Path], s
       result = group_lib.result(directories[0]) if directories else earlier[name]
       rows.append({**result, "name": name, "overrides": overrides})
   here = {r["name"] for r in rows}
-  plan = groups({n: c for n, (_, c) in found.items() if n in here})
   parts = {k: v for k, v in config.items() if k != "sweep"}
   table = parts.pop("table", None)
-  out = {"config": parts, "table": table, "members": rows, "groups": plan, "wall_seconds": seconds}
+  out = {"config": parts, "table": table, "members": rows, "groups": _programs(rows, found)}
+  out["wall_seconds"] = sum(map(_seconds, workdirs))
   out["missing"] = [n for n in found if n not in here]
   out["analyses"] = _analyses(out, found, workdirs, kept) if table else {}
-  return out | {"versions": next((s["versions"] for s in kept), report.versions())}
+  return out | {"versions": next((r["versions"] for r in (*rows, *kept) if "versions" in r), report.versions())}
+
+
+def _programs(rows: Sequence[Mapping], found: Mapping) -> list[list[str]]:
+  """Names of the members that ran together; of older results, which do not say, those that could have."""
+  ran: dict[str, list[str]] = {}
+  for r in rows:
+    alone = not r.keys() & {"population", "error"}
+    ran.setdefault(r.get("group", r["name"] if alone else ""), []).append(r["name"])
+  older = ran.pop("", [])
+  return [*ran.values(), *groups({n: found[n][1] for n in older})]
 
 
 def _analyses(out: Mapping, found: Mapping, workdirs: Sequence[pathlib.Path], kept: Sequence[Mapping]) -> dict:
@@ -276,14 +345,14 @@ def join(workdirs: Sequence[str | os.PathLike], out: str | os.PathLike, command:
     if configs[-1] != configs[0]:
       raise errors.UserError(f"{p} and {paths[0]} are of different configs")
   found = variants.members(configs[0])
-  seconds = [hf.read_json(p / "summary.json")["wall_seconds"] for p in paths if (p / "summary.json").exists()]
-  joined = summary(configs[0], found, paths, sum(seconds))
+  joined = summary(configs[0], found, paths)
   if not joined["members"]:
     raise errors.UserError(f"no member is finished in {', '.join(map(str, paths))}")
   out, missing = pathlib.Path(out), joined["missing"]
   if not missing:
     metrics.write_json(out / "config.json", configs[0])
-  if not missing or out not in paths:  # where a run may go on, which would take the summary for that of all
+  # Where a run may go on it would take the summary for that of all.
+  if not missing or out.resolve() not in [p.resolve() for p in paths]:
     metrics.write_json(out / "summary.json", joined)
   write_report(out, joined, command)
   if missing:

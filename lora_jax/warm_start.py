@@ -6,6 +6,7 @@ values; the classifier too, unless it has another number of outputs: then all of
 
 import dataclasses
 import os
+import pathlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,6 +18,17 @@ from lora_jax import errors, fused, models, transformer, tree
 from lora_jax.formats import adapter, hf, peft
 
 FIXED = ("scale", "rank")  # leaves that the config decides rather than training or chance
+
+
+def find(directory: str | os.PathLike) -> pathlib.Path:
+  """The local directory of an adapter to start from; UserError if it is not there, or not yet."""
+  path = peft.resolve(directory)
+  if not (path / "adapter_config.json").is_file():
+    raise errors.UserError(
+      f"config.train.init_from={os.fspath(directory)!r}: no adapter_config.json there; an adapter is what a run leaves "
+      "in WORKDIR/adapter, and a whole model is loaded by config.model.name"
+    )
+  return path
 
 
 def start(model: models.Model, params: Any, mask: Any, directory: str | os.PathLike) -> Any:
@@ -34,12 +46,7 @@ def start(model: models.Model, params: Any, mask: Any, directory: str | os.PathL
     UserError: no adapter, one of another base, method, rank or scale, or one that holds more than `params` train.
   """
   where = f"config.train.init_from={os.fspath(directory)!r}"
-  path = peft.resolve(directory)
-  if not (path / "adapter_config.json").is_file():
-    raise errors.UserError(
-      f"{where}: no adapter_config.json there; an adapter is what a run leaves in WORKDIR/adapter, and a whole model "
-      "is loaded by config.model.name"
-    )
+  path = find(directory)
   given, ours, trained = _given(model, path), tree.flatten(params), tree.flatten(mask)
   head = {k for k in model.head_leaves if k in given}
   if any(k not in ours or ours[k].shape != given[k].shape for k in head):

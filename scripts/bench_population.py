@@ -20,6 +20,8 @@ DTYPE = flags.DEFINE_string("dtype", "bfloat16", "Of the model.")
 TARGETS = flags.DEFINE_string("targets", "q,v", "Matrices that LoRA adapts.")
 RANK = flags.DEFINE_integer("rank", 8, "Of LoRA.")
 BATCH = flags.DEFINE_integer("batch", 32, "Rows a member.")
+REMAT = flags.DEFINE_bool("remat", True, "Recompute activations.")
+SHARE_ROWS = flags.DEFINE_bool("share_rows", True, "Examples share rows; else each row is one, padded.")
 STEPS = flags.DEFINE_integer("steps", 30, "Timed steps.")
 RUNS = flags.DEFINE_integer("runs", 0, "Also so many runs one by one; compilation counts on both sides.")
 
@@ -28,6 +30,7 @@ def settings(seed: int) -> dict:
   config = lora_table5.get_config("smol")
   config.model.name, config.model.dtype = MODEL.value, DTYPE.value
   config.method.targets, config.method.rank = TARGETS.value, RANK.value
+  config.model.remat, config.data.share_rows = REMAT.value, SHARE_ROWS.value
   config.data.batch_size, config.train.steps, config.train.seed = BATCH.value, STEPS.value, seed
   config = config.to_dict()
   return {k: v for k, v in config.items() if k not in ("sweep", "table")}

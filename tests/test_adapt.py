@@ -3,6 +3,8 @@
 import doctest
 import functools
 import itertools
+import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -412,3 +414,13 @@ def test_merging_without_nodes_copies_nothing():
   adapted = lora_jax.adapt(lambda p: p, params, [("b", "full")])
   assert adapted.merge(adapted.init(KEY))["a"] is params["a"]
   assert not any(weights.is_node(w) for w in jax.tree.leaves(adapted.init(KEY), is_leaf=weights.is_node))
+
+
+def test_the_example_in_the_readme_runs():
+  text = (pathlib.Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+  (code,) = (c for c in re.findall(r"```python\n(.*?)```", text, re.S) if "bridges" in c)
+  names = {}
+  exec(code, names)
+  assert all(np.abs(g).max() > 0 for g in jax.tree.leaves(names["grads"]["layers_0"]["bias"]))
+  out = names["adapted"].apply(names["adapter"], names["x"])
+  np.testing.assert_allclose(names["cnn"].apply({"params": names["merged"]}, names["x"]), out, atol=1e-6)

@@ -559,3 +559,16 @@ def test_killed_at_random_moments(config, tmp_path):
   assert "going on from the checkpoint of step" in err
   assert_same_run(workdir, tmp_path / "whole")
   assert not leftovers(workdir)
+
+
+@pytest.mark.parametrize(
+  "mesh, message",
+  [
+    ({"data": 1, "tensor": 2}, "data \\* fsdp is 1, no multiple of the 2 processes"),
+    ({"data": 2, "population": 2}, r"population=2: .* its --shard i/n"),
+  ],
+)
+def test_processes_have_rows_of_their_own(config, monkeypatch, mesh, message):
+  monkeypatch.setattr(jax, "process_count", lambda: 2)
+  with pytest.raises(errors.UserError, match=message):
+    experiment.check(config | {"mesh": mesh})

@@ -45,8 +45,10 @@ FURTHER = {"ia3": 1.0}  # of methods whose effect on so small a model would be l
 
 
 def _case(*values):
-  """Other architectures, and bfloat16, are slow by their number alone."""
-  quick = values[1] == "llama" and "bfloat16" not in values
+  """Other architectures, bfloat16, and variants of another method are slow by their number alone."""
+  module = methods.get(values[0])
+  own = getattr(module, "to_peft", module.init).__module__ == module.__name__
+  quick = own and values[1] == "llama" and "bfloat16" not in values
   return pytest.param(*values, marks=[] if quick else pytest.mark.slow)
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lora_jax import errors, methods, objectives, optim, population, prompts, train, transformer, tree, weights
+from lora_jax import errors, group, methods, objectives, optim, population, prompts, train, transformer, tree, weights
 from tests.test_train import CONFIG, batch, forward
 
 KEY = jax.random.key(3)
@@ -193,6 +193,15 @@ def test_a_member_that_is_not_finite_is_frozen_and_the_others_go_on(base):
   bad = jax.tree.map(lambda x: x[1], state.members.trainable)
   assert all(np.isfinite(x).all() for x in jax.tree.leaves(bad))
   assert np.isnan(losses[-1, 1]) or not np.isfinite(losses[2:, 1]).any() or np.ptp(losses[2:, 1]) > 0
+
+
+@pytest.mark.parametrize("optimiser, together", [("adamw", True), ("adafactor", False)])
+def test_ranks_are_not_padded_under_optimisers_that_would_see_it(optimiser, together):
+  """Adafactor divides by means over a leaf."""
+  rest = dict.fromkeys(("model", "task", "objective", "mesh", "eval", "data"), {})
+  members = configs({"method": {"rank": 1}}, {"method": {"rank": 4}}, {"method": {"rank": 1, "alpha": 1.0}})
+  one, four, other = (group.key(rest | c | {"optim": c["optim"] | {"name": optimiser}}) for c in members)
+  assert (one == four) == together and one == other
 
 
 @pytest.mark.parametrize(
