@@ -180,6 +180,7 @@ def test_layers_that_are_not_adapted_have_no_part_in_the_budget(base):
   assert (e[[0, 2]] == 0).sum() == 4
 
 
+@pytest.mark.slow
 def test_training_reaches_the_target_in_one_program_and_members_are_runs(base):
   """Through `train.make_step` with the penalty; two members under vmap prune as two runs do."""
   spec = {"name": "adalora", "init_r": 4, "target_r": 2, "targets": "q,down", "tinit": 1, "tfinal": 1}

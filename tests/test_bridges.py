@@ -67,6 +67,7 @@ class WideNNX(nnx.Module):
     return self.embed.attend(self.conv(self.down(self.up(self.attn(self.embed(ids))))))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["linen", pytest.param("nnx", marks=pytest.mark.slow)])
 def test_the_gradient_beside_layers_has_nothing_of_the_size_of_a_kernel(kind):
   ids = jnp.arange(3)[None]

@@ -84,6 +84,7 @@ def config(files, model="bert", **method):
   return config
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["bert", "llama"])
 def test_lora_and_a_classifier(files, tmp_path, model):
   """Trained together, and loaded by peft with the same outputs."""

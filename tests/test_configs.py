@@ -204,6 +204,7 @@ def test_a_sweep_ends_with_its_subspaces(config, tmp_path):  # noqa: F811
     assert (tmp_path / "kept" / "plots" / image.name).read_bytes() == image.read_bytes()
 
 
+@pytest.mark.slow
 def test_an_analysis_that_fails_leaves_the_table(config, tmp_path):  # noqa: F811
   members = {f"seed{s}": {"method": {"name": "bitfit"}, "train": {"seed": s}} for s in (0, 1)}
   given = tiny(config, members, {"rows": "name", "metric": "train.loss_last", "subspace": {"seed": 1}})

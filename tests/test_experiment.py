@@ -279,6 +279,7 @@ def test_an_interrupted_run_ends_bit_identical(
   assert not leftovers(tmp_path / "cut")
 
 
+@pytest.mark.slow
 def test_resume_between_two_logged_steps(config, tmp_path, monkeypatch):
   config = changed(config, train__log_every=3, train__steps=6)
   experiment.run(config, tmp_path / "whole")
@@ -307,6 +308,7 @@ def test_seconds_are_those_of_training(config, tmp_path, monkeypatch):
   assert row["train/tokens_per_second"] == pytest.approx(row["train/tokens"] / row["train/seconds"])
 
 
+@pytest.mark.slow
 def test_validation_is_logged_and_survives_interruption(config, tmp_path, monkeypatch):
   config = changed(config, eval__every=2)
   experiment.run(config, tmp_path / "whole")

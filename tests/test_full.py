@@ -102,6 +102,7 @@ def test_what_is_float32(computes, dtype, optimiser):
   assert np.isfinite(metrics["loss"])
 
 
+@pytest.mark.slow
 def test_gradients_of_bfloat16_weights_add_up_in_float32():
   """Of many equal rows or micro-batches the mean is that of one; sums in bfloat16 would stop growing."""
   config, params = model(n_layers=1)
@@ -114,6 +115,7 @@ def test_gradients_of_bfloat16_weights_add_up_in_float32():
   np.testing.assert_allclose(norms[1:], norms[0], rtol=0.005)
 
 
+@pytest.mark.slow
 def test_bfloat16_learns_and_resumes_bit_for_bit(tmp_path):
   config, params = model()
   params, mask = full.init(KEY, params, targets="embed|mlp|head", dtype="bfloat16")
@@ -188,6 +190,7 @@ def test_partial_by_patterns():
     methods.init(KEY, params, both[::-1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("remat, windows", [(False, False), (True, True)])
 def test_partial_gives_the_gradients_of_full_finetuning(remat, windows):
   local = dict(window=3, local=(True, False, False, True)) if windows else {}

@@ -160,6 +160,7 @@ def test_every_optimiser_works_in_the_projected_space(name):
   assert np.linalg.matrix_rank(low, tol=1e-4 * np.abs(low).max()) <= 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_it_trains_and_resumes_bit_for_bit(dtype, tmp_path):
   config, whole = model(n_layers=2)

@@ -123,6 +123,7 @@ def test_every_matrix_and_layer_has_rows_of_its_own_that_depend_on_nothing_else(
   assert abs(np.corrcoef(again.ravel(), every["layers/mlp/up/kernel"].ravel())[0, 1]) < 0.2
 
 
+@pytest.mark.slow
 def test_projection_is_that_of_any_mesh_and_of_a_compiled_program(base):
   params = moved(*intrinsic.init(KEY, base, dimension=30), size=1.0)
   want = apply(CONFIG, params, TOKENS)
@@ -184,6 +185,7 @@ def test_head_and_encoder_have_lambdas_of_their_own():
   np.testing.assert_allclose(run(said), run(weights.merge(said)), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_gradients_are_those_of_a_dense_projection(base):
   """And they go through all layers under scan to one z."""
   params, mask = intrinsic.init(KEY, base, dimension=12, layer_scales=True, targets="q,down")

@@ -38,6 +38,7 @@ def deltas(params):
   return {k: two(k, w.delta()) for k, w in flat.items()}
 
 
+@pytest.mark.slow
 def test_lora_of_a_rank_is_itself(base):
   """At its own rank the error is rounding; a larger one is not used up."""
   params = adapted(base, targets="all-linear", rank=4, rank_pattern={"layers/1/": 2, "o": 3}, alpha=6.0)
@@ -140,6 +141,7 @@ def test_biases_under_scales_and_in_bfloat16(base):
   assert made["layers"]["attn"]["q"]["kernel"].base.dtype == jnp.bfloat16
 
 
+@pytest.mark.slow
 def test_experts_and_parts_of_fused_matrices():
   hf = dict(test_families.MIXTRAL, model_type="mixtral")
   config = dataclasses.replace(families.get("mixtral").config(hf), dtype="float32")

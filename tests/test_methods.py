@@ -209,6 +209,7 @@ def test_saved_and_loaded_is_the_same(name, kind, tmp_path):
   np.testing.assert_allclose(run(c.model, loaded), c.outputs, atol=2e-5)
 
 
+@pytest.mark.slow
 @once
 def test_compiled_and_eager_scanned_and_unrolled_agree(name, kind):
   c = case(name, kind, "float32")
@@ -217,6 +218,7 @@ def test_compiled_and_eager_scanned_and_unrolled_agree(name, kind):
   np.testing.assert_allclose(run(unrolled, c.moved), c.outputs, atol=2e-5)
 
 
+@pytest.mark.slow
 @once
 def test_two_members_under_vmap_are_two_runs(name, kind):
   c = case(name, kind, "float32")

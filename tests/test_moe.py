@@ -262,6 +262,7 @@ def floating(aval):
   return hasattr(aval, "dtype") and jnp.issubdtype(aval.dtype, jnp.floating)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 2, 4)])
 def test_sharded_lora_on_experts_equals_unsharded(sizes):
   x, params = normal(3, 8, 6, D), with_lora(weights(5), start=True)
@@ -277,6 +278,7 @@ def test_sharded_lora_on_experts_equals_unsharded(sizes):
       np.testing.assert_allclose(ours[k], b, atol=3e-5 * np.abs(b).max(), err_msg=k)
 
 
+@pytest.mark.slow
 def test_dropout_of_experts():
   """Elements of the routed rows are dropped, by other masks on each device; the base's part is not."""
   x, params = normal(3, 8, 16, D), with_lora(weights(5))

@@ -131,7 +131,7 @@ CASES = {
 }
 
 
-QUICK = ("ranks and targets", "optimisers", "dropout", "dora", "ia3", "bitfit", "prompt_tuning")
+QUICK = ("ranks and targets", "ia3", "prompt_tuning")
 
 
 @pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in CASES])
@@ -164,6 +164,7 @@ def test_what_is_the_same_array_is_not_stacked(base):
   assert own and all(k.endswith(("scale", "rank")) for k in own)
 
 
+@pytest.mark.slow
 def test_each_member_may_have_batches_of_its_own(base):
   """Of its own size too: dropout of the rows there are is not that of the rows that fill up."""
   members = configs({"train": {"seed": 1}}, {"method": {"dropout": 0.3}}, {"method": {"rank": 1}})

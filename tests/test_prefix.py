@@ -117,6 +117,7 @@ def test_examples_of_a_packed_row_see_it_each(texts):
   close(got[:, n : 2 * n - 4], want[:, : n - 4])
 
 
+@pytest.mark.slow
 def test_generation_and_scores_are_those_of_the_whole_text():
   """Greedy, sampled, by beams, and the likelihoods of labels; prompts of two lengths."""
   c, params = CONFIGS["gpt2"], base("gpt2")

@@ -75,6 +75,7 @@ def test_a_prompt_of_a_texts_embeddings_is_that_text(name):
   close(transformer.logits(c, adapted, x), want[:, 6:])
 
 
+@pytest.mark.slow
 def test_generation_and_scores_are_those_of_the_whole_text():
   """Greedy, by beams, without repetitions, and the likelihoods of labels; prompts of two lengths."""
   c, params = CONFIGS["llama"], base("llama")
@@ -308,6 +309,7 @@ METHODS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", some(METHODS, "prompt_tuning"))
 def test_a_run(files, config, tmp_path, name):
   """Packed, with the task's own template; the adapter generates what the run's own model does."""
@@ -337,6 +339,7 @@ def plain(model):
   return {k: v for k, v in model.params.items() if k not in ("prompt", "prefix")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["prompt_tuning", "p_tuning_v2"])
 def test_a_run_of_a_classifier(classifiers, tmp_path, name):
   """Prompt and head are trained, and saved; a prefix takes positions of the text."""

@@ -45,6 +45,7 @@ def lora_names(tree_):
   return {k for k in tree.names(tree_) if k.endswith(("/kernel/a", "/kernel/b"))}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_merge_leaves_the_model_as_it_is(dtype):
   c, state, frozen, how = started(dtype=dtype)
@@ -221,6 +222,7 @@ def saved(directory):
   return {p.name: p.read_bytes() for p in (directory / "model").glob("*.safetensors")}
 
 
+@pytest.mark.slow
 def test_a_run_leaves_a_merged_model_of_high_rank(cycles, whole):
   directory, summary = whole
   assert not (directory / "adapter").exists() and saved(directory)
@@ -233,6 +235,7 @@ def test_a_run_leaves_a_merged_model_of_high_rank(cycles, whole):
   assert np.isfinite(summary["train"]["loss_last"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("when", [3, pytest.param(4, marks=pytest.mark.slow)])
 def test_an_interrupted_run_ends_bit_identical(cycles, whole, tmp_path, monkeypatch, when):
   """Cut off in the first step after a merge, and in the last one before one."""

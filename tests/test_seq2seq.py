@@ -331,6 +331,7 @@ def adapter_equals_peft(model, reference, directory):
   assert jnp.abs(ours - plain)[real].max() > 0.01
 
 
+@pytest.mark.slow
 def test_a_run_learns(done):
   _, summary = done
   assert summary["eval"]["before"]["accuracy"] < 0.8
@@ -339,6 +340,7 @@ def test_a_run_learns(done):
   assert summary["trainable_params"] == 3 * 2 * 2 * 4 * (32 + 32)
 
 
+@pytest.mark.slow
 def test_the_adapter_of_a_run_is_peft_s(done, model, reference):
   adapter = done[0] / "adapter"
   saved = json.loads((adapter / "adapter_config.json").read_text())

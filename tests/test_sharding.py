@@ -43,6 +43,7 @@ def single():
   return functools.cache(lambda method: step(mesh, method)[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", MESHES)
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_a_step_equals_that_of_one_device(single, sizes, method):

@@ -168,6 +168,7 @@ def test_shards_take_all_members_once(swept):
     sweep.shard_of(configs, 2, 2)
 
 
+@pytest.mark.slow
 def test_shards_are_joined(swept, done, tmp_path):
   c = copy.deepcopy(swept)
   del c["sweep"]["list"]["full"]
@@ -183,6 +184,7 @@ def test_shards_are_joined(swept, done, tmp_path):
   assert (tmp_path / "all" / "report.md").exists()
 
 
+@pytest.mark.slow
 def test_a_group_whose_arrays_do_not_fit_is_halved(swept, tmp_path, capsys, monkeypatch):
   c = copy.deepcopy(swept)
   c["sweep"] = {"product": {"train": {"seed": (0, 1, 2, 3)}}}
@@ -200,6 +202,7 @@ def test_a_group_whose_arrays_do_not_fit_is_halved(swept, tmp_path, capsys, monk
   assert summary["groups"] == [["seed_0", "seed_1"], ["seed_2", "seed_3"]], "as they ran"
 
 
+@pytest.mark.slow
 def test_a_group_that_does_not_fit_is_cut(swept, tmp_path, capsys):
   c = copy.deepcopy(swept)
   c["sweep"] = {"product": {"train": {"seed": (0, 1, 2)}}, "memory_gib": 1e-4}
@@ -265,6 +268,7 @@ def test_a_group_goes_on_from_its_checkpoint(swept, done, tmp_path, monkeypatch)
   assert "not finite" in again["members"][2]["error"]
 
 
+@pytest.mark.slow
 def test_members_are_spread_over_the_population_axis(swept, done, tmp_path, monkeypatch):
   """Three on two devices, which is padded to four; then they go on on one."""
   c = copy.deepcopy(swept)

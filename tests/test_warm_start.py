@@ -216,6 +216,7 @@ def test_what_is_no_adapter_or_has_none_is_refused(files, config, tmp_path):  # 
     adapted(second)
 
 
+@pytest.mark.slow
 def test_members_are_runs_of_their_own(files, config, tmp_path):  # noqa: F811
   """One program, two seeds, one of two adapters each."""
   for i in range(2):
