@@ -1,7 +1,4 @@
-"""The methods on one task, each with the learning rate that its paper or official code trains with.
-
-Not among them: `tokens`, a few rows of the embedding, which goes beside another method, and `intrinsic`, which measures
-(configs/intrinsic_dimension.py).
+"""Every method on one task, each with the learning rate that its paper or official code trains with.
 
 Command: python -m experiments.run --config configs/methods.py
   `configs/methods.py:lora,dora,ia3` runs some of them.
@@ -10,7 +7,8 @@ Expected: experiments/results/methods/report.md: 75.6% before, from 75.8% (loha)
 
 What is compared: accuracy on 850 test sentences, forgetting (loss on BBC news articles after minus before), trained
 parameters, memory and time of a step, size of what is saved. Published rates belong to published numbers of steps: 200
-steps are few for prompt tuning (its paper: 30,000) and for ReLoRA and GaLore, which are for pretraining.
+steps are few for prompt tuning (its paper: 30,000) and for ReLoRA and GaLore, which are for pretraining. The report is
+older than `intrinsic` and `tokens` here.
 """
 
 from configs import common
@@ -45,6 +43,8 @@ METHODS = {
   ),
   "loha": ({"name": "loha", "rank": 8, **ALL}, {"learning_rate": 2e-4}),
   "lokr": ({"name": "lokr", "rank": 8, **ALL}, {"learning_rate": 2e-4}),
+  # A subspace. Aghajanyan et al. 2020 searched rates for each d; that of configs/intrinsic_dimension.py.
+  "intrinsic": ({"name": "intrinsic", "dimension": 1000, "layer_scales": True, **ALL}, {"learning_rate": 6.3e-3}),
   # Bottlenecks. Houlsby et al. 2019, section 3.2; Pfeiffer et al. 2021; He et al. 2022, table 7.
   "houlsby": ({"name": "houlsby"}, {"learning_rate": 3e-4}),
   "pfeiffer": ({"name": "pfeiffer"}, {"learning_rate": 1e-4}),
@@ -53,6 +53,8 @@ METHODS = {
   "ia3": ({"name": "ia3"}, {"learning_rate": 3e-3, **ADAFACTOR, "schedule": "linear", "warmup": 0.06}),
   "bitfit": ({"name": "bitfit"}, {"learning_rate": 1e-3}),
   "norms": ({"name": "norms"}, {"learning_rate": 3e-4, **ADAFACTOR}),
+  # Rows of the embedding: the labels and what precedes them. No rate for this, LoRA's.
+  "tokens": ({"name": "tokens", "tokens": (" negative", " positive", ":")}, {"learning_rate": 2e-4}),
   # Prompts. Lester et al. 2021, section 3.2; Li and Liang 2021, table 5 (E2E); Liu et al. 2021, official code; Liu et
   # al. 2022 (P-tuning v2), official scripts.
   "prompt_tuning": ({"name": "prompt_tuning", "length": 20, "init": "labels"}, {"learning_rate": 0.3, **ADAFACTOR}),
