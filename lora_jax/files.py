@@ -2,7 +2,6 @@
 
 import os
 import pathlib
-import secrets
 import shutil
 import tempfile
 import time
@@ -47,10 +46,14 @@ def _remove_leftovers(directory: pathlib.Path) -> None:
       shutil.rmtree(old, ignore_errors=True)
 
 
+WRITER = ""  # which of several processes that write into one directory this is, such as ".0-of-4"
+
+
 def write(path: pathlib.Path, content: bytes) -> None:
-  """Writes a file that is whole or absent, whatever happens meanwhile; of several who do, the last one's stays."""
+  """Writes a file that is whole or absent, whatever happens meanwhile; of several `WRITER`s the last one's stays."""
   path.parent.mkdir(parents=True, exist_ok=True)
-  part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
+  # The same each time, so that what a killed process has left is written over.
+  part = path.with_name(f"{path.name}{WRITER}.tmp")
   try:
     with part.open("wb") as f:
       f.write(content)

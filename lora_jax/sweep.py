@@ -25,6 +25,7 @@ from lora_jax import (
   errors,
   evaluate,
   experiment,
+  files,
   group as group_lib,
   layout,
   metrics,
@@ -86,6 +87,7 @@ def run(config: Mapping, workdir: str | os.PathLike, command: str = "", shard: t
     shard: (i, n): run the i-th of n shares; the summary then is of what is there.
   """
   workdir = pathlib.Path(workdir)
+  files.WRITER = f".{shard[0]}-of-{shard[1]}" if shard[1] > 1 else ""
   tick = _clock(workdir / "seconds" / f"{shard[0]}-of-{shard[1]}.json")
   found = variants.members(config)
   configs = {name: c for name, (_, c) in found.items()}

@@ -336,8 +336,10 @@ def test_a_file_may_be_written_by_several_at_once(swept, tmp_path, monkeypatch):
 
   def other(fd):
     monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(files_lib, "WRITER", ".1-of-2")
     assert not config_lib.finished(swept, path.parent), "half a file is no other run"
     files_lib.write(path, b"{}")
+    monkeypatch.setattr(files_lib, "WRITER", ".0-of-2")
     fsync(fd)
 
   monkeypatch.setattr(os, "fsync", other)
