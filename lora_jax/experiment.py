@@ -341,13 +341,7 @@ def scores(
 
 
 def compile_scores(
-  config: Mapping,
-  model: models.Model,
-  task: tasks.Task,
-  members: evaluate.Members,
-  mesh: jax.sharding.Mesh,
-  prefix: str,
-  split: str,
+  config: Mapping, model: models.Model, task: tasks.Task, members: evaluate.Members, mesh: jax.sharding.Mesh, *of: str
 ) -> concurrent.futures.Future:
   """Compiles what `scores` with these arguments runs, while this thread does something else.
 
@@ -357,7 +351,7 @@ def compile_scores(
 
   def work():
     with jax.set_mesh(mesh):
-      scores(config, model, task, members, mesh, prefix, split, ahead=True)
+      scores(config, model, task, members, mesh, *of, ahead=True)
 
   return BACKGROUND.submit(work)
 
