@@ -54,7 +54,7 @@ class Config:
     dtype: of activations and frozen matrices; norms, biases, softmax and loss are float32 whatever it is.
     scan: whether layers run as one scanned body (compiles fast) or unrolled (runs faster, needs less memory).
     remat: whether activations of a layer are recomputed in the backward pass instead of kept.
-    attention: "auto", "xla" or "cudnn".
+    attention: "auto", "xla" or "cudnn", see layers.attention; `members`: whether `jax.vmap` runs over it.
   """
 
   vocab_size: int
@@ -110,6 +110,7 @@ class Config:
   scan: bool = True
   remat: bool = False
   attention: str = "auto"
+  members: bool = False
 
   @property
   def encoder(self) -> "Config":

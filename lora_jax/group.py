@@ -151,7 +151,7 @@ def build(configs: Mapping[str, Mapping], task: tasks.Task, mesh: jax.sharding.M
 def _architecture(model: models.Model) -> Any:
   """The model's config; jax before 0.11.1 cannot batch cuDNN's attention over some of its arguments alone."""
   old = tuple(int(x) for x in jax.__version__.split(".")[:3]) < (0, 11, 1)
-  return dataclasses.replace(model.config, attention="xla") if old else model.config
+  return dataclasses.replace(model.config, members=True, **({"attention": "xla"} if old else {}))
 
 
 def _member(config, task, mesh, model, params, mask, held) -> experiment.Experiment:

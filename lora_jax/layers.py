@@ -178,6 +178,7 @@ def attention(
   scale: float | None = None,
   softcap: float | None = None,
   implementation: str = "auto",
+  members: bool = False,
 ) -> jax.Array:
   """Softmax attention of `q` [B, T, N, H] over `k`, `v` [B, S, K, H]; N is a multiple of K.
 
@@ -188,10 +189,12 @@ def attention(
     window: without a mask, how many keys a causal query sees, itself included.
     scale: of the logits; 1/sqrt(H) if None.
     softcap: logits become `softcap * tanh(logits / softcap)` (Gemma 2, https://arxiv.org/abs/2408.00118, section 2).
-    implementation: "xla", "cudnn", or "auto": cuDNN's fused kernel where it can run (GPU, 16 bit, no mask).
+    implementation: "xla", "cudnn", or "auto": cuDNN's fused kernel where it can run (GPU, 16 bit) on whole texts.
+    members: whether `jax.vmap` runs over it, under which cuDNN's kernel takes a mask for each head.
   """
   if implementation == "auto":
-    plain = mask is None and bias is None and softcap is None and q.dtype.itemsize == 2
+    whole = mask is None or q.shape[1] == k.shape[1]  # no cache, most of which is empty
+    plain = whole and bias is None and softcap is None and q.dtype.itemsize == 2
     even = q.shape[1] % 2 == 0 and k.shape[1] % 2 == 0 and q.shape[-1] % 8 == 0
     implementation = "cudnn" if plain and even and q.shape[-1] <= _fused_head_size() else "xla"
   if q.dtype == jnp.float16 and jax.default_backend() == "cpu":  # whose matmuls do not sum float16 in float32
@@ -201,12 +204,16 @@ def attention(
   if softcap is not None:
     return _capped(q, k, v, causal, mask, bias, window, scale, softcap)
   local = (window - 1, 0) if window is not None and mask is None else None
+  if mask is not None:
+    mask = mask[:, None]
+    if members and implementation == "cudnn":
+      mask = jnp.broadcast_to(mask, (*mask.shape[:1], q.shape[2], *mask.shape[2:]))
   return jax.nn.dot_product_attention(
     q,
     k,
     v,
     bias=None if bias is None else bias.astype(q.dtype),
-    mask=None if mask is None else mask[:, None],
+    mask=mask,
     is_causal=causal and mask is None,
     scale=scale,
     local_window_size=local,

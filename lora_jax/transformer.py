@@ -88,7 +88,7 @@ def _before(prefix, a, cache):
 
 def _attend(c, q, k, v, ctx, local):
   """Attention under the layer's mask; without one the window is static, so that a fused kernel can be used."""
-  how = dict(bias=ctx.bias, scale=c.attn_scale, softcap=c.attn_softcap, implementation=c.attention)
+  how = dict(bias=ctx.bias, scale=c.attn_scale, softcap=c.attn_softcap, implementation=c.attention, members=c.members)
   if ctx.mask != (None, None):
     return layers.attention(q, k, v, mask=_select(local, ctx.mask), **how)
   window = c.window if c.window is not None and c.window < k.shape[1] else None
@@ -112,7 +112,7 @@ def _cross_attention(c, params, x, ctx, cache):
     k, v = (linear("BTD,DKH->BTKH", ctx.encoded, params[name]) for name in "kv")
     cache = None if cache is None else cache | {"cross_k": k, "cross_v": v}
   mask = jnp.broadcast_to(ctx.seen[:, None], (*q.shape[:2], k.shape[1]))
-  y = layers.attention(q, k, v, mask=mask, scale=c.attn_scale, implementation=c.attention)
+  y = layers.attention(q, k, v, mask=mask, scale=c.attn_scale, implementation=c.attention, members=c.members)
   return linear("BTNH,NHD->BTD", y, params["o"]), cache
 
 
