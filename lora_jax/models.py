@@ -4,6 +4,7 @@ A name is resolved as a local directory or file, then an installed package that 
 hub.
 """
 
+import concurrent.futures
 import dataclasses
 import functools
 import importlib.util
@@ -187,6 +188,7 @@ def resolve(name: str) -> pathlib.Path:
 HEADS = ("head/", "pooler/", "classifier/")
 NEW = ("pooler/", "classifier/")
 PIECE_BYTES = 2**25  # of a tensor that is on its way to the device
+READERS = 4  # leaves that are read, decoded and compiled for at a time
 
 
 def _build(config, family, tensors, sharding, where, new_head) -> tuple[transformer.Config, dict, tuple[str, ...]]:
@@ -229,10 +231,13 @@ def _build(config, family, tensors, sharding, where, new_head) -> tuple[transfor
     write = _writer(key.pattern, tuple(sizes.items()), place)
     for index, n in names:
       for start, piece in _pieces(key, tensors.read(n), index):
-        buffer = write(buffer, piece, start).block_until_ready()  # so that only one is on the way
+        buffer = write(buffer, piece, start).block_until_ready()  # so that only one of the leaf is on the way
     return buffer
 
-  return config, tree.unflatten(transformer.shapes(config), {p: leaf(p) for p in want}), tuple(fresh)
+  # Processes have to place leaves in the same order.
+  with concurrent.futures.ThreadPoolExecutor(READERS if jax.process_count() == 1 else 1) as pool:
+    leaves = dict(zip(want, pool.map(leaf, want), strict=True))
+  return config, tree.unflatten(transformer.shapes(config), leaves), tuple(fresh)
 
 
 def _untied(table, tensors, have) -> bool:
@@ -284,7 +289,7 @@ def _pieces(key: families.Key, x: np.ndarray, index: tuple[int, ...]) -> Iterato
 def _writer(pattern: str, sizes: tuple, place: jax.sharding.Sharding | None) -> Callable:
   """A function that puts a tensor of a file, in our axes, in its place of a stacked leaf, on the device.
 
-  The host holds a piece of one tensor at a time, and the device no second copy of the leaf.
+  The host holds one tensor of the leaf at a time, and the device no second copy of it.
   """
 
   def write(buffer, x, start):

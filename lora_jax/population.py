@@ -19,7 +19,7 @@ import numpy as np
 import optax
 from flax import struct
 
-from lora_jax import errors, methods, optim, train, tree, weights
+from lora_jax import errors, methods, optim, sharding, train, tree, weights
 from lora_jax.methods import dora
 
 
@@ -138,7 +138,7 @@ def _aligned_parts(name: str, pairs: list[tuple[Any, Any]]) -> list[tuple[Any, A
 def _idle(pair: tuple[Any, Any], like: tuple[Any, Any]) -> tuple[Any, Any]:
   """A weight that is not adapted, and its mask, in a node like another's of rank 0: all of it is zero."""
   (w, m), (node, mask) = pair, like
-  zeros = jax.tree.map(jnp.zeros_like, node.replace(base=None))
+  zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), node.replace(base=None))
   if isinstance(node, dora.DoRA):
     inner = _idle(pair, (node.base, mask.base))
     return zeros.replace(base=inner[0]), mask.replace(base=inner[1])
@@ -150,7 +150,8 @@ def _padded(w: weights.LoRA, columns: int) -> weights.LoRA:
   more, axis = columns - w.a.shape[-1], w.scale.ndim + w.n_experts_axes()
   if not more:
     return w
-  pad = lambda x, at: jnp.pad(x, [(0, more if i == at else 0) for i in range(x.ndim)])
+  # On the host, where nothing has to be compiled for each shape.
+  pad = lambda x, at: np.pad(sharding.to_host(x), [(0, more if i == at else 0) for i in range(x.ndim)])
   start = w.start and (pad(w.start[0], w.a.ndim - 1), pad(w.start[1], axis))
   return w.replace(a=pad(w.a, w.a.ndim - 1), b=pad(w.b, axis), start=start)
 

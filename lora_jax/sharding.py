@@ -116,7 +116,7 @@ def replicate(batch: dict[str, np.ndarray], mesh: jax.sharding.Mesh) -> dict[str
 
 def to_host(params: Any) -> Any:
   """The tree as arrays that this process can read whole; gathers what is spread over processes."""
-  if all(x.is_fully_addressable for x in jax.tree.leaves(params)):
+  if all(getattr(x, "is_fully_addressable", True) for x in jax.tree.leaves(params)):
     return params
   from jax.experimental import multihost_utils
 
