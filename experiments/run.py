@@ -22,15 +22,19 @@ flags.mark_flag_as_required("config")
 def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"unexpected argument {argv[1]!r}; settings are written --config.section.key=value")
+  import threading
+
   import jax
   from absl import logging
+
+  if DISTRIBUTED.value:
+    jax.distributed.initialize()
+  threading.Thread(target=jax.devices).start()  # an accelerator takes seconds to start, as do the imports
 
   from lora_jax import errors, experiment, sweep
 
   logging.set_verbosity(logging.WARNING)
 
-  if DISTRIBUTED.value:
-    jax.distributed.initialize()
   file = flags.FLAGS["config"].config_filename
   workdir = WORKDIR.value or os.path.join("runs", pathlib.Path(file.partition(":")[0]).stem)
   try:

@@ -102,6 +102,11 @@ class Group:
     soft = prompts.of(tree.join(jax.tree.map(lambda x: x[0], own), self.trees.shared))
     return evaluate.Members(self.trees.shared, own, soft, self.hyper.steps.size)
 
+  def on_host(self) -> "Group":
+    """The group without optimiser states, and what it trained in this process's memory, for `member`."""
+    members = sharding.to_host(self.state.members.replace(opt_state=None))
+    return dataclasses.replace(self, state=self.state.replace(members=jax.device_get(members)))
+
   def member(self, i: int) -> experiment.Experiment:
     """Member i as a run of its own, as it is now."""
     exp = list(self.members.values())[i]
@@ -142,7 +147,9 @@ def build(configs: Mapping[str, Mapping], task: tasks.Task, mesh: jax.sharding.M
     (n, jax.jit(population.between(fn), donate_argnums=1, out_shardings=placement))
     for n, fn in methods.between(everyone[0]["method"])
   ]
-  group = Group(members, trees, placed(hyper), state, train.Stepper(step, state), batches, changes, mesh)
+  # cuBLAS batches low-rank products as fast as kernels that XLA makes and times, dozens for each of their shapes.
+  options = {"xla_gpu_enable_triton_gemm": False} if mesh.devices.flat[0].platform == "gpu" else None
+  group = Group(members, trees, placed(hyper), state, train.Stepper(step, state, options), batches, changes, mesh)
   for exp in members.values():
     exp.step = group.step
   return group
@@ -241,6 +248,7 @@ def run(
     failed = fit(group, outs, saved)
     concurrent.futures.wait([compiling])
     values = _scores(group, "after", "test")
+    group = group.on_host()
     for i, exp in enumerate(group.members.values()):
       if (directories[i] / "summary.json").exists():
         continue

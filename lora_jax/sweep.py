@@ -100,16 +100,23 @@ def run(config: Mapping, workdir: str | os.PathLike, command: str = "", shard: t
   if config_lib.finished(config, workdir):
     metrics.say(f"{workdir} is complete: see {workdir / 'report.md'}, or give another --workdir")
     return hf.read_json(workdir / "summary.json")
+  for c in configs.values():
+    config_lib.check(c)
+  mesh, plan = (
+    sharding.make_mesh(**config["mesh"]),
+    _plan({n: configs[n] for n in mine}, workdir, options["max_members"]),
+  )
+  # While the data are prepared and found to be right.
+  loading = experiment.BACKGROUND.submit(_load, configs[plan[0][0]], mesh) if plan else None
   for c in {group_lib.key(configs[n]): configs[n] for n in mine}.values():
     experiment.check(c)
-  mesh = sharding.make_mesh(**config["mesh"])
   if jax.process_index() == 0:
     metrics.write_json(workdir / "config.json", config)
-  plan = _plan({name: configs[name] for name in mine}, workdir, options["max_members"])
   metrics.say(_told(plan, len(configs), shard))
   try:
     for _, part in itertools.groupby(plan, lambda names: _base(configs[names[0]])):
-      _over_one_model(list(part), configs, workdir, mesh, command, options["memory_gib"], tick)
+      _over_one_model(list(part), configs, workdir, mesh, loading, command, options["memory_gib"], tick)
+      loading = None
   finally:
     tick()
   return _finish(config, found, workdir, command)
@@ -153,8 +160,16 @@ def _told(plan: Sequence[Sequence[str]], n: int, shard: tuple[int, int]) -> str:
   return "\n".join(lines)
 
 
-def _over_one_model(plan: list, configs: Mapping, workdir: pathlib.Path, mesh, command: str, memory_gib, tick) -> None:
-  """Runs groups that share a pretrained model, which is loaded if any of them can run; `tick` is called after each."""
+def _load(config: Mapping, mesh: jax.sharding.Mesh) -> Any:
+  """The pretrained model of a member."""
+  return experiment.load(config, tasks.get(**config["task"]), mesh)
+
+
+def _over_one_model(plan: list, configs, workdir: pathlib.Path, mesh, loading, command: str, memory_gib, tick) -> None:
+  """Runs groups that share a pretrained model; `tick` is called after each.
+
+  The model is what `loading` is a future of; without, it is loaded if any of the groups can run.
+  """
   model, known = None, {}
   done = lambda n: group_lib.finished(workdir / "members" / n)
   while plan:
@@ -165,7 +180,7 @@ def _over_one_model(plan: list, configs: Mapping, workdir: pathlib.Path, mesh, c
     chosen = {n: configs[n] for n in names}
     first = chosen[names[0]]
     task = tasks.get(**first["task"])
-    model = model or experiment.load(first, task, mesh)
+    model = model or (loading.result() if loading else _load(first, mesh))
     scored = json.dumps([dict(first[k]) for k in ("task", "eval")], sort_keys=True)
     if scored not in known:
       known[scored] = _pretrained(first, model, task, mesh)

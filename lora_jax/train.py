@@ -201,9 +201,10 @@ class Stepper:
     memory_bytes: what the largest of the programs needs on a device, arguments included, by the compiler's account.
   """
 
-  def __init__(self, step: Callable, state: State):
+  def __init__(self, step: Callable, state: State, options: Mapping[str, Any] | None = None):
+    """A step and the state that it will be called with; `options` are the compiler's, by name."""
     placement = jax.tree.map(lambda x: x.sharding, state)
-    self._step = jax.jit(step, donate_argnums=0, out_shardings=(placement, None))
+    self._step = jax.jit(step, donate_argnums=0, out_shardings=(placement, None), compiler_options=options)
     self._compiled = {}
     self.compile_seconds = 0.0
     self.memory_bytes = 0
