@@ -20,6 +20,7 @@ from lora_jax import (
   errors,
   generate,
   objectives,
+  population,
   prompts,
   seq2seq,
   tasks,
@@ -49,11 +50,14 @@ class Members:
 
   def __call__(self, fn: Callable, config: transformer.Config, *arrays: Any, static: tuple = ()) -> Any:
     """`fn(config, params, *arrays, *static)` of each member: arrays with a leading P. `static` is hashable."""
-    return _run(fn, config, static, self.own, self.shared, arrays)
+    return self._jitted()(fn, config, static, self.own, self.shared, arrays)
 
   def compile(self, fn: Callable, config: transformer.Config, *arrays: Any, static: tuple = ()) -> None:
     """Compiles what a call with these arguments runs."""
-    _run.lower(fn, config, static, self.own, self.shared, arrays).compile()
+    self._jitted().lower(fn, config, static, self.own, self.shared, arrays).compile()
+
+  def _jitted(self) -> Callable:
+    return _jitted(self.own is not None)
 
   def shapes(self) -> "Members":
     """Members to compile for, whose own arrays may be given away meanwhile."""
@@ -82,7 +86,12 @@ def one(params: Any) -> Members:
   return Members(params, soft=prompts.of(params))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+@functools.cache
+def _jitted(several: bool) -> Callable:
+  """`_run`, compiled for one model or several."""
+  return jax.jit(_run, static_argnums=(0, 1, 2), compiler_options=population.compiler_options() if several else None)
+
+
 def _run(fn, config, static, own, shared, arrays):
   if own is None:
     return jax.tree.map(lambda x: x[None], fn(config, shared, *arrays, *static))

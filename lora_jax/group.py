@@ -147,9 +147,8 @@ def build(configs: Mapping[str, Mapping], task: tasks.Task, mesh: jax.sharding.M
     (n, jax.jit(population.between(fn), donate_argnums=1, out_shardings=placement))
     for n, fn in methods.between(everyone[0]["method"])
   ]
-  # cuBLAS batches low-rank products as fast as kernels that XLA makes and times, dozens for each of their shapes.
-  options = {"xla_gpu_enable_triton_gemm": False} if mesh.devices.flat[0].platform == "gpu" else None
-  group = Group(members, trees, placed(hyper), state, train.Stepper(step, state, options), batches, changes, mesh)
+  stepper = train.Stepper(step, state, population.compiler_options())
+  group = Group(members, trees, placed(hyper), state, stepper, batches, changes, mesh)
   for exp in members.values():
     exp.step = group.step
   return group

@@ -293,6 +293,14 @@ def make_step(
   return step
 
 
+def compiler_options() -> dict[str, Any] | None:
+  """What XLA is told about programs of members: on a GPU to leave low-rank products to cuBLAS.
+
+  It batches them as fast as the kernels that XLA would make and time, dozens for each shape: half of all compiling.
+  """
+  return {"xla_gpu_enable_triton_gemm": False} if jax.default_backend() == "gpu" else None
+
+
 def between(change: Callable) -> Callable[[Hyper, State], State]:
   """A method's change between steps for the members that go on after it; see `methods.between`."""
 
