@@ -242,7 +242,7 @@ def run(
       if jax.process_index() == 0:
         metrics.write_json(directory / "config.json", exp.config)
       outs.append(stack.enter_context(metrics.Metrics(directory, group.steps, start, bar=False)))
-      if not start:
+      if not start and not any(_has(r, "before") for r in outs[-1].history()):
         outs[-1].log(0, known, "before")
     failed = fit(group, outs, saved)
     concurrent.futures.wait([compiling])

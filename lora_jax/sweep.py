@@ -7,10 +7,12 @@ Hosts take shards of the members, in one directory that all see or each in its o
 
 import concurrent.futures
 import functools
+import gc
 import itertools
 import json
 import os
 import pathlib
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -235,8 +237,24 @@ def _failed(names: Sequence[str], workdir: pathlib.Path, error: errors.UserError
       metrics.write_json(directory / "summary.json", {"error": str(error), "group": group_lib.identity(names)})
 
 
-def _together(configs, workdir, task, mesh, model, before, command, memory_gib) -> list[list[str]]:
+def _together(configs, workdir, *rest) -> list[list[str]]:
   """Runs a group, or returns the smaller groups that it has to be cut into."""
+  directory = workdir / "groups" / group_lib.identity(configs)
+  try:
+    return _fitting(configs, workdir, directory, *rest)
+  except jax.errors.JaxRuntimeError as e:
+    if "RESOURCE_EXHAUSTED" not in str(e) or any(directory.glob("checkpoints/[0-9]*")):
+      raise
+  gc.collect()  # what the group had on the device
+  if jax.process_index() == 0:
+    shutil.rmtree(directory, ignore_errors=True)
+  parts = cut(list(configs), 2)
+  metrics.say(f"they do not fit: cut into 2 groups of {len(parts[0])} or fewer")
+  return parts
+
+
+def _fitting(configs, workdir, directory, task, mesh, model, before, command, memory_gib) -> list[list[str]]:
+  """`_together` where what a program needs is known before it runs."""
   names = list(configs)
   metrics.say(f"{len(names)} members train together")
   try:
@@ -246,18 +264,11 @@ def _together(configs, workdir, task, mesh, model, before, command, memory_gib) 
   except errors.UserError as e:
     _failed(names, workdir, e)
     return []
-  except jax.errors.JaxRuntimeError as e:
-    if "RESOURCE_EXHAUSTED" not in str(e):
-      raise
-    parts = cut(names, 2)
-    metrics.say(f"they do not fit: cut into 2 groups of {len(parts[0])} or fewer")
-    return parts
   if not fits:
     parts = cut(names, min(-(-built.step.memory_bytes // limit), len(names)))
     need = f"{built.step.memory_bytes / 2**30:.2f} GiB of {limit / 2**30:.2f}"
     metrics.say(f"they need {need}: cut into {len(parts)} groups of {len(parts[0])} or fewer")
     return parts
-  directory = workdir / "groups" / group_lib.identity(names)
   if jax.process_index() == 0:
     metrics.write_json(directory / "members.json", {"members": names})
   group_lib.run(built, workdir, directory / "checkpoints", before, command)

@@ -153,7 +153,7 @@ def _masks(c, positions, segment_ids, cache, plain, before) -> tuple:
     T = positions.shape[1]
     mask = jnp.tri(T, dtype=bool)[None] if c.causal else jnp.ones((1, T, T), bool)
     if segment_ids is not None:
-      mask &= (segment_ids[:, :, None] == segment_ids[:, None, :]) & (segment_ids > 0)[:, None]
+      mask &= segment_ids[:, :, None] == segment_ids[:, None, :]
     mask = jnp.broadcast_to(mask, distance.shape)
     if before:
       distance = jnp.concatenate([positions[:, :, None] - jnp.arange(before), distance], axis=2)
@@ -204,7 +204,8 @@ def hidden(
       soft tokens, see prompts.py.
     positions: int [B, T], rising within a segment; 0..T-1 if None. With a cache also the slots of the new keys. Where
       `params` has a prefix of P keys and values all of them are moved by P.
-    segment_ids: int [B, T]; attention stays within equal ids, and 0 is seen by nobody. None: each row is one sequence.
+    segment_ids: int [B, T]; attention stays within equal ids. 0 is padding, which sees padding: a query that sees none
+      has no softmax. None: each row is one sequence.
     token_types: int [B, T]; 0 if None.
     cache: of `init_cache`, with room for the prefix; a query at position p sees the slots 0..p.
     encoded: [B, S, D] of `encode`, for an encoder-decoder; with a cache it is needed only once.

@@ -31,6 +31,7 @@ from lora_jax import (
   train,
   variants,
 )
+from lora_jax.formats import hf
 from tests import test_warm_start
 from tests.test_experiment import compiled, config, files  # noqa: F401, fixtures
 
@@ -188,15 +189,17 @@ def test_shards_are_joined(swept, done, tmp_path):
 def test_a_group_whose_arrays_do_not_fit_is_halved(swept, tmp_path, capsys, monkeypatch):
   c = copy.deepcopy(swept)
   c["sweep"] = {"product": {"train": {"seed": (0, 1, 2, 3)}}}
-  build = group.build
+  fit = group.fit
 
-  def small(configs, *args):
-    if len(configs) > 2:
+  def small(built, *args):
+    if len(built.members) > 2:
       raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
-    return build(configs, *args)
+    return fit(built, *args)
 
-  monkeypatch.setattr(group, "build", small)
+  monkeypatch.setattr(group, "fit", small)
   summary = sweep.run(c, tmp_path / "s")
+  rows = metrics.read_metrics(tmp_path / "s" / "members" / "seed_0" / "metrics.jsonl")
+  assert sum(any(k.startswith("before/") for k in r) for r in rows) == 1
   assert "do not fit: cut into 2 groups of 2 or fewer" in capsys.readouterr().err
   assert len(summary["members"]) == 4 and not any("error" in m for m in summary["members"])
   assert summary["groups"] == [["seed_0", "seed_1"], ["seed_2", "seed_3"]], "as they ran"
@@ -405,7 +408,7 @@ def test_a_group_that_has_begun_goes_on_as_it_was(swept, tmp_path, pretended, mo
   assert pretended == [["seed_0"], ["seed_0", "seed_1"], ["seed_2", "seed_3", "seed_4"]]
 
 
-@pytest.mark.parametrize("where", ["build", "fits"])
+@pytest.mark.parametrize("where", ["build", "fits", "run"])
 def test_a_group_is_halved_wherever_memory_ends(swept, tmp_path, pretended, monkeypatch, where):
   real = getattr(group, where)
 
@@ -417,6 +420,8 @@ def test_a_group_is_halved_wherever_memory_ends(swept, tmp_path, pretended, monk
   monkeypatch.setattr(group, where, small)
   sweep.run(seeds(swept, 4), tmp_path / "s")
   assert pretended == [["seed_0", "seed_1"], ["seed_2", "seed_3"]]
+  kept = sorted(len(hf.read_json(p)["members"]) for p in tmp_path.glob("s/groups/*/members.json"))
+  assert kept == [2, 2], "the group that was cut is not one that has begun"
 
 
 def test_groups_are_those_that_ran(swept, tmp_path):
