@@ -61,7 +61,7 @@ def run_prompts(config, params, tokens: jax.Array, lengths: jax.Array, *, slots:
   if config.encoder_layers:
     seen = jnp.arange(T) < lengths[:, None]
     encoded = transformer.encode(config, params, tokens, seen.astype(jnp.int32))
-    cache = transformer.init_cache(config, B, slots, T)
+    cache = transformer.init_cache(config, B, slots, T, prompts.prefix_length(params))
     tokens, lengths = jnp.full((B, 1), start, jnp.int32), jnp.ones(B, jnp.int32)
     x, cache = transformer.hidden(config, params, tokens, cache=cache, encoded=encoded, seen=seen)
     logits = transformer.logits(config, params, x)[:, 0]

@@ -4,14 +4,16 @@ A soft token is a negative id: -1 - i stands for row i of the table that `params
 like any token, so that packing, caches, generation and placement on devices know nothing of it. What makes the table is
 the method's: `params["prompt"]` also has a `length` and one of `PLACEMENTS` as its `placement`.
 
-`params["prefix"]()` gives keys and values {"k", "v"} [L, P, K, H] that every token sees before the text, whose
-positions begin at P then; `length` is P.
+`params["prefix"]()` gives {"attn": {"k", "v"}}, keys and values [L, P, K, H] that every token sees before the text,
+whose positions begin at P then; `length` is P. In an encoder-decoder there may be others under "cross", which are seen
+before those of the encoder's states, and a prefix of the encoder in `params["encoder"]`.
 """
 
 import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from lora_jax import errors
@@ -65,7 +67,8 @@ def insert(soft: Soft | None, ids: Sequence[int], begins: bool) -> np.ndarray:
 
 def bake(params: Any) -> Any:
   """The tree with a table, and keys and values, in place of the networks that compute them."""
-  return params | {k: params[k].bake() for k in ("prompt", "prefix") if hasattr(params.get(k), "bake")}
+  network = lambda w: hasattr(w, "bake")
+  return jax.tree.map(lambda w: w.bake() if network(w) else w, params, is_leaf=network)
 
 
 def unscaled(params: Any, embed_scale: float | None) -> Any:

@@ -110,8 +110,12 @@ def _cross_attention(c, params, x, ctx, cache):
     k, v = cache["cross_k"], cache["cross_v"]
   else:
     k, v = (linear("BTD,DKH->BTKH", ctx.encoded, params[name]) for name in "kv")
+    if "prefix" in params:
+      k, v = (_before(params["prefix"][name], a, None) for name, a in (("k", k), ("v", v)))
     cache = None if cache is None else cache | {"cross_k": k, "cross_v": v}
-  mask = jnp.broadcast_to(ctx.seen[:, None], (*q.shape[:2], k.shape[1]))
+  prefix = k.shape[1] - ctx.seen.shape[1]
+  seen = jnp.pad(ctx.seen, [(0, 0), (prefix, 0)], constant_values=True)
+  mask = jnp.broadcast_to(seen[:, None], (*q.shape[:2], k.shape[1]))
   y = layers.attention(q, k, v, mask=mask, scale=c.attn_scale, implementation=c.attention, members=c.members)
   return linear("BTNH,NHD->BTD", y, params["o"]), cache
 
@@ -141,23 +145,28 @@ def _layer(c, params, x, ctx, local, cache):
   return residual("mlp", x, lambda h: _feed_forward(c, params, h))[0], cache
 
 
+def _key_positions(positions, cache, before):
+  """Positions [B or 1, S] of the keys: the slots of a cache, or those of a prefix and of the text."""
+  if cache is not None:
+    return jnp.arange(cache["layers"]["k"].shape[2])[None]
+  prefix = jnp.broadcast_to(jnp.arange(before), (len(positions), before))
+  return jnp.concatenate([prefix, positions], axis=1) if before else positions
+
+
 def _masks(c, positions, segment_ids, cache, plain, before) -> tuple:
   """(global, local) masks [B, T, S], or None where causality and a static window say it all."""
-  if cache is not None:
-    distance = positions[:, :, None] - jnp.arange(cache["layers"]["k"].shape[2])
-    mask = distance >= 0
-  elif plain:
+  if plain:
     return None, None
+  distance = positions[:, :, None] - _key_positions(positions, cache, before)[:, None, :]
+  if cache is not None:
+    mask = distance >= 0
   else:
-    distance = positions[:, :, None] - positions[:, None, :]
     T = positions.shape[1]
     mask = jnp.tri(T, dtype=bool)[None] if c.causal else jnp.ones((1, T, T), bool)
     if segment_ids is not None:
       mask &= segment_ids[:, :, None] == segment_ids[:, None, :]
+    mask = jnp.pad(mask, [(0, 0), (0, 0), (before, 0)], constant_values=True)
     mask = jnp.broadcast_to(mask, distance.shape)
-    if before:
-      distance = jnp.concatenate([positions[:, :, None] - jnp.arange(before), distance], axis=2)
-      mask = jnp.pad(mask, [(0, 0), (0, 0), (before, 0)], constant_values=True)
   return mask, mask if c.window is None else mask & (distance < c.window)
 
 
@@ -170,7 +179,7 @@ def _context(c, params, positions, plain, default, segment_ids, cache, encoded, 
     rotation = (far, near)
   bias = None
   if c.position == "relative":
-    keys = positions if cache is None else jnp.arange(cache["layers"]["k"].shape[2])[None]
+    keys = _key_positions(positions, cache, before)
     query, keys = (positions[:1], keys[:1]) if default else (positions, keys)
     distance = keys[:, None, :] - query[:, :, None]
     bucket = layers.relative_buckets(distance, c.relative_buckets, c.relative_furthest, c.causal)
@@ -217,7 +226,8 @@ def hidden(
   params = weights.bind({k: v for k, v in params.items() if k != "layers"}, shared)
   if "prefix" in params:
     prefix = params["prefix"]()
-    stack, before = stack | {"attn": stack["attn"] | {"prefix": prefix}}, prefix["k"].shape[1]
+    before = prefix["attn"]["k"].shape[1]
+    stack = stack | {name: stack[name] | {"prefix": x} for name, x in prefix.items()}
   if default and c.position == "learned" and c.max_seq_len < before + T:
     raise errors.UserError(
       f"{before + T} tokens are more than the {c.max_seq_len} positions that the model has learned"
@@ -227,7 +237,8 @@ def hidden(
   positions = positions + before if before else positions
   x = sharding.constrain(_embed(c, params["embed"], tokens, positions, token_types, params.get("prompt")))
   default &= cache is None
-  plain = cache is None and segment_ids is None
+  # The bias has no rows for the queries that a prefix adds where there is no mask.
+  plain = cache is None and segment_ids is None and not (before and c.position == "relative")
   length = positions.max() + 1 if length is None else length + before
   ctx = _context(c, params, positions, plain, default, segment_ids, cache, encoded, seen, length, before)
   mixed = len(set(c.local)) > 1 and c.window is not None

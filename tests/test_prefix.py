@@ -209,7 +209,7 @@ def test_the_network_is_that_of_peft():
   )
   want = theirs(torch.arange(P)).detach().numpy()
   want = einops.rearrange(want, "p (l s k h) -> s l p k h", l=L, s=2, k=K)
-  np.testing.assert_allclose([ours()["k"], ours()["v"]], want, atol=1e-6)
+  np.testing.assert_allclose([ours()["attn"][name] for name in "kv"], want, atol=1e-6)
 
 
 CASES = "llama mistral-window gpt2 phi3-long qwen3-window gemma2 gemma3 neox opt-350m bert-classifier".split()

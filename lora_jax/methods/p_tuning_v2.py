@@ -9,19 +9,20 @@ from typing import Any
 
 import jax
 
-from lora_jax.methods import prefix_tuning
+from lora_jax.methods import _targets, prefix_tuning
 from lora_jax.methods.prefix_tuning import MERGES, PEFT_TYPE, STARTS, from_peft, to_peft  # noqa: F401, its own too
 
 
-def init(
-  key: jax.Array, params: Any, *, length: int = 20, mlp: bool = False, hidden: int | None = None, std: float = 0.02
-) -> tuple[Any, Any]:
+def init(key: jax.Array, params: Any, *, hidden: int | None = None, **kw: Any) -> tuple[Any, Any]:
   """Adds a prefix, see `prefix_tuning.init`.
 
   Args:
-    length: short for simple tasks, up to 100 for hard ones.
-    mlp: whether a network computes the prefix, which helps on some tasks and harms on others (section 3.3).
-    hidden: the network's width; None is that of the embedding.
+    hidden: the width of the network, which helps on some tasks and harms on others (section 3.3); None is that of the
+      embedding.
+    **kw: those of `prefix_tuning.init`; `length` is short for simple tasks, up to 100 for hard ones.
   """
   hidden = params["embed"]["kernel"].shape[1] if hidden is None else hidden
-  return prefix_tuning.init(key, params, length=length, mlp=mlp, hidden=hidden, std=std)
+  return prefix_tuning.init(key, params, hidden=hidden, **kw)
+
+
+init.__signature__ = _targets.signature(init, prefix_tuning.init)

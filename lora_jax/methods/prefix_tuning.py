@@ -2,6 +2,10 @@
 https://arxiv.org/abs/2101.00190, section 4).
 
 Keys enter attention as they are, not rotated; the positions of the text begin after them.
+
+An encoder-decoder has them in its decoder, which is all that PEFT has (see `to_peft`) and changes nothing about how the
+prompt is read. With `encoder=True` its encoder has a prefix too, as in figure 2, and with `cross=True` the decoder's
+attention to it.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -22,14 +26,15 @@ MERGES = False
 
 @struct.dataclass
 class Prefix:
-  """Keys and values, float32 [L, P, K, H]."""
+  """Keys and values, float32 [L, P, K, H], and in `cross` {"k", "v"} of attention to an encoder; {} for none."""
 
   k: jax.Array
   v: jax.Array
+  cross: dict = struct.field(default_factory=dict)
 
-  def __call__(self) -> dict[str, jax.Array]:
-    """{"k", "v"}: [L, P, K, H]."""
-    return {"k": self.k, "v": self.v}
+  def __call__(self) -> dict[str, dict[str, jax.Array]]:
+    """{"attn": {"k", "v"}}, and "cross" where it is: [L, P, K, H]."""
+    return {"attn": {"k": self.k, "v": self.v}} | ({"cross": self.cross} if self.cross else {})
 
   @property
   def length(self) -> int:
@@ -44,19 +49,16 @@ class Projected:
   Fields, all float32:
     embedding: [P, D].
     down: {"kernel" [D, C], "bias" [C]}.
-    up: {"kernel" [C, L, 2, K, H], "bias" [L, 2, K, H]}: keys, then values.
+    up: {"kernel" [C, L, S, K, H], "bias" [L, S, K, H]}: keys, then values; S is 2, or 4 with those of `cross`.
   """
 
   embedding: jax.Array
   down: dict
   up: dict
 
-  def __call__(self) -> dict[str, jax.Array]:
-    """{"k", "v"}: [L, P, K, H]."""
-    with jax.default_matmul_precision("highest"):
-      h = jnp.tanh(layers.linear("PD,DC->PC", self.embedding, self.down))
-      k, v = jnp.einsum("PC,CLSKH->SLPKH", h, self.up["kernel"]) + self.up["bias"].swapaxes(0, 1)[:, :, None]
-    return {"k": k, "v": v}
+  def __call__(self) -> dict[str, dict[str, jax.Array]]:
+    """As `Prefix`."""
+    return self.bake()()
 
   @property
   def length(self) -> int:
@@ -65,11 +67,22 @@ class Projected:
 
   def bake(self) -> Prefix:
     """What it computes, without the network."""
-    return Prefix(**self())
+    with jax.default_matmul_precision("highest"):
+      h = jnp.tanh(layers.linear("PD,DC->PC", self.embedding, self.down))
+      k, v, *cross = jnp.einsum("PC,CLSKH->SLPKH", h, self.up["kernel"]) + self.up["bias"].swapaxes(0, 1)[:, :, None]
+    return Prefix(k, v, dict(zip("kv", cross, strict=False)))
 
 
 def init(
-  key: jax.Array, params: Any, *, length: int = 20, mlp: bool = False, hidden: int = 512, std: float = 0.02
+  key: jax.Array,
+  params: Any,
+  *,
+  length: int = 20,
+  mlp: bool = False,
+  hidden: int = 512,
+  std: float = 0.02,
+  cross: bool = False,
+  encoder: bool = False,
 ) -> tuple[Any, Any]:
   """Adds a `Prefix`, or a `Projected` one.
 
@@ -79,31 +92,38 @@ def init(
       is dropped when the adapter is saved. Its initial values are those of PEFT: embeddings normal, the others uniform
       in +-1/sqrt(fan).
     std: standard deviation of keys and values without `mlp`. PEFT takes 1, which drowns the text at first.
+    cross: of an encoder-decoder: also keys and values before those of the encoder's states, in every layer.
+    encoder: of an encoder-decoder: also a prefix of the encoder, with a network of its own where `mlp`.
 
   Returns:
-    (params, mask): True at `prefix/...`, float32.
-
-  Raises:
-    UserError: the model is an encoder-decoder.
+    (params, mask): True at `prefix/...` and `encoder/prefix/...`, float32.
   """
-  if "encoder" in params:
-    raise errors.UserError("config.method: prefix tuning is for models of one stack, not for encoder-decoders")
   for k, value in (("length", length), ("hidden", hidden)):
     if not isinstance(value, int) or value < 1:
       raise errors.UserError(f"config.method.{k}={value!r} must be a whole number, at least 1")
+  for k in (k for k, value in (("cross", cross), ("encoder", encoder)) if value and "encoder" not in params):
+    raise errors.UserError(f"config.method.{k}=True is of encoder-decoders, and the model has no encoder beside it")
   if "prefix" in params:
     raise errors.UserError("config.method: one prefix can be trained, not two")
-  L, K, H = sizes(params)
-  normal = lambda name, *shape: jax.random.normal(tree.fold(key, f"prefix/{name}"), shape)
-  if mlp:
-    D = params["embed"]["kernel"].shape[1]
-    down = p_tuning.dense(key, "prefix/down", (D,), (hidden,))
-    up = p_tuning.dense(key, "prefix/up", (hidden,), (L, 2, K, H))
-    prefix = Projected(normal("embedding", length, D), down, up)
-  else:
-    prefix = Prefix(*(std * normal(name, L, length, K, H) for name in "kv"))
-  params = params | {"prefix": prefix}
-  return params, tree.map_named(lambda k, _: k.startswith("prefix/"), params)
+  D = params["embed"]["kernel"].shape[1]
+
+  def make(name, stack, parts):
+    L, K, H = sizes(stack)
+    normal = lambda part, *shape: jax.random.normal(tree.fold(key, f"{name}/{part}"), shape)
+    if not mlp:
+      k, v, *rest = (std * normal(part, L, length, K, H) for part in parts)
+      return Prefix(k, v, dict(zip("kv", rest, strict=False)))
+    down = p_tuning.dense(key, f"{name}/down", (D,), (hidden,))
+    up = p_tuning.dense(key, f"{name}/up", (hidden,), (L, len(parts), K, H))
+    return Projected(normal("embedding", length, D), down, up)
+
+  own, across = ("k", "v"), ("cross/k", "cross/v")
+  added = {"prefix": make("prefix", params, own + across if cross else own)}
+  if encoder:
+    stack = params["encoder"]
+    added["encoder"] = stack | {"prefix": make("encoder/prefix", stack, own)}
+  params = params | added
+  return params, tree.map_named(lambda k, _: k.startswith(("prefix/", "encoder/prefix/")), params)
 
 
 def sizes(params: Any) -> tuple[int, int, int]:
@@ -123,32 +143,52 @@ _ROW = "l s p k h -> p (l s k h)"  # a row is the keys, then the values, of one 
 def to_peft(
   params: Any, keys: Sequence[Any], trained: Collection[str] = ()
 ) -> tuple[dict, dict[str, np.ndarray]] | None:
-  """(adapter config, {"prompt_embeddings": [P, L 2 K H]}) of a prefix, computed where it is `Projected`."""
+  """(adapter config, {"prompt_embeddings": [P, n 2 K H]}) of a prefix, computed where it is `Projected`.
+
+  n is the number of layers but for encoder-decoders. There PEFT 0.21 splits its table, twice over, as if keys and
+  values for cross-attention were between those of two layers, and then drops these: layer i gets what is number
+  2i mod n. With n as PEFT sets it, the number of layers of the encoder, layers i and i + n/2 share theirs if it is even
+  and every other one is never used. With the odd n that is written here each layer has its own; one left over is zero.
+
+  Raises:
+    UserError: an encoder has a prefix, or cross-attention, which PEFT has no place for.
+  """
   if "prefix" not in params:
     return None
-  k, v = (np.asarray(params["prefix"]()[name], np.float32) for name in "kv")
-  L, P, K, H = k.shape
+  prefix = params["prefix"]()
+  if "cross" in prefix or "prefix" in params.get("encoder", {}):
+    raise errors.UserError("PEFT has no prefix of an encoder or of attention to it")
+  both = np.stack([np.asarray(prefix["attn"][name], np.float32) for name in "kv"], 1)
+  L, _, P, K, H = both.shape
+  stacks, n = (2, L | 1) if "encoder" in params else (1, L)
+  table = np.zeros((n, *both.shape[1:]), np.float32)
+  table[_rows(L, n, stacks)] = both
   config = {
     "peft_type": PEFT_TYPE,
     "num_virtual_tokens": P,
     "token_dim": K * H,
-    "num_transformer_submodules": 1,
+    "num_transformer_submodules": stacks,
     "num_attention_heads": K,
-    "num_layers": L,
+    "num_layers": n,
     "prefix_projection": False,
   }
-  return config, {"prompt_embeddings": einops.rearrange(np.stack([k, v], 1), _ROW)}
+  return config, {"prompt_embeddings": einops.rearrange(table, _ROW)}
+
+
+def _rows(layers: int, n: int, stacks: int) -> np.ndarray:
+  """Which of the n keys and values of PEFT's table each layer has."""
+  return stacks * np.arange(layers) % n
 
 
 def from_peft(params: Any, keys: Sequence[Any], config: Mapping, tensors: Mapping[str, np.ndarray]) -> Any:
   """The inverse of `to_peft`: `params` with a `Prefix`; UserError lists what does not fit."""
   table = prompt_tuning.embeddings(tensors)
-  if "encoder" in params:
-    raise errors.UserError("a prefix of an encoder-decoder is not supported")
   L, K, H = sizes(params)
-  P = config.get("num_virtual_tokens") or len(table)
-  if table.shape != (P, L * 2 * K * H):
-    raise errors.UserError(f"prompt_embeddings is {table.shape}, expected {(P, L * 2 * K * H)}")
+  P, encoder = config.get("num_virtual_tokens") or len(table), "encoder" in params
+  n = max(L, table.shape[-1] // (2 * K * H)) if encoder else L
+  if table.shape != (P, n * 2 * K * H):
+    raise errors.UserError(f"prompt_embeddings is {table.shape}, expected {(P, n * 2 * K * H)}")
   left, right = _ROW.split(" -> ")
-  k, v = einops.rearrange(table.astype(np.float32), f"{right} -> s l p k h", l=L, s=2, k=K, h=H)
-  return params | {"prefix": Prefix(jnp.asarray(k), jnp.asarray(v))}
+  both = einops.rearrange(table.astype(np.float32), f"{right} -> {left}", l=n, s=2, k=K, h=H)
+  both = both[_rows(L, n, config.get("num_transformer_submodules") or 1 + encoder)]
+  return params | {"prefix": Prefix(jnp.asarray(both[:, 0]), jnp.asarray(both[:, 1]))}
