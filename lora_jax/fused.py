@@ -1,7 +1,7 @@
 """Matrices that are several in one, by their parts: query, key and value as `qkv`, gate and up as `gate_up`.
 
 A `Fused` node holds the parts side by side, so that a method may adapt some of them and leave the others alone, as
-loralib's `MergedLinear(enable_lora=[True, False, True])` does.
+loralib's `MergedLinear(enable_lora=[True, False, True])` does. The bias beside such a matrix is split alike.
 """
 
 import dataclasses
@@ -16,12 +16,12 @@ from lora_jax import errors, tree, weights
 from lora_jax.weights import Weight
 
 PARTS = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up")}
-AXIS = -2  # heads of [D, M, H], and what is gate and up of [D, 2, F]
+AXIS = -2  # heads of [D, M, H], and what is gate and up of [D, 2, F]; a bias has the last two axes
 
 
 @dataclasses.dataclass(frozen=True)
 class Fused:
-  """A matrix as its parts, which lie one after the other along `AXIS`.
+  """A matrix or bias as its parts, which lie one after the other along `AXIS`.
 
   Fields:
     parts: {name: weight}; the names of leaves are those of the matrix and the part, `layers/attn/qkv/kernel/q`.
@@ -80,14 +80,25 @@ def flatten(params: Any) -> dict[str, Any]:
 
 
 def part_names(name: str) -> tuple[str, ...]:
-  """Names that the parts of a fused matrix have; () for what is none."""
+  """Names that the parts of a fused matrix or bias have; () for what is none."""
   steps = name.split("/")
-  is_fused = len(steps) > 1 and steps[-1] == "kernel"
+  is_fused = len(steps) > 1 and steps[-1] in ("kernel", "bias")
   return tuple(f"{name}/{p}" for p in PARTS.get(steps[-2], ())) if is_fused else ()
 
 
+def whole(name: str) -> str:
+  """The name of the matrix or bias that a part is of; `name` itself where it is none."""
+  return parent if name in part_names(parent := name.rpartition("/")[0]) else name
+
+
+def alone(part: str) -> str:
+  """What a part would be called in a model that has it as a matrix or bias of its own."""
+  *group, _, leaf, name = part.split("/")
+  return "/".join([*group, name, leaf])
+
+
 def split(params: Any, names: Collection[str]) -> Any:
-  """The tree with a `Fused` in place of the matrices `names`; those that are split already stay.
+  """The tree with a `Fused` in place of the matrices and biases `names`; those that are split already stay.
 
   Raises:
     UserError: a method has adapted the matrix whole.
@@ -99,7 +110,7 @@ def split(params: Any, names: Collection[str]) -> Any:
       return w
     if weights.is_node(w):
       raise errors.UserError(f"{k} is {type(w).__name__} as a whole; adapt its parts before it or not at all")
-    group, name = k.removesuffix("/kernel").rpartition("/")[::2]
+    group, name, _ = k.rsplit("/", 2)
     if name == "qkv":
       n, m = flat[f"{group}/o/kernel"].shape[-3], w.shape[AXIS]
       ends = [n, (n + m) // 2, m]

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax import errors
-from lora_jax.weights import dot, widened
+from lora_jax.weights import dense, dot, widened
 
 gelu_tanh = functools.partial(jax.nn.gelu, approximate=True)
 ACTIVATIONS = {
@@ -51,7 +51,7 @@ def linear(spec: str, x: jax.Array, params: Mapping) -> jax.Array:
   if "input_scale" in params:
     x = x * params["input_scale"].astype(x.dtype)
   y = dot(spec, x, params["kernel"])
-  y = y + params["bias"].astype(y.dtype) if "bias" in params else y
+  y = y + dense(params["bias"]).astype(y.dtype) if "bias" in params else y
   if "output_scale" in params:
     y = y * widened(params["output_scale"], y.shape).astype(y.dtype)
   return y + params["adapter"](y) if "adapter" in params else y

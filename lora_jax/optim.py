@@ -101,7 +101,7 @@ def transformation(
   *,
   name: str = "adamw",
   weight_decay: Scalar = 0.0,
-  no_decay: Sequence[str] = ("scale$", "bias$"),
+  no_decay: Sequence[str] = ("scale$", "bias$", r"bias/\w+$"),
   clip_norm: Scalar = 1.0,
   b1: Scalar = 0.9,
   b2: Scalar = 0.999,

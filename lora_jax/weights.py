@@ -93,7 +93,7 @@ def _offsets(params: Any, where: str = "") -> Any:
     if hasattr(w, "offset") and w.offset() is not None:
       if "bias" not in p:
         raise errors.UserError(f"{where}kernel has an adapter with a bias, but no bias that it could be merged into")
-      p["bias"] = p["bias"] + w.offset()
+      p["bias"] = dense(p["bias"]) + w.offset()
     w = w.base
   return p
 

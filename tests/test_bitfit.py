@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lora_jax import errors, methods, models, transformer, tree, weights
+from lora_jax import errors, fused, methods, models, optim, transformer, tree, weights
 from lora_jax.formats import adapter, peft as peft_format
 from lora_jax.methods import bitfit, norms
 from tests import test_families
@@ -28,6 +28,7 @@ LAYER = dict(norm="layer", gated=False, attn_bias="all", mlp_bias=True)
 BERT = dataclasses.replace(
   LLAMA, **LAYER, norm_order="post", final_norm=False, embed_norm=True, causal=False, pooler="tanh", head="mlm"
 )
+GPT2 = dataclasses.replace(LLAMA, **LAYER, n_kv_heads=4, fused=True)
 KEY = jax.random.key(0)
 
 
@@ -47,6 +48,8 @@ def trained(mask):
     (LLAMA, "all", {f"layers/{k}/bias" for k in "attn/q attn/k attn/v attn/o mlp/gate mlp/up mlp/down".split()}),
     (LLAMA, "q,up", {"layers/attn/q/bias", "layers/mlp/up/bias"}),
     (FUSED, ["qkv", "mlp/gate"], {"layers/attn/qkv/bias", "layers/mlp/gate_up/bias"}),
+    (FUSED, "q,qkv,down", {"layers/attn/qkv/bias", "layers/mlp/down/bias"}),
+    (GPT2, "all", {k for k in tree.names(transformer.shapes(GPT2)) if k.endswith("/bias")}),
     (BERT, "norm", {f"{k}/bias" for k in ("layers/attn_norm", "layers/mlp_norm", "embed/norm", "head/norm")}),
     (BERT, ["attn/[qv]/", "mlp_norm"], {"layers/attn/q/bias", "layers/attn/v/bias", "layers/mlp_norm/bias"}),
     (BERT, "all", {k for k in tree.names(transformer.shapes(BERT)) if k.endswith("/bias")}),
@@ -60,6 +63,63 @@ def test_which_biases_are_trained(config, targets, expected):
   assert flat.keys() == old.keys() | expected
   assert all(x is old[k] for k, x in flat.items() if k in old and k not in expected)
   assert all(not flat[k].any() and flat[k].dtype == jnp.float32 for k in expected - old.keys())
+
+
+@pytest.mark.parametrize(
+  "config, targets, names, size",
+  [
+    (GPT2, "q,up", {"layers/attn/qkv/bias/q", "layers/mlp/up/bias"}, 3 * (4 * 4 + 24)),
+    (GPT2, ["attn/[qv]/"], {"layers/attn/qkv/bias/q", "layers/attn/qkv/bias/v"}, 3 * 2 * 4 * 4),
+    (FUSED, "q,up", {"layers/attn/qkv/bias/q", "layers/mlp/gate_up/bias/up"}, 3 * (4 * 4 + 24)),
+    (FUSED, "k", {"layers/attn/qkv/bias/k"}, 3 * 2 * 4),
+  ],
+)
+def test_biases_of_parts(tmp_path, config, targets, names, size):
+  """They are trained alone, are those of the matrices if these stood alone, and are saved, loaded and merged."""
+  model = models.Model("tiny", config, model_of(config), None, {"model_type": "gpt2"})
+  method = [{"name": "bitfit", "targets": targets}]
+  params, mask = methods.init(KEY, model.params, method)
+  assert trained(mask) == names and methods.size(params, mask) == size
+  np.testing.assert_array_equal(jitted(config, params, TOKENS), jitted(config, model.params, TOKENS))
+  params = noisy(params, mask)
+  merged = weights.merge(params)
+  want = {**tree.flatten(params), **tree.flatten(merged)}
+  for k in {fused.whole(n) for n in names} - names:
+    parts = [np.asarray(want[part]) for part in fused.part_names(k)]
+    old = tree.flatten(model.params).get(k, np.zeros_like(want[k]))
+    ends = np.cumsum([p.shape[-2] for p in parts])
+    for part, new, before in zip(fused.part_names(k), parts, np.split(np.asarray(old), ends[:-1], -2), strict=True):
+      assert np.array_equal(new, before) == (part not in names)
+    np.testing.assert_array_equal(want[k], np.concatenate(parts, -2))
+  ours = jitted(config, params, TOKENS)
+  np.testing.assert_array_equal(ours, jitted(config, merged, TOKENS))
+  assert np.abs(ours - jitted(config, model.params, TOKENS)).max() > 1e-2
+  adapter.save(model, params, mask, method, tmp_path)
+  loaded = adapter.load(model, tmp_path)
+  assert jax.tree.structure(loaded) == jax.tree.structure(params)
+  jax.tree.map(np.testing.assert_array_equal, loaded, params)
+
+
+def test_biases_of_parts_beside_other_methods(tmp_path):
+  """Nothing that was trained is left out, whichever method comes first, and biases do not decay."""
+  model = models.Model("tiny", GPT2, model_of(GPT2), None, {"model_type": "gpt2"})
+  part = {"name": "bitfit", "targets": "q"}
+  method = [{"name": "lora", "rank": 2, "targets": "q,v"}, part]
+  params, mask = methods.init(KEY, model.params, method)
+  params = noisy(params, mask)
+  adapter.save(model, params, mask, method, tmp_path)
+  jax.tree.map(np.testing.assert_array_equal, adapter.load(model, tmp_path), params)
+  for rest in (
+    [{"name": "bitfit", "targets": "v"}],
+    [{"name": "bitfit", "targets": "qkv"}],
+    [{"name": "lora", "bias": "all"}],
+  ):
+    one, other = (trained(methods.init(KEY, model.params, each)[1]) for each in ([part, *rest], [*rest, part]))
+    assert one == other and "layers/attn/qkv/bias/v" in one
+    assert ("layers/attn/qkv/bias/k" in one) == (rest != [{"name": "bitfit", "targets": "v"}])
+  own, tx = tree.split(params, mask)[0], optim.make(steps=1, learning_rate=1.0, weight_decay=0.5)[0]
+  updates = tree.flatten(tx.update(jax.tree.map(jnp.zeros_like, own), tx.init(own), own)[0])
+  assert not updates["layers/attn/qkv/bias/q"].any() and updates["layers/attn/qkv/kernel/q/a"].any()
 
 
 @pytest.mark.parametrize("config", [LLAMA, FUSED])
@@ -89,7 +149,7 @@ def test_experts_and_norms_without_biases_get_none():
   [
     (bitfit, LLAMA, {"targets": "norm"}, "'norm' matches nothing; valid: all, down, gate"),
     (bitfit, LLAMA, {"targets": "w_q"}, "'w_q' matches nothing; "),
-    (bitfit, FUSED, {"targets": "q"}, "'q' matches nothing; .*qkv"),
+    (bitfit, FUSED, {"targets": "w"}, "'w' matches nothing; .*qkv"),
     (bitfit, LLAMA, {"targets": "q("}, "no regular expression"),
     (norms, LLAMA, {"targets": "att_norm"}, "did you mean 'attn_norm'"),
     (norms, LLAMA, {"targets": "layers/1/"}, "matches nothing"),

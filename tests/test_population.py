@@ -1,13 +1,27 @@
 """Laws of populations: every member is the run that it would be alone."""
 
 import copy
+import dataclasses
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lora_jax import errors, group, methods, objectives, optim, population, prompts, train, transformer, tree, weights
+from lora_jax import (
+  errors,
+  fused,
+  group,
+  methods,
+  objectives,
+  optim,
+  population,
+  prompts,
+  train,
+  transformer,
+  tree,
+  weights,
+)
 from tests.test_train import CONFIG, batch, forward
 
 KEY = jax.random.key(3)
@@ -137,6 +151,17 @@ QUICK = ("ranks and targets", "ia3", "prompt_tuning")
 @pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in CASES])
 def test_members_are_runs_of_their_own(base, name):
   check(base, configs(*CASES[name]))
+
+
+@pytest.mark.slow
+def test_biases_of_parts(monkeypatch):
+  """The query's part of a fused bias is a member's own, the rest of it is shared."""
+  monkeypatch.setitem(globals(), "CONFIG", dataclasses.replace(CONFIG, fused=True, attn_bias="qkv"))
+  method = {"name": "bitfit", "targets": "q,up"}
+  members = configs({"method": method}, {"method": method, "optim": {"learning_rate": 1e-3}})
+  base = transformer.init(CONFIG, KEY)
+  _, trees = check(fused.like(base, member(base, members[0])[0]), members)
+  assert {k for k in tree.names(trees.shared) if "qkv/bias" in k} == {f"layers/attn/qkv/bias/{k}" for k in "kv"}
 
 
 def test_padding_stays_zero_in_value_and_moments(base):

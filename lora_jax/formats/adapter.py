@@ -38,7 +38,7 @@ def save(model: models.Model, params: Any, mask: Any, method: methods.Method, di
     pass
   flat = tree.flatten(params)
   base = tree.flatten(fused.like(weights.strip(params), params))
-  named = {k: x for k, x in flat.items() if k in trained or _plain(k) not in base}
+  named = {k: x for k, x in flat.items() if k in trained or _plain(k) not in base or fused.whole(k) in added}
   config = {
     "peft_type": TYPE,
     "method": methods.prepare(method),

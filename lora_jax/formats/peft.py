@@ -20,7 +20,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax import errors, families, methods, models, prompts, transformer, tree, weights
+from lora_jax import errors, families, fused, methods, models, prompts, transformer, tree, weights
 from lora_jax.formats import hf, hub
 from lora_jax.methods import _lora_tables, tokens
 
@@ -62,6 +62,8 @@ def save(
   odd = [m.__name__.rpartition(".")[2] for m in tried if not hasattr(m, "to_peft") and not getattr(m, "WHOLE", False)]
   if odd:
     raise NoForm(f"PEFT has no form for the method {odd[0]!r}")
+  if some := [k for k in trained if fused.whole(k) != k]:
+    raise NoForm(f"PEFT has no place for {some[0]} without the rest of {fused.whole(some[0])}")
   keys, params = model.keys, prompts.unscaled(params, model.config.embed_scale)
   try:
     forms = [(m, form) for m in tried if hasattr(m, "to_peft") and (form := m.to_peft(params, keys, trained))]

@@ -24,7 +24,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lora_jax import errors, tree, weights
+from lora_jax import errors, fused, tree, weights
 
 Method = Mapping[str, Any] | Sequence[Mapping[str, Any]]  # {"name": ..., keywords}, or several
 
@@ -81,13 +81,15 @@ def init(key: jax.Array, params: Any, method: Method) -> tuple[Any, Any]:
 def _earlier(name: str) -> list[str]:
   """What a leaf may have been called before a method put the weight that it belongs to into a node."""
   steps = name.split("/")
-  return [name, *("/".join(steps[:i] + steps[i + 1 :]) for i, s in enumerate(steps) if s == "base")]
+  found = [name, *("/".join(steps[:i] + steps[i + 1 :]) for i, s in enumerate(steps) if s == "base")]
+  return found + [fused.whole(k) for k in found]
 
 
 def train_also(params: Any, mask: Any, names: Collection[str]) -> tuple[Any, Any]:
   """(params, mask) with the leaves `names` trained besides, as float32 masters."""
-  params = tree.map_named(lambda k, x: x.astype(jnp.float32) if k in names else x, params)
-  return params, tree.map_named(lambda k, m: m or k in names, mask)
+  chosen = lambda k: k in names or fused.whole(k) in names
+  params = tree.map_named(lambda k, x: x.astype(jnp.float32) if chosen(k) else x, params)
+  return params, tree.map_named(lambda k, m: m or chosen(k), mask)
 
 
 def size(params: Any, mask: Any) -> int:

@@ -17,7 +17,7 @@ def split(params: Any, targets: str | Sequence[str]) -> Any:
   A method's `init` calls it first; names of the parts are those of the matrix and the part, `attn/qkv/kernel/q`.
   """
   flat = tree.flatten(params, is_leaf=weights.is_node)
-  parts = {part: (k, w) for k, w in flat.items() for part in fused.part_names(k)}
+  parts = {part: (k, w) for k, w in flat.items() if architecture.in_axes(k) for part in fused.part_names(k)}
   patterns = [p for t in _listed(targets) for p in _expand(t)]
   found = {k for part, (k, w) in parts.items() for p in patterns if _hits(p, part, _stack(k, w), alone=True).any()}
   return fused.split(params, found) if found else params

@@ -1,7 +1,8 @@
 """BitFit: only biases are trained (Ben Zaken et al. 2021, https://arxiv.org/abs/2106.10199, section 3).
 
 All of them, or some groups: the authors find those of the query and of the first feed-forward matrix, "q,up", nearly
-as good.
+as good. Where query, key and value are one matrix (GPT-2) that of the query is a part of their bias, split as LoRA
+splits the matrix; see fused.py.
 """
 
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lora_jax import architecture, tree, weights
+from lora_jax import architecture, fused, tree, weights
 from lora_jax.methods import _targets, norms
 
 WHOLE = True  # trains leaves of the pretrained model
@@ -23,8 +24,9 @@ def init(key: jax.Array, params: Any, *, targets: str | Sequence[str] = "all") -
   norm without a bias stays so, as the bias is what makes a layer norm of an RMS norm; experts have none either.
 
   Args:
-    targets: "all"; "norm", those of all norms; short names of matrices and norms ("q,v"), regexes found in names such
-      as `layers/mlp/up/bias`, or a sequence of those.
+    targets: "all"; "norm", those of all norms; short names of matrices, of parts of fused ones and of norms ("q,v"),
+      regexes found in names such as `layers/mlp/up/bias`, or a sequence of those. A part has the name that it would
+      have alone; what means the fused matrix too means all of its bias.
 
   Returns:
     (params, mask).
@@ -37,11 +39,16 @@ def init(key: jax.Array, params: Any, *, targets: str | Sequence[str] = "all") -
     bias = k.removesuffix("kernel") + "bias"
     if k.endswith("/kernel") and architecture.stacked(k) and "/moe/" not in k and bias not in old:
       new[bias] = (w.shape[0], *w.shape[1 + architecture.in_axes(k) :])
-  picked = norms.chosen(targets, sorted(old | new.keys()), "config.method.targets")
-  for k in sorted(new.keys() & picked):
+  alone = {fused.alone(part): part for k in old | new.keys() for part in fused.part_names(k)}
+  picked = norms.chosen(targets, sorted(old | new.keys() | alone.keys()), "config.method.targets")
+  picked = {alone.get(k, k) for k in picked}
+  touched = {fused.whole(k) for k in picked}
+  for k in sorted(new.keys() & touched):
     params = _put(params, k.split("/"), jnp.zeros(new[k], jnp.float32))
-  mask = tree.map_named(lambda k, _: k in picked, params)
-  return tree.map_named(lambda k, x: x.astype(jnp.float32) if k in picked else x, params), mask
+  params = fused.split(params, touched - picked)
+  trained = lambda k: k in picked or fused.whole(k) in picked
+  mask = tree.map_named(lambda k, _: trained(k), params)
+  return tree.map_named(lambda k, x: x.astype(jnp.float32) if trained(k) else x, params), mask
 
 
 def _put(params: Any, path: Sequence[str], x: jax.Array) -> Any:

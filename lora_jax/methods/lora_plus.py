@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import optax
 
-from lora_jax import tree
+from lora_jax import fused, tree
 from lora_jax.methods import _targets, lora
 
 VARIES = lora.VARIES
@@ -43,7 +43,7 @@ def optimiser(
 def _ratio(name: str, lr_ratio: float, embedding_lr_ratio: float) -> float:
   if name.startswith(lora.EMBED) and name.endswith(("/a", "/b")):
     return embedding_lr_ratio
-  return lr_ratio if name.endswith(("/b", "/bias")) else 1.0
+  return lr_ratio if fused.whole(name).endswith(("/b", "/bias")) else 1.0
 
 
 PEFT_TYPE, to_peft, from_peft = lora.PEFT_TYPE, lora.to_peft, lora.from_peft
