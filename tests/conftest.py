@@ -13,6 +13,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import jax
 import pytest
+from xdist.scheduler import LoadFileScheduling
 
 jax.config.update("jax_disable_most_optimizations", True)  # where a plugin has imported jax already
 
@@ -43,3 +44,16 @@ def pytest_collection_modifyitems(items):
   laws = [i for i, item in enumerate(items) if item.path.name == "test_methods.py" and method(item)]
   for i, item in zip(laws, sorted((items[i] for i in laws), key=method), strict=True):
     items[i] = item
+
+
+class Scheduling(LoadFileScheduling):
+  """A worker gets what shares programs: all tests of a file, but of the laws, which take longest, a method's."""
+
+  def _split_scope(self, nodeid):
+    file, _, test = nodeid.partition("::")
+    method = test.partition("[")[2].rstrip("]").split("-")[0]
+    return f"{file} {method}" if file.endswith("test_methods.py") else file
+
+
+def pytest_xdist_make_scheduler(config, log):
+  return Scheduling(config, log)
