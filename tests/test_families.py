@@ -202,6 +202,12 @@ def outputs(config, params, tokens, **kw):
   return x if config.head == "none" else transformer.logits(config, params, x)
 
 
+def each(cases):
+  """A test of cases; beyond one of each family they are slow by their number alone."""
+  quick = {k.partition("-")[0]: k for k in reversed(list(cases))}.values()
+  return pytest.mark.parametrize("case", [k if k in quick else pytest.param(k, marks=pytest.mark.slow) for k in cases])
+
+
 # Compiled once for each config and shape, as the functions of transformer.py make new closures in every call; and
 # without LLVM's optimisations, as these tests compile more than they compute.
 fast = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
@@ -209,7 +215,7 @@ jitted = fast(outputs, static_argnums=0)
 hidden = fast(transformer.hidden, static_argnums=0)
 
 
-@pytest.mark.parametrize("case", {name: k for k, (name, _) in CASES.items()}.values())
+@each({name: k for k, (name, _) in CASES.items()}.values())
 def test_outputs_of_unrolled_layers_equal_transformers(case):
   """One case of each class; the others differ in what scanning does not touch."""
   torch = pytest.importorskip("torch")
@@ -221,7 +227,7 @@ def test_outputs_of_unrolled_layers_equal_transformers(case):
   np.testing.assert_allclose(ours, theirs, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("case", CASES)
+@each(CASES)
 def test_outputs_and_embedding_gradients_equal_transformers(case):
   torch = pytest.importorskip("torch")
 
@@ -257,7 +263,7 @@ def test_export_is_the_inverse_of_import(tmp_path, case):
     np.testing.assert_array_equal(x.numpy(), theirs[k].numpy(), err_msg=k)
 
 
-@pytest.mark.parametrize("case", LM)
+@each(LM)
 def test_packed_rows_equal_separate_rows(case):
   _, model = pair(case)
   a, b = TOKENS[0, :13], TOKENS[1, :9]
@@ -273,7 +279,7 @@ def test_packed_rows_equal_separate_rows(case):
   np.testing.assert_allclose(together[13:22], run(b)[:9], atol=2e-5)
 
 
-@pytest.mark.parametrize("case", LM)
+@each(LM)
 def test_padding_and_cache_change_nothing(case):
   """Prompts of two lengths, padded on the right, then one token at a time, against the full forward."""
   _, model = pair(case)
@@ -292,7 +298,7 @@ def test_padding_and_cache_change_nothing(case):
     np.testing.assert_allclose(ours, np.take_along_axis(full, at[..., None], 1)[:, 0], atol=2e-5)
 
 
-@pytest.mark.parametrize("case", ENCODERS)
+@each(ENCODERS)
 def test_padding_and_token_types_of_encoders(case):
   """Rows of two lengths padded on the right, of two token types: equal to transformers, and to the rows alone."""
   torch = pytest.importorskip("torch")
@@ -326,7 +332,7 @@ def test_experts_of_a_layer_in_one_tensor(tmp_path, case):
   jax.tree.map(np.testing.assert_array_equal, model.params, again.params)
 
 
-@pytest.mark.parametrize("case", SEQ2SEQ)
+@each(SEQ2SEQ)
 def test_cache_and_padding_of_encoder_decoders(case):
   """Prompts of two lengths, then one token at a time; the encoder runs once, and its padding is seen by nobody."""
   _, model = pair(case)
