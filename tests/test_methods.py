@@ -43,6 +43,7 @@ SETTINGS = {
 }
 NOISE = 0.05  # how far trained leaves are moved from where they start
 FURTHER = {"ia3": 1.0}  # of methods whose effect on so small a model would be lost in rounding
+ROUNDING = 2**-5  # of bfloat16 in two layers, of the largest output: a few of its 8 bits are lost in sums
 
 
 def _case(name, kind, dtype):
@@ -243,10 +244,10 @@ def test_saved_and_loaded_is_the_same(name, kind, dtype, tmp_path):
     loaded = adapter.load(c.model, tmp_path)
   same_form = not whole and jax.tree.structure(loaded) == jax.tree.structure(c.moved)
   got = c.say(loaded).outputs if same_form else run(c.model, loaded)
-  # In bfloat16 a model's float32 masters are rounded, and so are an adapter's outputs where its form in the file
-  # adds what ours subtracts (OLoRA, PiSSA).
-  rounded = dtype == "bfloat16" and not same_form
-  np.testing.assert_allclose(got, c.said.outputs, atol=0.03 if rounded else 2e-5)
+  # In bfloat16 a model's float32 masters are rounded; more is lost where an adapter's form in the file has, in large
+  # products that cancel, what ours takes as differences (OLoRA, PiSSA).
+  atol = (ROUNDING if whole else 0.1) * np.abs(got).max() if dtype == "bfloat16" and not same_form else 2e-5
+  np.testing.assert_allclose(got, c.said.outputs, atol=atol)
 
 
 @pytest.mark.slow
@@ -254,8 +255,9 @@ def test_saved_and_loaded_is_the_same(name, kind, dtype, tmp_path):
 def test_eager_and_unrolled_is_as_compiled_and_scanned(name, kind, dtype):
   c = case(name, kind, dtype)
   eager = outputs(dataclasses.replace(c.model.config, scan=False), c.moved)
-  # A compiled program keeps some bfloat16 results in float32 that operations one by one round.
-  np.testing.assert_allclose(np.asarray(eager, np.float32), c.said.outputs, atol=2e-5 if dtype == "float32" else 0.03)
+  # A compiled program keeps some results in float32 that operations one by one round.
+  atol = 2e-5 if dtype == "float32" else ROUNDING * np.abs(c.said.outputs).max()
+  np.testing.assert_allclose(np.asarray(eager, np.float32), c.said.outputs, atol=atol)
 
 
 @pytest.mark.slow
