@@ -3,12 +3,11 @@
 Command: python -m experiments.run --config configs/methods.py
   `configs/methods.py:lora,dora,ia3` runs some of them.
 Hardware: one NVIDIA H100: about 15 minutes, of which training is 4 s a method and the rest compiling and evaluating.
-Expected: experiments/results/methods/report.md: 75.6% before, from 75.8% (loha) to 87.2% (lora_plus) after.
+Expected: experiments/results/methods/report.md: 75.6% before, from 67.5% (intrinsic) to 87.2% (lora_plus) after.
 
 What is compared: accuracy on 850 test sentences, forgetting (loss on BBC news articles after minus before), trained
 parameters, memory and time of a step, size of what is saved. Published rates belong to published numbers of steps: 200
-steps are few for prompt tuning (its paper: 30,000) and for ReLoRA and GaLore, which are for pretraining. The report is
-older than `intrinsic` and `tokens` here.
+steps are few for prompt tuning (its paper: 30,000) and for ReLoRA and GaLore, which are for pretraining.
 """
 
 from configs import common

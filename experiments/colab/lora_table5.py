@@ -5,7 +5,7 @@
 # budget of trained parameters, several seeds each. All members of the sweep train at once, as one program over one
 # frozen base model, and each ends as a run of its own would have.
 #
-# On an H100 the whole table (`SEEDS = (0, 1, 2)`, 200 steps of 32 sentences, bfloat16) takes 68 s. It has not been
+# On an H100 the whole table (`SEEDS = (0, 1, 2)`, 200 steps of 32 sentences, bfloat16) takes 39 s. It has not been
 # timed on Colab's T4. On a CPU the values below make a small table, of one seed and few sentences, in about a quarter
 # of an hour on two cores: enough to see how it is made, too little to tell the columns apart.
 
