@@ -34,7 +34,7 @@ def check(config: Mapping) -> None:
     errors.choose(k, dict.fromkeys(("name", "dtype", "head", "n_labels", *transformer.RUNTIME)), "key config.model.")
   methods.check(config["method"])
   own = config["objective"].keys() - {"name", "prompt_loss_weight"}
-  errors.check_keywords(objective, own, "config.objective", ("forward", "params", "batch"))
+  errors.check_keywords(objective, own, "config.objective", ("forward", "params", "batch", "most"))
   errors.check_keywords(optim.make, config["optim"].keys(), "config.optim", ("steps", "direction", "wrap"))
   errors.check_keywords(sharding.make_mesh, config["mesh"].keys(), "config.mesh")
   errors.check_keywords(train_settings, config["train"].keys(), "config.train")

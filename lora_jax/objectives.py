@@ -15,7 +15,7 @@ from lora_jax import errors, transformer
 
 
 def causal_lm(
-  forward, params: Any, batch: dict, *, chunk: int = 2048, label_smoothing: float = 0.0
+  forward, params: Any, batch: dict, *, chunk: int = 2048, label_smoothing: float = 0.0, most: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array, dict]:
   """Next-token cross-entropy, weighted.
 
@@ -24,6 +24,7 @@ def causal_lm(
       `prompt_loss_weight` at prompt targets, 1 at response targets and 0 at padding; see data.py.
     chunk: about how many positions' logits exist at once, see `cross_entropy`.
     label_smoothing: how much of each target goes to the mean over the vocabulary, see `cross_entropy`.
+    most: see `cross_entropy`.
 
   Returns:
     (sum of weighted losses, sum of weights, {"accuracy": weighted count of targets that are the argmax}).
@@ -32,7 +33,8 @@ def causal_lm(
     raise errors.UserError(f"config.objective.label_smoothing={label_smoothing} must be at least 0 and below 1")
   x = forward(params, batch)
   head, loss_weights = transformer.head(params), batch["weights"]
-  loss, correct = cross_entropy(forward.logits, chunk, x, head, batch["targets"], loss_weights, label_smoothing)
+  targets = batch["targets"]
+  loss, correct = cross_entropy(forward.logits, chunk, x, head, targets, loss_weights, label_smoothing, most)
   return loss, loss_weights.sum(), {"accuracy": correct}
 
 
@@ -44,6 +46,7 @@ def cross_entropy(
   targets: jax.Array,
   weights: jax.Array,
   label_smoothing: float = 0.0,
+  most: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
   """Weighted sums of cross-entropy and of correct argmax, without the logits of the whole batch.
 
@@ -59,27 +62,30 @@ def cross_entropy(
     targets, weights: [B, T].
     label_smoothing: s in (1 - s) times the cross-entropy with the target plus s times its mean over all V tokens
       (Szegedy et al. 2016, https://arxiv.org/abs/1512.00567, section 7).
+    most: int32 [], no fewer positions than any row has with a weight; None counts them. Under `jax.vmap` one number for
+      all spares them asking each other, and from device to device, whether the loop has ended.
 
   Returns:
     float32 (loss, correct).
   """
   B, T = targets.shape
   columns = min(T, max(8, chunk // B))
+  chunks = ((jnp.count_nonzero(weights, axis=1).max() if most is None else most) + columns - 1) // columns
   order = jnp.argsort(weights == 0, axis=1, stable=True)
   x = jnp.take_along_axis(x, order[:, :, None], axis=1)
   targets, weights = (jnp.take_along_axis(a, order, axis=1) for a in (targets, weights))
   pad = -T % columns
   x, targets, weights = (jnp.pad(a, [(0, 0), (0, pad)] + [(0, 0)] * (a.ndim - 2)) for a in (x, targets, weights))
-  return _chunked(project, columns, label_smoothing, x, w, targets, weights)
+  return _chunked(project, columns, label_smoothing, chunks, x, w, targets, weights)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _chunked(project, columns, smoothing, x, w, targets, weights):
-  (loss, correct, *_), _ = _loop(project, columns, smoothing, x, w, targets, weights, None)
+def _chunked(project, columns, smoothing, chunks, x, w, targets, weights):
+  (loss, correct, *_), _ = _loop(project, columns, smoothing, chunks, x, w, targets, weights, None)
   return loss, correct
 
 
-def _loop(project, columns, smoothing, x, w, targets, weights, trained):
+def _loop(project, columns, smoothing, chunks, x, w, targets, weights, trained):
   """Sums over chunks; with `trained` (a list: which leaves of `w` need gradients) also the gradients of the loss."""
   leaves, structure = jax.tree.flatten(w)
   B, T = targets.shape
@@ -116,15 +122,14 @@ def _loop(project, columns, smoothing, x, w, targets, weights, trained):
   zero = jnp.zeros((), jnp.float32)
   dx = None if trained is None else jnp.zeros_like(x)
   dw = [jnp.zeros(v.shape, jnp.float32) for v, t in zip(leaves, trained or [], strict=False) if t]
-  chunks = (jnp.count_nonzero(weights, axis=1).max() + columns - 1) // columns
   return jax.lax.fori_loop(0, chunks, step, (zero, zero, dx, dw)), leaves
 
 
-def _forward(project, columns, smoothing, x, w, targets, weights):
+def _forward(project, columns, smoothing, chunks, x, w, targets, weights):
   trained = [leaf.perturbed for leaf in jax.tree.leaves(w, is_leaf=_is_primal)]
   value = functools.partial(jax.tree.map, lambda p: p.value, is_leaf=_is_primal)
-  x, w, targets, weights = map(value, (x, w, targets, weights))
-  (loss, correct, dx, dw), leaves = _loop(project, columns, smoothing, x, w, targets, weights, trained)
+  chunks, x, w, targets, weights = map(value, (chunks, x, w, targets, weights))
+  (loss, correct, dx, dw), leaves = _loop(project, columns, smoothing, chunks, x, w, targets, weights, trained)
   it = iter(dw)
   dw = jax.tree.unflatten(
     jax.tree.structure(w),
@@ -140,9 +145,9 @@ def _is_primal(x):
 def _backward(project, columns, smoothing, gradients, cotangents):
   g = cotangents[0]
   if isinstance(g, jax.custom_derivatives.SymbolicZero):
-    return None, None, None, None
+    return None, None, None, None, None
   dx, dw = jax.tree.map(lambda d: (g * d).astype(d.dtype), gradients)
-  return dx, dw, None, None
+  return None, dx, dw, None, None
 
 
 _chunked.defvjp(_forward, _backward, symbolic_zeros=True)

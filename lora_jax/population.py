@@ -10,6 +10,7 @@ Both have zero gradients, so value and moments of the padding stay exactly zero.
 
 import dataclasses
 import functools
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -266,12 +267,14 @@ def make_step(
       [K, B, ...] and a member takes the one at `hyper.batch`.
   """
 
-  def member(state, alive, hyper, own, shared, batch):
+  counts = not shared_batch and "most" in inspect.signature(objective).parameters
+
+  def member(state, alive, hyper, own, shared, batch, most):
     optimiser, rate = _optimiser(config, hyper)
     active = alive & (state.step < hyper.steps)
     step = train.make_step(
       forward,
-      objective,
+      functools.partial(objective, most=most) if counts else objective,
       optimiser,
       rate,
       seed=hyper.seed,
@@ -284,10 +287,11 @@ def make_step(
     state, metrics = step(state, tree.join(own, shared), batch)
     return state, alive & (~active | (metrics["finite"] > 0)), metrics
 
-  run = jax.vmap(member, in_axes=(0, 0, 0, 0, None, None), spmd_axis_name="population")
+  run = jax.vmap(member, in_axes=(0, 0, 0, 0, None, None, None), spmd_axis_name="population")
 
   def step(state: State, hyper: Hyper, own: Any, shared: Any, batch: dict) -> tuple[State, dict]:
-    members, alive, metrics = run(state.members, state.alive, hyper, own, shared, batch)
+    most = jnp.count_nonzero(batch["weights"], axis=-1).max() if counts else None
+    members, alive, metrics = run(state.members, state.alive, hyper, own, shared, batch, most)
     return State(members, alive), metrics
 
   return step

@@ -14,7 +14,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from lora_jax import errors, tree
 
 AXES = ("data", "fsdp", "tensor")
-MESH = ("population", *AXES)  # the first spreads members trained together, who tell each other when loops end, no more
+MESH = ("population", *AXES)  # the first spreads members that are trained together, who tell each other nothing
 BATCH = P(("data", "fsdp"))
 
 # Megatron's split of heads and hidden units over `tensor`, the other matrix axis over `fsdp`; the leading None is L.

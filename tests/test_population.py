@@ -17,6 +17,7 @@ from lora_jax import (
   optim,
   population,
   prompts,
+  sharding,
   train,
   transformer,
   tree,
@@ -162,6 +163,25 @@ def test_biases_of_parts(monkeypatch):
   base = transformer.init(CONFIG, KEY)
   _, trees = check(fused.like(base, member(base, members[0])[0]), members)
   assert {k for k in tree.names(trees.shared) if "qkv/bias" in k} == {f"layers/attn/qkv/bias/{k}" for k in "kv"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shared", [True, False])
+def test_devices_of_a_population_do_not_communicate(base, shared):
+  """With batches of their own neither: one number says when all have gone through their targets."""
+  members, mesh = configs(*({"train": {"seed": i}} for i in range(4))), sharding.make_mesh(1, population=4)
+  trees = population.stack([member(base, c) for c in members])
+  hyper, place = population.hyper(members, [0, 1, 1, 0], trees.dropout), sharding.placer(mesh)
+  with jax.set_mesh(mesh):
+    put = lambda x: sharding.put(x, sharding.stacked(place))
+    state = put(population.init_state(members[0], trees, hyper))
+    data = batch() if shared else jax.tree.map(lambda *x: np.stack(x), batch(), batch(seed=1))
+    step = population.make_step(forward(CONFIG), objectives.causal_lm, members[0], shared_batch=shared)
+    arguments = state, put(hyper), put(trees.own), sharding.put(trees.shared, place)
+    lowered = jax.jit(step).lower(*arguments, sharding.put_batch(data, mesh, stack=int(not shared)))
+    text = lowered.compile().as_text()
+  assert len(state.alive.sharding.device_set) == 4
+  assert not [c for c in ("all-reduce", "all-gather", "all-to-all", "collective-permute") if c in text]
 
 
 def test_padding_stays_zero_in_value_and_moments(base):
