@@ -44,6 +44,7 @@ def test_formula(base):
   np.testing.assert_allclose(node.dot("BTD,DNH->BTNH", x), want, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_starts_as_the_model(base):
   params, mask = adalora.init(KEY, base, targets="all-linear", init_r=20)
   np.testing.assert_array_equal(apply(CONFIG, params, TOKENS), apply(CONFIG, base, TOKENS))
@@ -62,6 +63,7 @@ def test_padding_does_not_count(base):
   assert np.abs(merged[1] - base["layers"]["attn"]["q"]["kernel"][1]).max() > 1e-5
 
 
+@pytest.mark.slow
 def test_penalty(base):
   """The mean distance from orthogonality over the A and B of adapted layers, times the weight."""
   params = moved(*adalora.init(KEY, base, targets=["layers/[12]/attn/q", "down"], init_r=3, target_r=2), size=1.0)

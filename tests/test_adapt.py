@@ -95,6 +95,7 @@ def noisy(adapter, seed=5, size=0.1):
   return tree.map_named(lambda k, x: noise.add(k, x, size, seed), adapter)
 
 
+@pytest.mark.slow
 def test_the_example_of_the_docstring():
   result = doctest.testmod(foreign)
   assert result.attempted > 10 and not result.failed
@@ -106,6 +107,7 @@ FAST = {("cnn", "mixed"), ("transformer", "lora"), ("nnx", "ia3")}
 PAIRS = [pytest.param(*p, marks=() if p in FAST else pytest.mark.slow) for p in itertools.product(KINDS, RULES)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind, rules", PAIRS)
 def test_generic_bridged_and_merged_are_one(kind, rules):
   forward, params, x, bridge = case(kind)
@@ -130,6 +132,7 @@ def test_generic_bridged_and_merged_are_one(kind, rules):
   assert jax.tree.map(jnp.shape, adapted.merge(adapter)) == jax.tree.map(jnp.shape, params)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["cnn", *(pytest.param(k, marks=pytest.mark.slow) for k in KINDS[1:])])
 def test_training_changes_the_adapter_alone(kind):
   forward, params, x, bridge = case(kind)
@@ -416,6 +419,7 @@ def test_merging_without_nodes_copies_nothing():
   assert not any(weights.is_node(w) for w in jax.tree.leaves(adapted.init(KEY), is_leaf=weights.is_node))
 
 
+@pytest.mark.slow
 def test_the_example_in_the_readme_runs():
   text = (pathlib.Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
   (code,) = (c for c in re.findall(r"```python\n(.*?)```", text, re.S) if "bridges" in c)

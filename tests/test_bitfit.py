@@ -100,6 +100,7 @@ def test_biases_of_parts(tmp_path, config, targets, names, size):
   jax.tree.map(np.testing.assert_array_equal, loaded, params)
 
 
+@pytest.mark.slow
 def test_biases_of_parts_beside_other_methods(tmp_path):
   """Nothing that was trained is left out, whichever method comes first, and biases do not decay."""
   model = models.Model("tiny", GPT2, model_of(GPT2), None, {"model_type": "gpt2"})

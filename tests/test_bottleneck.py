@@ -237,6 +237,7 @@ def test_strip_and_merge():
     weights.merge(adapted)
 
 
+@pytest.mark.slow
 def test_an_adapter_on_a_lora():
   """Methods in a list: the bottleneck sees the output of the adapted matrix."""
   c, params = config(), random()

@@ -167,6 +167,7 @@ ODD = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ODD)
 def test_layers_that_are_not_plain(method):
   model, x = Odd(), jax.random.normal(KEY, (2, 6, 4))
@@ -197,6 +198,7 @@ def test_stacked_layers_of_nnx_are_merged():
   assert np.abs(bridged.apply(adapter, x) - model(x)).max() > 1e-2
 
 
+@pytest.mark.slow
 def test_an_nnx_model_is_left_as_it_is():
   model = MLP(nnx.Rngs(0))
   before = jax.tree.map(np.array, nnx.to_pure_dict(nnx.state(model, nnx.Param)))

@@ -128,6 +128,7 @@ def test_a_classifier_beside_a_frozen_encoder(files, tmp_path):
   np.testing.assert_allclose(transformer.classify(after.config, after.params, x), theirs, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_padding_does_not_change_a_classification(files):
   model = models.load(str(files / "bert"), dtype="float32", head="classification")
   task = tasks.get(**config(files)["task"])

@@ -82,6 +82,7 @@ def shapes_of(jaxpr):
         yield from shapes_of(getattr(inner, "jaxpr", inner))
 
 
+@pytest.mark.slow
 def test_training_forms_nothing_of_the_size_of_a_matrix():
   """In bfloat16, where a cast of a matrix would be seen too."""
   config = transformer.Config(50, 16, 3, 4, 2, 4, 24, dtype="bfloat16", tied=True)
@@ -113,6 +114,7 @@ def _with_keys(mask):
   )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype, kw", [("float32", {"rslora": True, "init": "paper"}), ("bfloat16", {"init": "pissa"})])
 def test_starts_as_the_model(dtype, kw):
   config = transformer.Config(50, 16, 3, 4, 2, 4, 24, dtype=dtype, tied=True)
@@ -127,6 +129,7 @@ def test_starts_as_the_model(dtype, kw):
   assert trained == {"a", "b", "magnitude"}
 
 
+@pytest.mark.slow
 def test_patterns_and_single_layers(base):
   params, mask = dora.init(KEY, base, targets=["layers/[12]/attn/q/"], rank=4, rank_pattern={"layers/2/": 2})
   assert methods.size(params, mask) == (4 + 2) * 32 + 2 * 16
@@ -170,6 +173,7 @@ class Packed:
     return self.q.shape
 
 
+@pytest.mark.slow
 def test_over_any_base(base):
   """A packed weight, and another adapter."""
   w = base["layers"]["attn"]["q"]["kernel"]

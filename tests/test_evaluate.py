@@ -63,6 +63,7 @@ def naive_greedy(params, prompt, new, eos):
   return out + [eos] * (new - len(out))
 
 
+@pytest.mark.slow
 def test_scores_equal_full_forwards(params):
   labels, label_lengths = np.array([[3, 4, 5], [6, 0, 0], [7, 3, 0]], np.int32), np.array([3, 1, 2], np.int32)
   want = np.zeros((4, 3))
@@ -77,6 +78,7 @@ def test_scores_equal_full_forwards(params):
   np.testing.assert_array_equal(got, again)
 
 
+@pytest.mark.slow
 def test_greedy_equals_a_loop_without_cache(params):
   first = [naive_greedy(params, row[:n], 6, NEVER) for row, n in zip(prompts(), LENGTHS, strict=True)]
   eos = first[0][2]
@@ -94,6 +96,7 @@ SEARCHES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("search", SEARCHES)
 def test_search_equals_beam_search(params, search):
   """That of `decode`, where nothing is banned, and whatever the padding is."""
@@ -113,6 +116,7 @@ def test_search_equals_beam_search(params, search):
   assert (greedy != got).any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("beams", [1, 3])
 def test_no_ngram_occurs_twice_in_a_text_but_may_be_in_the_prompt(params, beams):
   """A model that only ever says 2 3 1 2 3 1 ... has to say something else where it is done once."""
@@ -210,6 +214,7 @@ def test_chain_is_what_it_says():
   np.testing.assert_allclose(got, table[1:], atol=1e-4)
 
 
+@pytest.mark.slow
 def test_run_scores_the_corpus_in_the_order_of_examples():
   """Greedily it says "yes" of cats and "no" of others, though of dogs "yes" is likelier as a whole."""
   config, params, tok, table = chain()
@@ -231,6 +236,7 @@ def test_run_scores_the_corpus_in_the_order_of_examples():
   assert seen.pop() == (["yes", "yes", "yes", "no", "yes"], rows)
 
 
+@pytest.mark.slow
 def test_members_search_as_each_alone():
   config, params, tok, _ = chain()
   seen = []
@@ -246,6 +252,7 @@ def test_members_search_as_each_alone():
   assert seen[0] == seen[2] and seen[1] == seen[3] and seen[0] != seen[1]
 
 
+@pytest.mark.slow
 def test_what_is_compiled_ahead_is_what_runs():
   """Of members whose own arrays are not there any more, in another thread."""
   config, params, tok, _ = chain()

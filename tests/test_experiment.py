@@ -222,6 +222,7 @@ def test_metrics_rows(done):
   assert log[0].keys().isdisjoint({"train/loss"})
 
 
+@pytest.mark.slow
 def test_adapter_is_the_final_state(config, done):
   workdir, _ = done
   exp = experiment.build(config)
@@ -291,6 +292,7 @@ def test_resume_between_two_logged_steps(config, tmp_path, monkeypatch):
   assert_same_run(tmp_path / "cut", tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_seconds_are_those_of_training(config, tmp_path, monkeypatch):
   config = changed(config, train__log_every=STEPS, train__checkpoint_every=99, eval__every=5)
   step, score, scored = train.Stepper.__call__, evaluate.run_members, []
@@ -349,6 +351,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(config, done, tmp_path, monkeypa
     assert_same_run(tmp_path / "run", done[0])
 
 
+@pytest.mark.slow
 def test_full_writes_a_model(config, tmp_path):
   summary = experiment.run(changed(config, method={"name": "full"}), tmp_path / "run")
   assert summary["trainable_params"] == summary["total_params"]

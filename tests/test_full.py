@@ -83,6 +83,7 @@ def test_small_updates_add_up_where_rounding_to_nearest_loses_them():
   np.testing.assert_allclose(got.mean(), 1 + steps * update, atol=0.1 * steps * update)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "computes, dtype, optimiser",
   [("float32", "bfloat16", "adamw"), ("bfloat16", "bfloat16", "adafactor"), ("bfloat16", "float32", "adamw")],

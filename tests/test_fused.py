@@ -46,6 +46,7 @@ def parts(params):
   return {k.rpartition("/")[2]: w for k, w in flat.items() if fused.part_names(k.rpartition("/")[0])}
 
 
+@pytest.mark.slow
 def test_the_same_function_as_lora_on_separate_matrices(base):
   """Logits, and the gradients of all factors."""
   plain = dataclasses.replace(CONFIG, fused=False)

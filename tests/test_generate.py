@@ -292,6 +292,7 @@ def babbler():
   return models.Model("babbler", config, transformer.init(config, jax.random.key(0)), byte_tokenizer(), {})
 
 
+@pytest.mark.slow
 def test_text_and_stream_of_split_characters():
   model = writer("é🎉 ok")
   assert generate.generate(model, ["a", "say a"], max_new_tokens=20) == ["é🎉 ok"] * 2
@@ -421,6 +422,7 @@ def test_models_that_cannot_write():
   assert decode._fit(config, np.ones((1, 30)), None, 10)[2] == 40
 
 
+@pytest.mark.slow
 def test_encoder_decoder_equals_a_loop_without_cache():
   """Greedy and the likelihoods of beams, of sources of several lengths."""
   config = transformer.Config(

@@ -269,6 +269,7 @@ def test_truncated_anywhere(tmp_path):
   gguf.open(path)
 
 
+@pytest.mark.slow
 def test_damaged_anywhere(tmp_path):
   """A header with a wrong byte opens or is refused; nothing else happens."""
   whole = small(tmp_path / "whole.gguf").read_bytes()
@@ -301,6 +302,7 @@ def test_smollm2_config_equals_transformers(smollm2):
   assert file.config.items() <= want.items()
 
 
+@pytest.mark.slow
 def test_smollm2_header_equals_the_package(smollm2):
   file, reader = gguf.open(smollm2), ggml.GGUFReader(smollm2)
   assert file.metadata == {k: v.contents() for k, v in reader.fields.items() if not k.startswith("GGUF.")}

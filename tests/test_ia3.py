@@ -33,6 +33,7 @@ def scales(params):
   return {k: x for k, x in tree.flatten(params, is_leaf=weights.is_node).items() if k.endswith("_scale")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layers", [3, 16])
 def test_keys_values_and_hidden_units_are_scaled(layers):
   """The same as a model whose matrices are scaled by hand, also where there are as many layers as the width."""

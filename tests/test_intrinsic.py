@@ -93,6 +93,7 @@ def test_rows_of_a_small_matrix_of_large_d_are_random_rows():
   np.testing.assert_allclose((np.asarray(y) ** 2).mean(), (z**2).sum(), rtol=0.06)
 
 
+@pytest.mark.slow
 def test_model_wide_projection_keeps_lengths_and_angles(base):
   """|P z| = |z| up to a few 1 / sqrt(n), over all matrices together."""
   params, _ = intrinsic.init(KEY, base, dimension=50)
@@ -139,6 +140,7 @@ def test_projection_is_that_of_any_mesh_and_of_a_compiled_program(base):
     np.testing.assert_allclose(DELTA(s), DELTA(w), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_starts_as_the_model_and_trains_d_numbers(base):
   params, mask = intrinsic.init(KEY, base, dimension=40)
   np.testing.assert_array_equal(apply(CONFIG, params, TOKENS), apply(CONFIG, base, TOKENS))
@@ -222,6 +224,7 @@ def test_no_change_is_kept_for_the_backward_pass():
   assert dz.any() and dx.any()
 
 
+@pytest.mark.slow
 def test_small_changes_of_bfloat16_weights_are_not_rounded_away(base):
   """As they would be if the sum were: the change is a product of its own, and its master is float32."""
   half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), base)
@@ -264,6 +267,7 @@ def test_saved_and_loaded_bit_for_bit(tmp_path, base, layer_scales):
   assert saved < 6000  # mostly the header of 7 matrices
 
 
+@pytest.mark.slow
 def test_as_lora(base):
   """Of full rank, since a random matrix is; of a smaller one the best of that rank."""
   params = moved(*intrinsic.init(KEY, base, dimension=30, targets="q,down"), size=1.0)

@@ -109,6 +109,7 @@ def test_a_column_does_not_depend_on_the_rank(base):
   np.testing.assert_array_equal(a1(8)[..., :3], a1(3))
 
 
+@pytest.mark.slow
 def test_single_layers_and_patterns(base):
   params, mask = loha.init(
     KEY, base, targets=["layers/[12]/attn/q/", "down"], rank=4, rank_pattern={"layers/2/": 2}, alpha_pattern={"q": 6.0}

@@ -62,6 +62,7 @@ def test_pissa_starts_at_the_best_approximation(base):
       np.testing.assert_allclose((a * a).sum(0), (b * b).sum(1), rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_subspace_iterations_approach_the_exact_start():
   wide = transformer.init(dataclasses.replace(CONFIG, d_model=64, d_ff=64), KEY)
 

@@ -175,6 +175,7 @@ def test_unknown_names():
 CONFIG = transformer.Config(50, 16, 2, 4, 2, 4, 24, dtype="float32")
 
 
+@pytest.mark.slow
 def test_causality():
   """No logit depends on a later token."""
   params = transformer.init(CONFIG, jax.random.key(0))
@@ -185,6 +186,7 @@ def test_causality():
   assert np.abs(a[:, 6:] - b[:, 6:]).max() > 0
 
 
+@pytest.mark.slow
 def test_packed_rows_equal_separate_rows():
   params = transformer.init(CONFIG, jax.random.key(0))
   a, b = (jax.random.randint(jax.random.key(i), (1, n), 0, 50) for i, n in ((1, 7), (2, 5)))
@@ -196,6 +198,7 @@ def test_packed_rows_equal_separate_rows():
   np.testing.assert_allclose(together[:, 7:], models.apply(CONFIG, params, b), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_cache_equals_full_forward():
   params = transformer.init(CONFIG, jax.random.key(0))
   tokens = jax.random.randint(jax.random.key(1), (2, 10), 0, 50)
@@ -317,6 +320,7 @@ def test_more_tokens_than_learned_positions_are_refused():
     models.apply(config, params, np.arange(9)[None])
 
 
+@pytest.mark.slow
 def test_padding_does_not_switch_longrope():
   """18 tokens padded to 32, where long sequences begin at 20: prefill, and a training batch."""
   scaling = dict(rope_type="longrope", short_factor=(1.0, 1.5), long_factor=(3.0, 9.0), factor=4.0)

@@ -216,6 +216,7 @@ def with_lora(params, rank=3, start=False, seed=7):
   return {name: {"kernel": node(name, p["kernel"])} for name, p in params.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", [False, True])
 def test_lora_on_experts_equals_the_merged_layer(start):
   """Outputs, and the gradients of x and of all factors."""

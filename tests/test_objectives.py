@@ -90,6 +90,7 @@ def test_no_label_smoothing_is_the_same_program():
   assert program().count("\n") < program(0.1).count("\n")
 
 
+@pytest.mark.slow
 def test_label_smoothing_of_an_objective():
   config = transformer.Config(50, 16, 2, 4, 2, 4, 24, dtype="float32")
   forward, params = train.Forward(config), transformer.init(config, jax.random.key(0))
@@ -146,6 +147,7 @@ def test_frozen_head_gets_no_gradient_buffer():
   assert f"-> tensor<{D}x{V}xf32>" in trained.lower(head).as_text()
 
 
+@pytest.mark.slow
 def test_padding_and_row_order_do_not_matter():
   """Sums over micro-batches equal the sum over the batch, and padded columns add nothing."""
   config = transformer.Config(50, 16, 2, 4, 2, 4, 24, dtype="float32")

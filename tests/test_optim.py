@@ -96,6 +96,7 @@ def test_adamw_is_optax_adamw_under_the_schedule():
   assert np.abs(results[0] - params["a"]).max() > 0.1
 
 
+@pytest.mark.slow
 def test_clipping_sees_the_trainable_tree_alone():
   trainable, _ = adapted()
   grads = jax.tree.map(jnp.ones_like, trainable)

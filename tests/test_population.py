@@ -184,6 +184,7 @@ def test_devices_of_a_population_do_not_communicate(base, shared):
   assert not [c for c in ("all-reduce", "all-gather", "all-to-all", "collective-permute") if c in text]
 
 
+@pytest.mark.slow
 def test_padding_stays_zero_in_value_and_moments(base):
   members = configs({"method": {"rank": 1}}, {"method": {"rank": 4, "targets": "o"}, "optim": {"weight_decay": 0.1}})
   state, _ = check(base, members)
@@ -229,6 +230,7 @@ def test_dropout_does_not_depend_on_padding():
     np.testing.assert_array_equal(weights.dropout(jnp.ones((4, 11, 5)), 0.5, key)[:3, :7], short)
 
 
+@pytest.mark.slow
 def test_a_member_that_is_not_finite_is_frozen_and_the_others_go_on(base):
   members = configs({}, {"optim": {"learning_rate": 1e38, "clip_norm": 0.0}}, {"method": {"rank": 1}})
   data = [batch(seed=i) for i in range(STEPS)]

@@ -89,6 +89,7 @@ def texts(request):
 close = functools.partial(np.testing.assert_allclose, atol=2e-5, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_prefix_of_a_text_is_that_text(texts):
   """Without a mask, with one, and with a cache that is filled in two parts."""
   c, params, tokens, want = texts
@@ -141,6 +142,7 @@ def test_generation_and_scores_are_those_of_the_whole_text():
   jax.tree.map(close, a, b)
 
 
+@pytest.mark.slow
 def test_learned_positions_hold_the_prefix_too():
   c, params = CONFIGS["gpt2"], prefix_tuning.init(KEY, base("gpt2"), length=10)[0]
   assert jitted(c, params, np.ones((1, 54), int)).shape == (1, 54, 97)
@@ -152,6 +154,7 @@ def test_learned_positions_hold_the_prefix_too():
     next(decode.continuations(c, params, np.ones((1, 50)), max_new_tokens=5))
 
 
+@pytest.mark.slow
 def test_gradients_are_summed_in_float32():
   """The gradient of 512 equal rows is 512 times that of one, also where activations are bfloat16."""
   c = dataclasses.replace(CONFIGS["llama"], dtype="bfloat16", n_layers=1)

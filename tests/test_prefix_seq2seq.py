@@ -86,6 +86,7 @@ def texts():
   return params | {"prefix": prefix}, tokens[:, P:], dict(encoded=states[:, E:], seen=seen[:, E:]), want
 
 
+@pytest.mark.slow
 def test_the_prefixes_of_a_text_and_of_states_are_those():
   params, tokens, given, want = texts()
   close(jitted(CONFIG, params, tokens, **given), want)
@@ -140,6 +141,7 @@ def test_all_of_it_is_trained(kw):
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a[1], b, atol=1e-5 * np.abs(b).max() + 1e-7), grads, g)
 
 
+@pytest.mark.slow
 def test_what_is_trained():
   params, mask = adapted()
   sizes = {k: x.shape for k, x in tree.flatten(params).items() if tree.flatten(mask)[k]}

@@ -56,6 +56,7 @@ def of_text(params, ids, **kw):
 
 
 # A table that is scaled after it is looked up (gemma), projected (opt), and used by a head (both): see CONFIGS.
+@pytest.mark.slow
 @pytest.mark.parametrize("name", some(["llama", "gemma2", "opt", "gpt2"], "gemma2 opt"))
 def test_a_prompt_of_a_texts_embeddings_is_that_text(name):
   c, params = CONFIGS[name], base(name)
@@ -99,6 +100,7 @@ def test_generation_and_scores_are_those_of_the_whole_text():
   )
 
 
+@pytest.mark.slow
 def test_gradients_are_summed_in_float32():
   """The gradient of 512 equal rows is 512 times that of one, also where activations are bfloat16."""
   c = dataclasses.replace(CONFIGS["llama"], dtype="bfloat16", n_layers=1)
@@ -245,6 +247,7 @@ def test_soft_tokens_put_into_a_batch_are_those_of_the_pipeline(placement):
     prompts.insert_batch(params, plain)
 
 
+@pytest.mark.slow
 def test_initial_values():
   params = base("llama")
   rows = np.asarray(params["embed"]["kernel"])

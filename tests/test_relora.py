@@ -59,6 +59,7 @@ def test_a_merge_leaves_the_model_as_it_is(dtype):
   assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
 
 
+@pytest.mark.slow
 def test_merged_weights_are_the_sum():
   _, state, frozen, how = started()
   after = merge(how, state)

@@ -209,6 +209,7 @@ def test_summary_has_the_agreed_keys():
   assert got["versions"]["python"] == sys.version.split()[0]
 
 
+@pytest.mark.slow
 def test_peak_memory_is_in_bytes_and_remembers_the_peak():
   code = "from lora_jax import report; import numpy as np; np.ones(2**26); print(report.peak_memory_bytes())"
   env = os.environ | {"JAX_PLATFORMS": "cpu"}

@@ -225,6 +225,7 @@ def loss_of(model, batch):
   return float(sums[0] / sums[1]), float(sums[2]["accuracy"] / sums[1])
 
 
+@pytest.mark.slow
 def test_loss_equals_transformers(model, reference):
   torch = pytest.importorskip("torch")
   batch = next(iterator(batch_size=8))
@@ -237,6 +238,7 @@ def test_loss_equals_transformers(model, reference):
   assert loss_of(model, batch)[1] == pytest.approx(hit)
 
 
+@pytest.mark.slow
 def test_padding_changes_nothing(model):
   """More of it, other tokens in it, and none."""
   batch = next(iterator(batch_size=2))
@@ -292,6 +294,7 @@ def test_scores_equal_full_forwards(model, reference):
   np.testing.assert_array_equal(again[1], new)
 
 
+@pytest.mark.slow
 def test_an_evaluation_reads_what_generate_writes(model):
   examples, texts, predicted = list(rows(6)), {}, []
   spy = dict(

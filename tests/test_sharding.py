@@ -95,6 +95,7 @@ def check_split(mesh, method, state, frozen):
     assert {k: ours[k] for k in trained} == trained
 
 
+@pytest.mark.slow
 def test_every_rule_is_the_first_for_some_leaf():
   """So no rule is misspelt or hidden by one above it."""
   others = (dict(), dict(fused=True), dict(n_experts=2, mlp_bias=True))

@@ -131,6 +131,7 @@ def test_random_directions_hold_what_chance_gives():
     np.testing.assert_allclose(row["of_random"], row["rank"] / 12_288 * row["weight"], atol=0.011)
 
 
+@pytest.mark.slow
 def test_analysis_of_members(base):
   members = {f"r{r}": trained(base, seed, rank=r, targets="q,o") for seed, r in enumerate((2, 4))}
   result = subspace.analyse(members, base)
@@ -152,6 +153,7 @@ def test_analysis_of_members(base):
   np.testing.assert_allclose(row["of_change"], np.linalg.norm(u[:, :4].T @ w @ v[:4].T), rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_chosen_matrices_layers_and_pairs(base):
   members = {f"seed{s}": trained(base, s, rank=2, targets="all-linear") for s in range(3)}
   result = subspace.analyse(members, base, matrices=("v", "mlp"), layers=(0, 3), pairs=[("seed0", "seed2")])
@@ -192,6 +194,7 @@ def test_quantities_do_not_depend_on_alpha(base):
   np.testing.assert_allclose(large["factor"], 4 * small["factor"], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_heat_map_and_table(base):
   members = {f"r{r}": trained(base, r, rank=r, targets="q,v") for r in (2, 5)}
   result = json.loads(metrics.dumps(subspace.analyse(members, base)))

@@ -59,6 +59,7 @@ def done(swept, tmp_path_factory):
   return directory, sweep.run(swept, directory, "command")
 
 
+@pytest.mark.slow
 def test_members_are_their_own_runs(swept, done, tmp_path):
   directory, summary = done
   assert [m["name"] for m in summary["members"]] == ["lora", "full", "other", "diverges"]
@@ -254,6 +255,7 @@ def test_tasks_and_models_may_differ(mixed, tmp_path, monkeypatch):
       assert m["eval"][k] == pytest.approx(alone["eval"][k])
 
 
+@pytest.mark.slow
 def test_a_group_goes_on_from_its_checkpoint(swept, done, tmp_path, monkeypatch):
   """Killed while its members are written: what is trained is not trained again."""
   c = copy.deepcopy(swept)
@@ -483,6 +485,7 @@ def test_a_checkpoint_holds_the_members_alone(tmp_path):
     assert data == ["data"] and all(jax.tree.leaves(jax.tree.map(lambda x, y: x.sharding == y.sharding, found, like)))
 
 
+@pytest.mark.slow
 def test_text_loss(files):  # noqa: F811
   """The mean over all tokens of all texts, whatever the batches."""
   model = models.load(str(files / "model"), dtype="float32")

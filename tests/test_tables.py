@@ -465,6 +465,7 @@ def test_report_of_a_sweep_that_failed(swept, tmp_path):
   assert "failed (0 of 3)" in text and not (tmp_path / "plots").exists() and "Reproduce" not in text
 
 
+@pytest.mark.slow
 def test_all_kinds_of_plots_can_be_drawn(swept):
   swept["table"] |= {"x": "method.targets"}
   swept["members"][0]["losses"]["loss"] = [10.0**-i for i in range(30)]

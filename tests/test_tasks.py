@@ -236,6 +236,7 @@ GLUE_ORDER = {
 }
 
 
+@pytest.mark.slow
 def test_glue_metrics_by_hand():
   """On a confusion of 2 hits, 1 miss, 1 false alarm, 4 right rejections."""
   predictions, references = [1, 1, 0, 1, 0, 0, 0, 0], [1, 1, 1, 0, 0, 0, 0, 0]

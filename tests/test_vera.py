@@ -68,6 +68,7 @@ def test_only_vectors_are_counted(base):
   assert np.abs(merged[1] - base["layers"]["attn"]["q"]["kernel"][1]).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_shared_matrices_get_no_gradient_and_reach_head_classifier_and_encoder():
   """Everywhere that a weight is used outside of the stacked layers."""
   for kw in (dict(tied=False), dict(head="classification"), dict(encoder_layers=2, position="relative", norm="rms")):
