@@ -6,8 +6,10 @@ Hardware: one NVIDIA H100: about 15 minutes, of which training is 4 s a method a
 Expected: experiments/results/methods/report.md: 75.6% before, from 67.5% (intrinsic) to 87.2% (lora_plus) after.
 
 What is compared: accuracy on 850 test sentences, forgetting (loss on BBC news articles after minus before), trained
-parameters, memory and time of a step, size of what is saved. Published rates belong to published numbers of steps: 200
-steps are few for prompt tuning (its paper: 30,000) and for ReLoRA and GaLore, which are for pretraining.
+parameters, memory and time of a step, size of what is saved. The memory is the compiler's account; where no larger step
+had run in a process before, the most that the allocator had handed out was the same to 0.1% (dora, intrinsic, parallel,
+pissa). Published rates belong to published numbers of steps: 200 steps are few for prompt tuning (its paper: 30,000)
+and for ReLoRA and GaLore, which are for pretraining.
 """
 
 from configs import common
