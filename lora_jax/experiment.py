@@ -490,12 +490,12 @@ class Log:
 
 
 def export(exp: Experiment, workdir: pathlib.Path) -> None:
-  """Writes `adapter/`, or the whole `model/` for a method that trains most of it."""
+  """Writes `adapter/`, or the whole `model/`, see `methods.leaves_model`."""
   model = dataclasses.replace(exp.model, params=sharding.to_host(exp.params))
   if jax.process_index():
     return
   method = methods.prepare(exp.config["method"], model.tokenizer, exp.task.labels or ())
-  if any(getattr(m, "MODEL", False) for m, _ in methods.parts(method)):
+  if methods.leaves_model(method):
     models.save(model, workdir / "model")
   else:
     adapter.save(model, model.params, exp.mask, method, workdir / "adapter")

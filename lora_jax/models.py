@@ -221,7 +221,13 @@ def _build(config, family, tensors, sharding, where, new_head) -> tuple[transfor
   if said := [f"{k} {v}".strip() for k, v in problems.items() if v]:
     raise errors.UserError(f"{where} does not fit its config: " + "; ".join(said))
 
+  device = jax.config.jax_default_device  # a `with` of it is this thread's alone
+
   def leaf(path):
+    with jax.default_device(device):
+      return read(path)
+
+  def read(path):
     key, names = rows[path]
     place = sharding(path, want[path].shape)
     if path in fresh:

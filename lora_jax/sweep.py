@@ -61,7 +61,12 @@ def _base(config: Mapping) -> tuple[bool, str]:
   classifies = config["objective"]["name"] == "classification"
   outputs = tasks.get(**config["task"]).n_outputs if classifies else 0
   model = json.dumps([dict(config["model"]), outputs], sort_keys=True)
-  return bool(config_lib.train_settings(**config["train"])["init_from"]), model
+  return bool(_starts_from(config)), model
+
+
+def _starts_from(config: Mapping) -> str:
+  """The adapter that a member starts from, or nothing."""
+  return config_lib.train_settings(**config["train"])["init_from"]
 
 
 def cut(names: Sequence[str], n: int) -> list[list[str]]:
@@ -108,8 +113,9 @@ def run(config: Mapping, workdir: str | os.PathLike, command: str = "", shard: t
     sharding.make_mesh(**config["mesh"]),
     _plan({n: configs[n] for n in mine}, workdir, options["max_members"]),
   )
-  # While the data are prepared and found to be right.
-  loading = experiment.BACKGROUND.submit(_load, configs[plan[0][0]], mesh) if plan else None
+  # While the data are prepared and found to be right; processes have to place arrays in one order.
+  ahead = plan and jax.process_count() == 1 and not all(_starts_from(configs[n]) for n in plan[0])
+  loading = experiment.BACKGROUND.submit(_load, configs[plan[0][0]], mesh) if ahead else None
   for c in {group_lib.key(configs[n]): configs[n] for n in mine}.values():
     experiment.check(c)
   if jax.process_index() == 0:
@@ -196,7 +202,7 @@ def _over_one_model(plan: list, configs, workdir: pathlib.Path, mesh, loading, c
 def _waits(name: str, config: Mapping) -> bool:
   """Whether the adapter that a member starts from is not there, which is said: it may be another's to leave."""
   try:
-    if source := config_lib.train_settings(**config["train"])["init_from"]:
+    if source := _starts_from(config):
       warm_start.find(source)
   except errors.UserError as e:
     metrics.say(f"{name}: {e}; it is left to a later call")
@@ -249,7 +255,7 @@ def _together(configs, workdir, *rest) -> list[list[str]]:
   if jax.process_index() == 0:
     shutil.rmtree(directory, ignore_errors=True)
   parts = cut(list(configs), 2)
-  metrics.say(f"they do not fit: cut into 2 groups of {len(parts[0])} or fewer")
+  metrics.say(f"they do not fit: cut into 2 groups of {max(map(len, parts))} or fewer")
   return parts
 
 
@@ -267,7 +273,7 @@ def _fitting(configs, workdir, directory, task, mesh, model, before, command, me
   if not fits:
     parts = cut(names, min(-(-built.step.memory_bytes // limit), len(names)))
     need = f"{built.step.memory_bytes / 2**30:.2f} GiB of {limit / 2**30:.2f}"
-    metrics.say(f"they need {need}: cut into {len(parts)} groups of {len(parts[0])} or fewer")
+    metrics.say(f"they need {need}: cut into {len(parts)} groups of {max(map(len, parts))} or fewer")
     return parts
   if jax.process_index() == 0:
     metrics.write_json(directory / "members.json", {"members": names})

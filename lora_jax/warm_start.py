@@ -98,7 +98,7 @@ def _misfits(given: Mapping, ours: Mapping, trained: Mapping, model: models.Mode
   """What an adapter's leaves have no place for."""
   pretrained, found = set(tree.names(model.params)), []
   for k, x in given.items():
-    if k not in ours or (_plain(k) in pretrained and not trained[k]):
+    if k not in ours or (fused.whole(_plain(k)) in pretrained and not trained[k]):
       found.append(f"it has {k}, which is not trained here")
     elif ours[k].shape != x.shape:
       found.append(f"{k} is {x.shape}, here {ours[k].shape}")

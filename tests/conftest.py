@@ -11,11 +11,14 @@ if importlib.metadata.version("jax").startswith("0.10."):  # later ones do not k
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch's threads wait in loops: with a worker per core thrice the time
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import hypothesis
 import jax
 import pytest
 from xdist.scheduler import LoadFileScheduling
 
 jax.config.update("jax_disable_most_optimizations", True)  # where a plugin has imported jax already
+hypothesis.settings.register_profile("untimed", deadline=None)  # machines are busy
+hypothesis.settings.load_profile("untimed")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -55,5 +58,6 @@ class Scheduling(LoadFileScheduling):
     return f"{file} {method}" if file.endswith("test_methods.py") else file
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
   return Scheduling(config, log)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lora_jax import errors, fused, methods, models, optim, transformer, tree, weights
+from lora_jax import errors, fused, methods, models, optim, transformer, tree, warm_start, weights
 from lora_jax.formats import adapter, peft as peft_format
 from lora_jax.methods import bitfit, norms
 from tests import test_families
@@ -49,6 +49,7 @@ def trained(mask):
     (LLAMA, "q,up", {"layers/attn/q/bias", "layers/mlp/up/bias"}),
     (FUSED, ["qkv", "mlp/gate"], {"layers/attn/qkv/bias", "layers/mlp/gate_up/bias"}),
     (FUSED, "q,qkv,down", {"layers/attn/qkv/bias", "layers/mlp/down/bias"}),
+    (GPT2, "q,k,v", {"layers/attn/qkv/bias"}),
     (GPT2, "all", {k for k in tree.names(transformer.shapes(GPT2)) if k.endswith("/bias")}),
     (BERT, "norm", {f"{k}/bias" for k in ("layers/attn_norm", "layers/mlp_norm", "embed/norm", "head/norm")}),
     (BERT, ["attn/[qv]/", "mlp_norm"], {"layers/attn/q/bias", "layers/attn/v/bias", "layers/mlp_norm/bias"}),
@@ -98,6 +99,17 @@ def test_biases_of_parts(tmp_path, config, targets, names, size):
   loaded = adapter.load(model, tmp_path)
   assert jax.tree.structure(loaded) == jax.tree.structure(params)
   jax.tree.map(np.testing.assert_array_equal, loaded, params)
+
+
+def test_training_starts_from_no_part_that_it_does_not_train(tmp_path):
+  """It would not be saved again."""
+  model = models.Model("tiny", GPT2, model_of(GPT2), None, {"model_type": "gpt2"})
+  method = [{"name": "bitfit", "targets": "q,k"}]
+  params, mask = methods.init(KEY, model.params, method)
+  adapter.save(model, noisy(params, mask), mask, method, tmp_path)
+  params, mask = methods.init(KEY, model.params, {"name": "bitfit", "targets": "q"})
+  with pytest.raises(errors.UserError, match="it has layers/attn/qkv/bias/k, which is not trained here"):
+    warm_start.start(model, params, mask, tmp_path)
 
 
 @pytest.mark.slow

@@ -32,7 +32,7 @@ from lora_jax import (
   transformer,
   tree,
 )
-from lora_jax.formats import peft
+from lora_jax.formats import hf, peft
 
 ROOT = pathlib.Path(__file__).parents[1]
 STEPS = 6
@@ -507,6 +507,7 @@ def start(args):
     ("--config.optim.name=adan", r"config.optim.name 'adan'"),
     ("--config.data.batch_size=7", "config.data.batch_size=7"),
     ("--config.task.path=nowhere.jsonl", "cannot read nowhere.jsonl"),
+    ("--config.sweep.product.train.seed=3", "config.sweep.product.train.seed is a sequence of values, not 3"),
   ],
 )
 def test_command_line_ends_in_one_message(config, tmp_path, arg, message):
@@ -517,6 +518,18 @@ def test_command_line_ends_in_one_message(config, tmp_path, arg, message):
   lines = [line for line in err.splitlines() if line.strip()]
   assert len(lines) == 1 and lines[0].startswith("error: ") and message in lines[0], err
   assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_the_command_line_makes_a_sweep_of_any_config(config, tmp_path):
+  args = "--config.sweep.product.method.rank=(1, 2)", "--config.sweep.max_members", "1", "--config.train.steps=1"
+  process = start(command(config, tmp_path, *args))
+  _, err = process.communicate(timeout=240)
+  assert process.returncode == 0, err
+  summary = hf.read_json(tmp_path / "run" / "summary.json")
+  assert [m["overrides"] for m in summary["members"]] == [{"method": {"rank": r}} for r in (1, 2)]
+  assert summary["groups"] == [["rank_1"], ["rank_2"]] and summary["config"]["train"]["steps"] == 1
+  assert "rank=(1, 2)' --config.sweep.max_members 1" in (tmp_path / "run" / "report.md").read_text()
 
 
 @pytest.mark.slow

@@ -386,6 +386,16 @@ def test_a_list_of_methods_is_a_method():
   assert methods.title(method) == "lora+full"
 
 
+@pytest.mark.parametrize(
+  "names, whole",
+  [("full", True), ("full norms", True), ("relora", True), ("lora relora", True), ("lora", False), ("norms", False)]
+  + [("lora full", False), ("full houlsby", False), ("bitfit partial", True), ("prompt_tuning full", False)],
+)
+def test_a_run_leaves_a_model_or_an_adapter(names, whole):
+  """LongLoRA's embeddings and norms go into the adapter, as PEFT's modules_to_save do."""
+  assert methods.leaves_model([{"name": n} for n in names.split()]) == whole
+
+
 @pytest.mark.parametrize("others", [["houlsby"], ["ia3"], ["prompt_tuning"], ["norms"], ["tokens"]])
 def test_lists_are_saved_whole(others, tmp_path):
   """In PEFT's form where it has a place for all of it, else in ours: nothing that was trained is left out."""

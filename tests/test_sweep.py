@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from experiments import run
 from lora_jax import (
   checkpoint,
   compare,
@@ -158,6 +159,20 @@ def test_parts_of_a_sweep_combine(swept):
   assert len(set(rates)) == 2 and all(1e-4 <= r <= 1e-2 for r in rates)
   assert sweep.groups({n: c for n, (_, c) in found.items()}) == [list(found)]
   assert [len(g) for g in sweep.groups({n: c for n, (_, c) in found.items()}, 5)] == [4, 4, 4]
+
+
+def test_the_command_line_changes_a_sweep():
+  argv = ["run", "--config=x.py", "--config.sweep.product.optim.learning_rate=(1e-3, 1e-4)", "--config.train.steps=3"]
+  argv += ["--config.sweep.zip.method.targets", "('q', 'v')", "--config.sweep.random.n=4"]
+  rest, changes = run.sweep_flags(argv)
+  assert rest == ["run", "--config=x.py", "--config.train.steps=3"]
+  given = {"sweep": {"product": {"train": {"seed": (0, 1)}}, "zip": {"method": {"targets": ("k",)}}}}
+  product = {"train": {"seed": (0, 1)}, "optim": {"learning_rate": (1e-3, 1e-4)}}
+  want = {"product": product, "zip": {"method": {"targets": ("q", "v")}}, "random": {"n": 4}}
+  assert run.with_sweep(given, changes) == {"sweep": want}
+  assert run.with_sweep({"optim": {}}, {"max_members": 2}) == {"optim": {}, "sweep": {"max_members": 2}}
+  with pytest.raises(errors.UserError, match="method has no keys"):
+    run.with_sweep({"sweep": {"product": {"method": ({"name": "lora"},)}}}, {"product.method.rank": (1, 2)})
 
 
 def test_shards_take_all_members_once(swept):

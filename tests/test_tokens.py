@@ -46,6 +46,7 @@ def test_the_table_with_other_rows(base):
   ours = outputs(CONFIG, params, TOKENS)
   np.testing.assert_allclose(ours, outputs(CONFIG, by_hand, TOKENS), atol=1e-5)
   np.testing.assert_array_equal(weights.merge(params)["embed"]["kernel"], table)
+  np.testing.assert_array_equal(weights.merge(jax.tree.map(np.asarray, params))["embed"]["kernel"], table)
   assert weights.strip(params)["embed"]["kernel"] is base["embed"]["kernel"]
   assert np.abs(ours - outputs(CONFIG, base, TOKENS))[..., IDS].max() > 1e-2
   assert methods.size(params, mask) == 3 * 16

@@ -85,6 +85,15 @@ def _earlier(name: str) -> list[str]:
   return found + [fused.whole(k) for k in found]
 
 
+def leaves_model(method: Method) -> bool:
+  """Whether a run leaves a whole model and no adapter: only whole weights are trained, most of them, or merged into."""
+  modules = [m for m, _ in parts(method)]
+  has = lambda m, name, default=False: getattr(m, name, default)
+  if any(has(m, "MODEL") and not has(m, "WHOLE") for m in modules):
+    return True
+  return any(has(m, "MODEL") for m in modules) and all(has(m, "WHOLE") and has(m, "MERGES", True) for m in modules)
+
+
 def train_also(params: Any, mask: Any, names: Collection[str]) -> tuple[Any, Any]:
   """(params, mask) with the leaves `names` trained besides, as float32 masters."""
   chosen = lambda k: k in names or fused.whole(k) in names

@@ -42,6 +42,7 @@ def init(key: jax.Array, params: Any, *, targets: str | Sequence[str] = "all") -
   alone = {fused.alone(part): part for k in old | new.keys() for part in fused.part_names(k)}
   picked = norms.chosen(targets, sorted(old | new.keys() | alone.keys()), "config.method.targets")
   picked = {alone.get(k, k) for k in picked}
+  picked |= {k for k in old | new.keys() if (parts := set(fused.part_names(k))) and parts <= picked}
   touched = {fused.whole(k) for k in picked}
   for k in sorted(new.keys() & touched):
     params = _put(params, k.split("/"), jnp.zeros(new[k], jnp.float32))

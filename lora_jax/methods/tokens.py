@@ -48,7 +48,7 @@ class Rows(weights.Adapter):
 
   def dense(self) -> jax.Array:
     """The table with the rows in it, in the dtype of the base."""
-    w = weights.dense(self.base)
+    w = jnp.asarray(weights.dense(self.base))
     return w.at[self.ids].set(self.rows.astype(w.dtype))
 
 
