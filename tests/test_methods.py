@@ -343,22 +343,45 @@ def test_counts_that_papers_print(name):
   assert shapes_of(model_type, hf, method, **choices) == expected
 
 
-D, L, N, K, H, F = 16, 2, 4, 2, 4, 24  # of LLAMA
+V, D, L, N, K, H, F = 61, 16, 2, 4, 2, 4, 24  # of LLAMA
+NORMS = (2 * L + 1) * D
+ALL = 2 * V * D + L * (D * (2 * N + 2 * K) * H + 3 * D * F) + NORMS
+PAIRS = D + N * H + D + F  # of one rank on q and up
+LSTM = 4 * (D // 2) * (D + D // 2 + 1)  # a direction of a layer, half as wide as the embedding
+# name: (keywords, count by the paper's definition).
 FORMULAS = {
-  "lora": ({"rank": 3, "targets": "q,up"}, L * 3 * (D + N * H + D + F)),
-  "dora": ({"rank": 3, "targets": "q,up"}, L * (3 * (D + N * H + D + F) + N * H + F)),
+  "lora": ({"rank": 3, "targets": "q,up"}, L * 3 * PAIRS),
+  "rslora": ({"rank": 3, "targets": "q,up"}, L * 3 * PAIRS),
+  "lora_plus": ({"rank": 3, "targets": "q,up"}, L * 3 * PAIRS),
+  "pissa": ({"rank": 3, "targets": "q,up"}, L * 3 * PAIRS),
+  "olora": ({"rank": 3, "targets": "q,up"}, L * 3 * PAIRS),
+  "relora": ({"rank": 3, "targets": "q,up", "also": "norm/"}, L * 3 * PAIRS + NORMS),
+  "dora": ({"rank": 3, "targets": "q,up"}, L * (3 * PAIRS + N * H + F)),
+  "adalora": ({"init_r": 3, "target_r": 2, "targets": "q,up"}, L * 3 * (PAIRS + 2)),
   "lora_fa": ({"rank": 3, "targets": "q,up"}, L * 3 * (N * H + F)),
   "vera": ({"rank": 5, "targets": "q,up"}, L * (2 * 5 + N * H + F)),
   "loha": ({"rank": 3, "targets": "q"}, L * 2 * 3 * (D + N * H)),
+  "lokr": ({"rank": 2, "targets": "up"}, L * (4 * 4 + 2 * (4 + 6))),  # D = 4 * 4, F = 4 * 6; the larger of low rank
+  "intrinsic": ({"dimension": 40, "layer_scales": True}, 40),
   "ia3": ({}, L * (2 * K * H + F)),
-  "houlsby": ({"size": 5}, L * 2 * (2 * 5 * D + 5 + D) + (2 * L + 1) * D),  # and the norms
+  "bitfit": ({}, L * (N * H + 2 * K * H + D + 2 * F + D)),  # of all matrices: none had one
+  "norms": ({}, NORMS),
+  "houlsby": ({"size": 5}, L * 2 * (2 * 5 * D + 5 + D) + NORMS),
   "pfeiffer": ({"size": 5}, L * (2 * 5 * D + 5 + D)),
-  "norms": ({}, (2 * L + 1) * D),
+  "parallel": ({"size": 5}, L * (2 * 5 * D + 5 + D)),
   "prompt_tuning": ({"length": 7}, 7 * D),
+  "p_tuning": ({"length": 7, "encoder": "lstm", "hidden": D // 2}, 7 * D + 2 * 2 * LSTM + 2 * (D * D + D)),
   "prefix_tuning": ({"length": 7}, L * 2 * 7 * K * H),
+  "p_tuning_v2": ({"length": 7, "mlp": True}, 7 * D + D * D + D + (D + 1) * L * 2 * K * H),
+  "full": ({}, ALL),
+  "galore": ({"rank": 4}, ALL),
   "partial": ({"layers": 1, "also": "^norm/"}, D * (N + K + K + N) * H + 3 * D * F + 2 * D + D),
   "tokens": ({"ids": [1, 2, 3]}, 3 * D),
 }
+
+
+def test_every_method_has_a_formula():
+  assert sorted(FORMULAS) == sorted(methods.names())
 
 
 @pytest.mark.parametrize("name", FORMULAS)
