@@ -20,9 +20,11 @@ LOW_RANK = {"rank": 8, "alpha": 16.0, **ALL}
 # name: (method, optimiser). Where a paper trains no language model of this kind, its nearest rate.
 METHODS = {
   # Whole weights. Devlin et al. 2018, appendix A.3; Houlsby et al. 2019, section 3.3; Zhao et al. 2024 (GaLore),
-  # the paper's rank, rate and scale for SST-2; Lialin et al. 2023 (ReLoRA), README, for pretraining.
+  # the paper's rank, rate and scale for SST-2; Lialin et al. 2023 (ReLoRA), README, for pretraining. Rows of the
+  # embedding, those of the labels and of what precedes them: no rate for this, LoRA's.
   "full": ({"name": "full"}, {"learning_rate": 2e-5}),
   "partial": ({"name": "partial", "layers": 2}, {"learning_rate": 3e-5}),
+  "tokens": ({"name": "tokens", "tokens": (" negative", " positive", ":")}, {"learning_rate": 2e-4}),
   "galore": ({"name": "galore", "rank": 8, "gap": 100, "scale": 2.0}, {"learning_rate": 2e-5}),
   "relora": (
     {"name": "relora", "rank": 8, "alpha": 16.0, "cycle": 100},
@@ -54,10 +56,8 @@ METHODS = {
   "ia3": ({"name": "ia3"}, {"learning_rate": 3e-3, **ADAFACTOR, "schedule": "linear", "warmup": 0.06}),
   "bitfit": ({"name": "bitfit"}, {"learning_rate": 1e-3}),
   "norms": ({"name": "norms"}, {"learning_rate": 3e-4, **ADAFACTOR}),
-  # Rows of the embedding: the labels and what precedes them. No rate for this, LoRA's.
-  "tokens": ({"name": "tokens", "tokens": (" negative", " positive", ":")}, {"learning_rate": 2e-4}),
-  # Prompts. Lester et al. 2021, section 3.2; Li and Liang 2021, table 5 (E2E); Liu et al. 2021, official code; Liu et
-  # al. 2022 (P-tuning v2), official scripts.
+  # Soft prompts. Lester et al. 2021, section 3.2; Li and Liang 2021, table 5 (E2E); Liu et al. 2021, official code; Liu
+  # et al. 2022 (P-tuning v2), official scripts.
   "prompt_tuning": ({"name": "prompt_tuning", "length": 20, "init": "labels"}, {"learning_rate": 0.3, **ADAFACTOR}),
   "prefix_tuning": ({"name": "prefix_tuning", "length": 10, "mlp": True}, {"learning_rate": 8e-5}),
   "p_tuning": ({"name": "p_tuning", "length": 9, "encoder": "lstm"}, {"learning_rate": 1e-5}),

@@ -5,16 +5,17 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lora_jax import files, plots, report
+from lora_jax import files, labels, plots, report
 
-COLOURS = {"low rank": "#08519c", "bottleneck": "#238b45", "scales and biases": "#d94801", "prompts": "#6a51a3"}
+# kind: (colour, methods), as README.md has them.
 KINDS = {
-  "low rank": "lora rslora lora_fa lora_plus dora pissa olora vera adalora loha lokr relora galore",
-  "bottleneck": "houlsby pfeiffer parallel",
-  "scales and biases": "ia3 bitfit norms",
-  "prompts": "prompt_tuning prefix_tuning p_tuning p_tuning_v2",
+  "low rank": ("#08519c", "lora rslora lora_fa lora_plus dora pissa olora vera adalora loha lokr"),
+  "bottlenecks": ("#238b45", "houlsby pfeiffer parallel"),
+  "scales and biases": ("#d94801", "ia3 bitfit norms"),
+  "soft prompts": ("#6a51a3", "prompt_tuning prefix_tuning p_tuning p_tuning_v2"),
+  "subspaces": ("#a50f15", "intrinsic"),
+  "whole weights": ("#525252", "full partial tokens galore relora"),
 }
-WHOLE = "#525252"  # the colour of methods that train whole weights
 
 
 def main_metric(scores: Mapping[str, float]) -> str | None:
@@ -34,6 +35,7 @@ def rows(members: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     found.append(
       {
         "name": m["name"],
+        "kind": kind(m["method"]),
         "learning_rate": m["overrides"].get("optim", {}).get("learning_rate"),
         "metric": metric,
         "before": before.get(metric),
@@ -106,29 +108,36 @@ def write_report(workdir: str | pathlib.Path, summary: Mapping[str, Any], comman
   files.write(workdir / "report.md", ("\n\n".join(parts) + "\n").encode())
 
 
-def _colour(name: str) -> str:
-  first = name.split("+")[0]
-  return next((COLOURS[k] for k, names in KINDS.items() if first in names.split()), WHOLE)
+def kind(title: str) -> str:
+  """The kind of a method, of several that of the first."""
+  return next(k for k, (_, names) in KINDS.items() if title.split("+")[0] in names.split())
+
+
+def _colour(row: Mapping[str, Any]) -> str:
+  return KINDS[row["kind"]][0]
 
 
 def tradeoff(found: Sequence[Mapping[str, Any]]) -> bytes:
   """A PNG: the metric against the trained parameters, and against what was forgotten where that is known."""
-  forgot = any(r["forgetting"] is not None for r in found)
-  figure = plots.figure((11 if forgot else 6.5, 4.8))
-  panels = figure.subplots(1, 2 if forgot else 1, squeeze=False)[0]
-  for axes, key, label in zip(
-    panels, ("trainable_params", "forgetting"), ("Trained parameters", "Forgetting"), strict=False
-  ):
-    points = [r for r in found if r[key] is not None and r["after"] is not None]
-    for r in points:
-      axes.plot(r[key], r["after"], "o", color=_colour(r["name"]), markersize=6)
-      axes.annotate(r["name"], (r[key], r["after"]), xytext=(4, 3), textcoords="offset points", fontsize=7)
-    axes.set(xlabel=label, ylabel=(found[0]["metric"] or "score").capitalize())
-    if key == "trainable_params":
-      axes.set_xscale("log")
-    plots.tidy(axes)
-  handles = [panels[0].plot([], [], "o", color=c, label=k)[0] for k, c in (COLOURS | {"whole weights": WHOLE}).items()]
+  axis = {"trainable_params": "Trained parameters", "forgetting": "Forgetting, nats a token"}
+  axis = {k: label for k, label in axis.items() if any(r[k] is not None for r in found)}
+  figure = plots.figure((8, 3.9 * len(axis) + 0.3))
+  panels = figure.subplots(len(axis), 1, squeeze=False)[:, 0]
+  known = [k for k in KINDS if k in {r["kind"] for r in found}]
+  handles = [panels[0].plot([], [], "o", color=KINDS[k][0], label=k)[0] for k in known]
   figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), frameon=False, fontsize=8)
+  points = {k: [r for r in found if None not in (r[k], r["after"])] for k in axis}
+  for axes, (key, label) in zip(panels, axis.items(), strict=True):
+    for r in points[key]:
+      axes.plot(r[key], r["after"], "o", color=_colour(r), markersize=5)
+    axes.set(xlabel=label, ylabel=(found[0]["metric"] or "score").capitalize())
+    axes.margins(0.08)
+    plots.tidy(axes)
+  panels[0].set_xscale("log")
+  for axes in panels[1:]:
+    axes.set_xscale("symlog", linthresh=0.01)  # most forget little, and some a lot
+  for axes, key in zip(panels, axis, strict=True):
+    labels.write(axes, [(r[key], r["after"], r["name"], _colour(r)) for r in points[key]])
   return plots.png(figure)
 
 
@@ -139,7 +148,7 @@ def costs(found: Sequence[Mapping[str, Any]]) -> bytes:
   figure = plots.figure((11, 0.24 * len(found) + 1.2))
   for axes, (key, label, unit) in zip(figure.subplots(1, 3, sharey=True), columns, strict=True):
     values = [math.nan if r[key] is None else r[key] * unit for r in found]
-    axes.barh([r["name"] for r in found], values, color=[_colour(r["name"]) for r in found], height=0.7)
+    axes.barh([r["name"] for r in found], values, color=[_colour(r) for r in found], height=0.7)
     axes.set_xlabel(label)
     if key == "saved_bytes":
       axes.set_xscale("log")

@@ -1,0 +1,67 @@
+"""The comparison of methods: their kinds, the same wherever they are named, and the names in its plot."""
+
+import itertools
+import json
+import pathlib
+import re
+
+import numpy as np
+import pytest
+
+from configs import methods as config
+from lora_jax import compare, labels, methods
+
+ROOT = pathlib.Path(__file__).parents[1]
+KINDS = {kind: names.split() for kind, (_, names) in compare.KINDS.items()}
+
+
+def test_every_method_is_of_one_kind():
+  assert sorted(itertools.chain(*KINDS.values())) == sorted(methods.names())
+  assert len({colour for colour, _ in compare.KINDS.values()}) == len(KINDS)
+  assert compare.kind("galore") == "whole weights" and compare.kind("ia3+lora") == "scales and biases"
+
+
+def test_kinds_are_those_of_the_readme():
+  """Of the first column of its table, the second's methods."""
+  table = re.search(r"\| kind \| methods \|\n.*\n((?:\|.*\n)+)", (ROOT / "README.md").read_text())[1]
+  rows = [row.strip("| ").split(" | ") for row in table.splitlines()]
+  named = {kind: [n for n in re.findall(r"`(\w+)`", text) if n in methods.names()] for kind, text in rows}
+  assert {k: sorted(v) for k, v in named.items()} == {k: sorted(v) for k, v in KINDS.items()}
+
+
+def test_the_config_has_all_methods_kind_by_kind():
+  assert sorted(config.METHODS) == sorted(methods.names())
+  assert all(method["name"] == name for name, (method, _) in config.METHODS.items())
+  kinds = [kind for kind, _ in itertools.groupby(config.METHODS, compare.kind)]
+  assert sorted(kinds) == sorted(KINDS)
+
+
+def overlaps(a, half_a, b, half_b):
+  return (np.abs(a[:, None] - b) < half_a[:, None] + half_b - 1e-9).all(-1)
+
+
+@pytest.mark.parametrize("spread", [300.0, 40.0])
+def test_names_cover_neither_each_other_nor_points(spread):
+  at = 200 + spread * np.random.default_rng(0).uniform(-1, 1, (20, 2))
+  at[1] = at[0]  # two points in one place
+  half = np.stack([np.linspace(12, 30, 20), np.full(20, 6.0)], -1)
+  frame = (-150, -150, 550, 550)
+  found = labels.places(at, half, 4.0, frame)
+  assert not (overlaps(found, half, found, half) & ~np.eye(20, dtype=bool)).any()
+  assert not overlaps(found, half, at, np.zeros_like(at)).any()
+  assert ((found - half >= -150) & (found + half <= 550)).all()
+  np.testing.assert_array_equal(found, labels.places(at, half, 4.0, frame))
+
+
+def test_a_name_alone_is_right_beside_its_point():
+  (place,) = labels.places(np.array([[50.0, 50.0]]), np.array([[20.0, 5.0]]), 4.0, (0, 0, 200, 100))
+  np.testing.assert_allclose(place, (50 + 4 + 20, 50))
+
+
+def test_plots_of_what_has_no_score_or_nothing_forgotten_can_be_drawn():
+  """Committed rows, without what a task may not have; of no row at all there is a plot too."""
+  summary = json.loads((ROOT / "experiments/results/methods/summary.json").read_text())
+  found = compare.rows(summary["members"])[:3]
+  found = [r | {"forgetting": None, "after": None if i else 0.5} for i, r in enumerate(found)]
+  empty = [r | {"after": None, "metric": None} for r in found]
+  assert all(compare.tradeoff(rows).startswith(b"\x89PNG") for rows in (found, empty))
