@@ -102,13 +102,29 @@ def shard() -> tuple[int, int]:
   """(i, n) of --shard, else of the SLURM array that this is a task of, else (0, 1)."""
   from lora_jax import errors
 
-  tasks = {k: os.environ.get(f"SLURM_ARRAY_TASK_{k}") for k in ("ID", "MIN", "COUNT")}
   if not SHARD.value:
-    return (int(tasks["ID"]) - int(tasks["MIN"]), int(tasks["COUNT"])) if all(tasks.values()) else (0, 1)
+    return array_task()
   index, slash, count = SHARD.value.partition("/")
   if not (slash and index.isdigit() and count.isdigit()):
     raise errors.UserError(f"--shard={SHARD.value}: expected i/n, such as 0/4")
   return int(index), int(count)
+
+
+def array_task() -> tuple[int, int]:
+  """(i, n) of a task of a SLURM array, else (0, 1)."""
+  from lora_jax import errors
+
+  found = {k: os.environ.get(f"SLURM_ARRAY_TASK_{k}") for k in ("ID", "MIN", "COUNT")}
+  if not all(found.values()):
+    return 0, 1
+  task, first, count = map(int, found.values())
+  last = max(task, int(os.environ.get("SLURM_ARRAY_TASK_MAX") or task))
+  if last - first >= count:  # of --array=0,2,5 or 0-6:2 the shares between would never run
+    raise errors.UserError(
+      f"the {count} tasks of this SLURM array have ids from {first} to {last}; give it consecutive ids, such as "
+      f"--array=0-{count - 1}, or each task its own --shard i/{count}"
+    )
+  return task - first, count
 
 
 def parse(argv: list[str]) -> list[str]:

@@ -1,0 +1,132 @@
+"""The command lines' own parts: shares of a sweep, and joining results."""
+
+import json
+import pathlib
+import shutil
+import types
+
+import pytest
+from absl import flags, logging
+from absl.testing import flagsaver
+
+from experiments import report, run
+from lora_jax import errors, plots, sweep
+
+ROOT = pathlib.Path(__file__).parents[1]
+TABLE5 = ROOT / "experiments" / "results" / "lora_table5"
+
+
+def given(value):
+  return types.SimpleNamespace(value=value)
+
+
+@pytest.fixture
+def slurm(monkeypatch):
+  """A function that sets the variables of an array's task, and none besides."""
+
+  def set_variables(**values):
+    for k in ("ID", "MIN", "MAX", "COUNT", "STEP"):
+      monkeypatch.delenv(f"SLURM_ARRAY_TASK_{k}", raising=False)
+    for k, value in values.items():
+      monkeypatch.setenv(f"SLURM_ARRAY_TASK_{k}", str(value))
+
+  set_variables()
+  return set_variables
+
+
+@pytest.mark.parametrize("value, expected", [("", (0, 1)), ("0/4", (0, 4)), ("3/4", (3, 4)), ("0/1", (0, 1))])
+def test_shards(slurm, monkeypatch, value, expected):
+  monkeypatch.setattr(run, "SHARD", given(value))
+  assert run.shard() == expected
+
+
+@pytest.mark.parametrize("value", ["4", "/4", "1/", "a/4", "-1/4", "1/2/3", "0.5/4"])
+def test_what_is_no_shard_is_refused(slurm, monkeypatch, value):
+  monkeypatch.setattr(run, "SHARD", given(value))
+  with pytest.raises(errors.UserError, match=f"--shard={value}: expected i/n, such as 0/4"):
+    run.shard()
+
+
+@pytest.mark.parametrize("index, count", [(4, 4), (0, 0)])
+def test_shards_that_there_are_not_are_refused(index, count):
+  with pytest.raises(errors.UserError, match="0 <= i < n"):
+    sweep.shard_of({}, index, count)
+
+
+@pytest.mark.parametrize(
+  "values, expected",
+  [
+    (dict(ID=0, MIN=0, MAX=3, COUNT=4), (0, 4)),
+    (dict(ID=3, MIN=0, MAX=3, COUNT=4), (3, 4)),
+    (dict(ID=7, MIN=5, MAX=8, COUNT=4), (2, 4)),
+    (dict(ID=2, MIN=1, COUNT=2), (1, 2)),
+    (dict(ID=2), (0, 1)),
+  ],
+)
+def test_tasks_of_an_array_are_shards(slurm, monkeypatch, values, expected):
+  slurm(**values)
+  monkeypatch.setattr(run, "SHARD", given(""))
+  assert run.shard() == expected
+  monkeypatch.setattr(run, "SHARD", given("1/3"))
+  assert run.shard() == (1, 3)
+
+
+@pytest.mark.parametrize(
+  "values",
+  [
+    *(dict(ID=i, MIN=0, MAX=5, COUNT=3) for i in (0, 2, 5)),  # --array=0,2,5
+    dict(ID=2, MIN=0, MAX=6, COUNT=4, STEP=2),  # --array=0-6:2
+    dict(ID=5, MIN=0, COUNT=3),
+  ],
+)
+def test_arrays_with_gaps_are_refused(slurm, monkeypatch, values):
+  """By every task, as the shares of those whose ids are missing would never run."""
+  slurm(**values)
+  monkeypatch.setattr(run, "SHARD", given(""))
+  n = values["COUNT"]
+  with pytest.raises(errors.UserError, match=rf"consecutive ids, such as --array=0-{n - 1}, or .* --shard i/{n}"):
+    run.shard()
+
+
+@pytest.mark.filterwarnings("ignore:the load_module")  # of ml_collections
+@pytest.mark.parametrize(
+  "config, more, message",
+  [
+    ("lora_table5.py:smol", [], "error: the 3 tasks of this SLURM array .* consecutive"),
+    ("lora_table5.py:smol", ["--shard=4"], "error: --shard=4: expected i/n"),
+    ("quickstart.py", ["--shard=0/4"], "error: --shard is for a config with a sweep"),
+  ],
+)
+def test_a_wrong_shard_ends_in_one_message(slurm, monkeypatch, tmp_path, config, more, message):
+  slurm(ID=5, MIN=0, MAX=5, COUNT=3)
+  monkeypatch.setattr(logging, "set_verbosity", lambda level: None)
+  with flagsaver.flagsaver(), pytest.raises(SystemExit, match=message) as end:
+    run.main(run.parse(["run", "--config", f"{ROOT}/configs/{config}", "--workdir", str(tmp_path / "w"), *more]))
+  assert "\n" not in end.value.code and not (tmp_path / "w").exists()
+  assert flags.FLAGS["workdir"].value is None
+
+
+def test_results_of_directories_are_joined(monkeypatch, tmp_path):
+  """What is committed of a run, out of its directory and in place."""
+  monkeypatch.setattr(plots, "png", lambda figure: b"")
+  kept = tmp_path / "kept"
+  kept.mkdir()
+  for file in ("config.json", "summary.json"):
+    shutil.copy(TABLE5 / file, kept)
+  for out in (None, str(tmp_path / "out")):
+    monkeypatch.setattr(report, "OUT", given(out))
+    report.main(["report", str(kept)])
+    written = pathlib.Path(out or kept)
+    assert (written / "table.md").read_text() == (TABLE5 / "table.md").read_text()
+    assert "python -m experiments.report" in (written / "report.md").read_text()
+    for file in ("config.json", "summary.json"):
+      assert json.loads((written / file).read_text()) == json.loads((TABLE5 / file).read_text())
+
+
+def test_what_cannot_be_joined_ends_in_one_message(monkeypatch, tmp_path):
+  monkeypatch.setattr(report, "OUT", given(None))
+  with pytest.raises(SystemExit, match="error: name the directories of a sweep"):
+    report.main(["report"])
+  with pytest.raises(SystemExit, match="error: .* has no config.json: it holds no run"):
+    report.main(["report", str(tmp_path)])
+  assert not list(tmp_path.iterdir())
