@@ -1,7 +1,8 @@
 """Adapters or the last layers: what does a trained parameter buy? Houlsby et al. 2019, figure 4.
 
-https://arxiv.org/abs/1902.00751. Bottleneck adapters of several sizes, finetuning of the last k layers, of the norms
-and of everything; three seeds each. Every size and k is a group of its own.
+https://arxiv.org/abs/1902.00751. The figure is accuracy against trained parameters: partial finetuning, of the last k
+layers, against bottleneck adapters of several sizes; beside them the norms alone, and here everything. Three seeds
+each; every size and k is a group of its own.
 
 Command: python -m experiments.run --config configs/houlsby_size.py:smol
   SmolLM2-135M-Instruct on Rotten Tomatoes sentences, from packages: runs offline; 33 members in 11 groups.
@@ -9,7 +10,7 @@ Command: python -m experiments.run --config configs/houlsby_size.py:smol
   run yet. Rates are of the paper's grids; norms have 1e-3.
 Hardware: written for one GPU; not run yet.
 Published (BERT-base, MNLI-m validation): the last layer 77.8 ± 0.1 with 9M parameters, adapters of 64 83.7 ± 0.1 with
-2M, everything 84.4 ± 0.02; the rest is a figure.
+2M, everything 84.4 ± 0.02; other sizes and k are only drawn.
 """
 
 from configs import common

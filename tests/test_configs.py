@@ -152,6 +152,19 @@ def test_amplification_is_published_as_the_report_has_it():
     assert re.search(rf"\b{factor} at rank {e['rank']}\b", " ".join(module("subspace").__doc__.split()))
 
 
+def test_docstrings_have_the_published_numbers():
+  """Those of the tables' main columns, in their order."""
+  published = lambda name: " ".join(module(name).__doc__.split()).partition("Published")[2]
+  e2e, glue = module("e2e_gpt2"), module("glue_roberta")
+  assert " ".join(f"{bleu}" for bleu, *_ in e2e.RANKS.values()) in published("e2e_gpt2")
+  mean = lambda x: x[0] if isinstance(x, tuple) else x
+  bleu = [mean(row[0]) for *_, row in e2e.METHODS.values()]
+  assert re.findall(r"\b[67]\d\.\d\b", published("e2e_gpt2")) == [f"{x}" for x in bleu]
+  means = [sum(map(mean, row)) / len(row) for row in glue.ROWS.values()]
+  printed = [float(x) for x in re.findall(r"\b\d\d\.\d\b", published("glue_roberta"))]
+  assert printed == pytest.approx([*means, *map(mean, glue.ROWS["LoRA"])], abs=0.051)  # means are rounded
+
+
 def test_settings_that_differ_between_members():
   """Li and Liang 2021, table 5: small adapters have 10 epochs; Hu et al. 2021, table 9: adapters have 128 tokens."""
   found = {n.rpartition("-")[0]: c for n, (_, c) in variants.members(get("e2e_gpt2", "methods")).items()}
