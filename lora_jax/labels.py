@@ -1,4 +1,7 @@
-"""Names beside the points of a plot, where they cover neither each other nor a point."""
+"""Names beside the points of a plot, where they cover neither each other nor a point.
+
+(adjustText covers points in the crowd that the comparison of methods is.)
+"""
 
 from collections.abc import Sequence
 from typing import Any

@@ -165,6 +165,20 @@ def test_biases_of_parts(monkeypatch):
   assert {k for k in tree.names(trees.shared) if "qkv/bias" in k} == {f"layers/attn/qkv/bias/{k}" for k in "kv"}
 
 
+def test_no_member_has_a_copy_of_a_matrix_of_the_base(base):
+  """Products with the base are one matmul over all members: nothing in the step has the shape of a copy for each."""
+  members = configs(*({"train": {"seed": i}} for i in range(7)))
+  trees = population.stack([member(base, c) for c in members])
+  hyper = population.hyper(members, [0] * 7, trees.dropout)
+  state = population.init_state(members[0], trees, hyper)
+  step = population.make_step(forward(CONFIG), objectives.causal_lm, members[0], shared_batch=True)
+  text = str(jax.make_jaxpr(step)(state, hyper, trees.own, trees.shared, batch()))
+  shape = lambda *n: f"f32[{','.join(map(str, n))}]"
+  kernels = [x.shape for k, x in tree.flatten(base).items() if k.startswith("layers/") and k.endswith("kernel")]
+  assert len(kernels) == 7 and all(shape(*s[1:]) in text for s in kernels)
+  assert not [s for s in kernels if shape(7, *s[1:]) in text or shape(7, *s) in text]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("shared", [True, False])
 def test_devices_of_a_population_do_not_communicate(base, shared):
