@@ -116,9 +116,11 @@ def replicate(batch: dict[str, np.ndarray], mesh: jax.sharding.Mesh) -> dict[str
 
 def to_host(params: Any) -> Any:
   """The tree as arrays that this process can read whole; gathers what is spread over processes."""
+  here = lambda x: getattr(x, "is_fully_addressable", True)  # what a process has for itself would be gathered n times
+  if all(map(here, jax.tree.leaves(params))):
+    return params
   from jax.experimental import multihost_utils
 
-  here = lambda x: getattr(x, "is_fully_addressable", True)  # what a process has for itself would be gathered n times
   return jax.tree.map(lambda x: x if here(x) else multihost_utils.process_allgather(x, tiled=True), params)
 
 
