@@ -11,7 +11,7 @@ import optax
 import pytest
 
 from lora_jax import errors, methods, models, transformer, tree, weights
-from lora_jax.formats import peft as peft_format
+from lora_jax.formats import adapter, peft as peft_format
 from lora_jax.methods import lora, lora_fa, lora_plus, olora, pissa, rslora
 from tests import test_families
 from tests.noise import moved
@@ -392,6 +392,54 @@ def test_we_load_what_peft_saves(tmp_path, name):
   want = theirs(wrapped)
   np.testing.assert_allclose(ours(model, params), want, atol=1e-4, rtol=1e-4)
   assert np.abs(want - ours(model, model.params)).max() > 1e-2
+
+
+@pytest.mark.parametrize("method", ["Lora", "AdaLora", "Vera"])
+@pytest.mark.parametrize("kind, target", [("gpt2", "c_attn"), ("llama-bias", "q_proj"), ("llama", "q_proj")])
+def test_biases_are_all_there_that_the_config_says(tmp_path, method, kind, target):
+  """Read as the peft library writes them; what is missing is named."""
+  import safetensors.numpy
+
+  peft, torch = pytest.importorskip("peft"), pytest.importorskip("torch")
+  only = f"{'vera' if method == 'Vera' else 'lora'}_only"
+  for bias, more in (("all", {}), (only, {"layers_to_transform": [1]})):
+    directory = tmp_path / bias
+    ref, model = load(directory / "base", kind)
+    how = dict(target_modules=[target], bias=bias, fan_in_fan_out=kind == "gpt2", **more)
+    how |= {"total_step": 3} if method == "AdaLora" else {}
+    wrapped = peft.get_peft_model(ref, getattr(peft, f"{method}Config")(**how)).eval()
+    with torch.no_grad():
+      for p in wrapped.parameters():
+        if p.requires_grad:
+          p.add_(0.1 * torch.randn_like(p))
+    wrapped.save_pretrained(str(directory))
+    params = peft_format.load(model, directory)
+    np.testing.assert_allclose(ours(model, params), theirs(wrapped), atol=1e-4, rtol=1e-4)
+    path = directory / "adapter_model.safetensors"
+    good = safetensors.numpy.load_file(path)
+    biases = [k for k in good if k.endswith(".bias")]
+    assert len(biases) == {"llama": 0, "gpt2": 19, "llama-bias": 21}[kind] or bias == only and len(biases) == 1
+    for gone in (biases, biases[:1]) if biases else ():
+      safetensors.numpy.save_file({k: x for k, x in good.items() if k not in gone}, path)
+      with pytest.raises(errors.UserError, match=f"bias='{bias}' of the config without tensors") as e:
+        peft_format.load(model, directory)
+      named = str(e.value).partition("without tensors: ")[2].split(", ")
+      assert sorted(named) == sorted(k.removeprefix("base_model.model.").replace("base_layer.", "") for k in gone)
+
+
+@pytest.mark.parametrize("beside, want", [("attn/o", "all"), ("qkv", "lora_only")])
+def test_some_trained_biases_are_saved_with_all_that_their_kind_means(tmp_path, beside, want):
+  peft = pytest.importorskip("peft")
+  ref, model = load(tmp_path / "base", "gpt2")
+  method = [{"name": "lora", "targets": "qkv,down"}, {"name": "bitfit", "targets": beside}]
+  params, mask = methods.init(KEY, model.params, method)
+  params = moved(params, mask)
+  adapter.save(model, params, mask, method, tmp_path / "adapter")
+  saved = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+  assert saved["peft_type"] == "LORA" and saved["bias"] == want
+  wrapped = peft.PeftModel.from_pretrained(ref, str(tmp_path / "adapter")).eval()
+  np.testing.assert_allclose(ours(model, params), theirs(wrapped), atol=1e-4, rtol=1e-4)
+  np.testing.assert_allclose(ours(model, peft_format.load(model, tmp_path / "adapter")), theirs(wrapped), atol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ import numpy as np
 
 from lora_jax import errors, families, fused, methods, models, prompts, transformer, tree, weights
 from lora_jax.formats import hf, hub
-from lora_jax.methods import _lora_tables, tokens
+from lora_jax.methods import _biases, _lora_tables, tokens
 
 TOP = "base_model."  # before a method's PEFT_SHARED, tensors of no module, and modules beside soft prompts
 PREFIX = f"{TOP}model."
@@ -340,6 +340,8 @@ def load(model: models.Model, directory: str | os.PathLike) -> Any:
   config = {k: v for k, v in config.items() if k != "modules_to_save" or not whole}
   try:
     params = _replace(model.params, whole)
+    params, wrong = _biases.read(params, model.keys, config, tensors, whole)
+    absent += wrong
     if config.get("trainable_token_indices") and method.PEFT_TYPE == "LORA":
       params, config, tensors = tokens.from_beside(params, model.keys, config, tensors)
     params = method.from_peft(params, model.keys, config, tensors)

@@ -1,7 +1,6 @@
 """LoRA in the `peft` library's format: what `lora.to_peft` and `lora.from_peft` do."""
 
 import math
-import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -10,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax import errors, families, fused, transformer, tree, weights
-from lora_jax.methods import _experts, _lora_tables, _lora_values, _peft
+from lora_jax.methods import _biases, _experts, _lora_tables, _lora_values, _peft
 
 EMBED, HEAD = _lora_tables.EMBED, _lora_tables.HEAD
 # Features of PEFT's LoraConfig that change the forward pass and that we do not have.
@@ -40,8 +39,7 @@ def write(params: Any, keys: Sequence[families.Key], trained: Collection[str]) -
       tensors |= _tensors(key, module, part, module == head)
   rank, rank_pattern = _peft.commonest(ranks)
   alpha, alpha_pattern = _peft.commonest(alphas)
-  biases = _write_biases(flat, keys, trained, ranks)
-  modules = {k.rpartition(".")[0].removesuffix(".base_layer") for k in biases}
+  bias, biases = _biases.write(flat, keys, trained, ranks)
   config = {
     "peft_type": "LORA",
     "r": rank,
@@ -52,7 +50,7 @@ def write(params: Any, keys: Sequence[families.Key], trained: Collection[str]) -
     "rank_pattern": rank_pattern,
     "alpha_pattern": alpha_pattern,
     "use_rslora": first.rslora,
-    "bias": "none" if not biases else "lora_only" if modules <= ranks.keys() else "all",
+    "bias": bias,
     "lora_bias": any(node.bias is not None for _, node in nodes),
     "init_lora_weights": True,
     "fan_in_fan_out": any(key.transposed for key, _ in nodes if key.path != EMBED),
@@ -107,26 +105,10 @@ def _tensors(key, module, part, head) -> dict[str, np.ndarray]:
   return tensors
 
 
-def _write_biases(flat, keys, trained, adapted) -> dict[str, np.ndarray]:
-  """Trained biases by their names in PEFT, but for those of modules that are trained whole."""
-  whole = {key.module for key in keys if key.path in trained and not key.path.endswith("/bias")}
-  tensors = {}
-  for key in keys:
-    if key.path not in trained or not key.path.endswith("/bias") or key.module in whole:
-      continue
-    x = np.asarray(flat[key.path], np.float32)
-    for index in np.ndindex(x.shape[: key.hf.count("{}")]):
-      module = key.module.format(*index)
-      tensors[f"{module}{'.base_layer' * (module in adapted)}.bias"] = key.to_hf(x[index])
-  return tensors
-
-
 def read(params: Any, keys: Sequence[families.Key], config: Mapping, tensors: Mapping[str, np.ndarray]) -> Any:
   """See `lora.from_peft`."""
-  flat, table = tree.flatten(params, is_leaf=weights.is_node), _lora_tables.rows(keys)
-  # With bias="all" PEFT stores those of modules that it saves whole thrice.
-  once = {k: x for k, x in tensors.items() if not re.search(r"\.(modules_to_save|original_module)\.bias$", k)}
-  config, left, wrong = _experts.from_peft(keys, config, once, flat, _peft.peft_scale)
+  flat = tree.flatten(params, is_leaf=weights.is_node)
+  config, left, wrong = _experts.from_peft(keys, config, tensors, flat, _peft.peft_scale)
   _check(config)
   for key in keys:
     if key.path == EMBED:
@@ -135,9 +117,6 @@ def read(params: Any, keys: Sequence[families.Key], config: Mapping, tensors: Ma
       flat[EMBED] = _lora_tables.read(key, keys, flat[EMBED], config, left, wrong)
     elif key.path == HEAD:
       flat[HEAD] = _lora_tables.read_base(key, flat[HEAD], left, wrong, [key.module])
-    elif key.path.endswith("/bias"):
-      rows = {key, *(k for k in table if k.path == key.path)}  # a tied bias has two names
-      flat[key.path] = _read_bias(key, rows, flat[key.path], left, wrong)
     if transformer.in_axes(key.path) and "/moe/" not in key.path:
       flat[key.path] = _read_matrix(key, flat[key.path], config, left, wrong)
   unknown = [f"tensors of no matrix of this model: {sorted(left)}"] if left else []
@@ -218,16 +197,3 @@ def _start(key, w, rank, scale, n_in, config, wrong) -> tuple[jax.Array, jax.Arr
     return None
   each = w if stack else jax.tree.map(lambda x: x[None], w)
   return _lora_values.decompose(jax.random.key(0), each, np.int32(rank), scale, n_in=n_in, columns=max(rank), init=init)
-
-
-def _read_bias(key, rows, x, left, wrong) -> Any:
-  """A bias with what the adapter has for it, by the name of any of the rows, in place of the base's."""
-  stack, places = x.shape[: key.hf.count("{}")], ("bias", "base_layer.bias")
-  names = [(i, f"{k.module.format(*i)}.{place}") for i in np.ndindex(stack) for k in rows for place in places]
-  found = [(i, name) for i, name in names if name in left]
-  if not found:
-    return x
-  x, shape = np.array(x), x.shape[len(stack) :]
-  for i, name in found:
-    x[i] = key.from_hf(_peft.take(left, wrong, name, key.hf_shape(shape)), shape)
-  return jnp.asarray(x)

@@ -1,0 +1,69 @@
+"""Biases of the pretrained model in the `peft` library's format, which every adapter can hold besides its own tensors.
+
+A config's `bias` says which: "all" that the model has, or, as "lora_only" or "vera_only", those of adapted modules.
+"""
+
+import re
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from lora_jax import families, tree, weights
+from lora_jax.methods import _lora_tables, _peft
+
+
+def write(
+  flat: Mapping[str, Any], keys: Sequence[families.Key], trained: Collection[str], adapted: Collection[str]
+) -> tuple[str, dict[str, np.ndarray]]:
+  """(`bias`, the biases that it says by their names in PEFT); "none" where none is trained but in whole modules."""
+  whole = {key.module for key in keys if key.path in trained and not key.path.endswith("/bias")}
+  tensors, used = {}, set()
+  for key in keys:
+    if not key.path.endswith("/bias") or key.module in whole or weights.is_node(flat[key.path]):
+      continue
+    x = np.asarray(flat[key.path], np.float32)
+    for index in np.ndindex(x.shape[: key.hf.count("{}")]):
+      module = key.module.format(*index)
+      tensors[module] = key.to_hf(x[index])
+      used |= {module} if key.path in trained else set()
+  kind = "none" if not used else "lora_only" if used <= set(adapted) else "all"
+  said = {"none": (), "lora_only": [m for m in tensors if m in adapted], "all": tensors}[kind]
+  return kind, {f"{m}{'.base_layer' * (m in adapted)}.bias": tensors[m] for m in said}
+
+
+def read(
+  params: Any, keys: Sequence[families.Key], config: Mapping, left: dict[str, np.ndarray], whole: Collection[str]
+) -> tuple[Any, list[str]]:
+  """(`params` with an adapter's biases, what is wrong with them).
+
+  Args:
+    left: the adapter's tensors; those that are read are taken out.
+    whole: leaves that the adapter has as parts of whole modules.
+  """
+  for k in [k for k in left if re.search(r"\.(modules_to_save|original_module)\.bias$", k)]:
+    del left[k]  # with bias="all" PEFT stores those of modules that it saves whole thrice
+  kind, table = str(config.get("bias")), _lora_tables.rows(keys)
+  adapted = {k[: found.start()] for k in left if (found := re.search(r"\.(lora|vera)_", k))}
+  flat, missing, wrong = tree.flatten(params, is_leaf=weights.is_node), [], []
+  for key in keys:
+    if not key.hf.endswith(".bias") or key.path in whole:
+      continue
+    x = flat[key.path]
+    rows = [key, *(k for k in table if k.path == key.path)]  # a tied bias has two names
+    stack, new = x.shape[: key.hf.count("{}")], {}
+    for i in np.ndindex(stack):
+      modules = [k.module.format(*i) for k in rows]
+      for name in (f"{m}.{place}" for m in modules for place in ("bias", "base_layer.bias")):
+        if name in left:
+          shape = x.shape[len(stack) :]
+          new[i] = key.from_hf(_peft.take(left, wrong, name, key.hf_shape(shape)), shape)
+      if i not in new and (kind == "all" or kind.endswith("_only") and not adapted.isdisjoint(modules)):
+        missing.append(key.hf.format(*i))
+    x = np.array(x) if new else x
+    for i, row in new.items():
+      x[i] = row
+    flat[key.path] = jnp.asarray(x) if new else x
+  wrong += [f"bias={kind!r} of the config without tensors: {', '.join(missing)}"] if missing else []
+  return tree.map_named(lambda k, _: flat[k], params, is_leaf=weights.is_node), wrong
