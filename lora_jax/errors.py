@@ -1,8 +1,9 @@
 """Errors that a user can cause, and the lookups that raise them."""
 
+import contextlib
 import difflib
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 
@@ -11,6 +12,15 @@ class UserError(Exception):
 
   The message says what is wrong, where, and what was expected; command lines print it without a traceback.
   """
+
+
+@contextlib.contextmanager
+def listed(wrong: list[str]) -> Iterator[None]:
+  """Adds the message of a UserError that ends the block to `wrong`, so that one error can list several mistakes."""
+  try:
+    yield
+  except UserError as e:
+    wrong.append(str(e))
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:

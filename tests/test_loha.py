@@ -256,7 +256,7 @@ def edited(directory, config=None, tensors=None):
     ({"rank_dropout": 2, "alpha": math.inf}, None, "alpha is inf.*rank_dropout is 2, expected"),
     ({"modules_to_save": ["x"]}, None, "modules_to_save"),
     ({"r": 4}, None, r"hada_w1_a is \(16, 8\), expected \(16, 4\)"),
-    ({}, lambda t: {k.replace("q_proj", "w_proj"): x for k, x in t.items()}, "tensors of no .*w_proj"),
+    ({}, lambda t: {k.replace("q_proj", "w_proj"): x for k, x in t.items()}, "no place in this model: .*w_proj"),
     ({}, lambda t: {k: x for k, x in t.items() if "0.self_attn.q_proj.hada_w2_b" not in k}, "hada_w2_b is None"),
     ({}, lambda t: {k: x[..., :-1].copy() for k, x in t.items()}, "(?s)hada_w1_a is.*hada_w2_b is"),
   ],

@@ -3,8 +3,11 @@
 A directory holds adapter_config.json and adapter_model.safetensors, whose keys are `base_model.model.` + the module's
 Hugging Face name + a suffix. What stands in them is each method's own: a method module that has a PEFT form defines
 `PEFT_TYPE`, `to_peft(params, keys, trained) -> (config, tensors) or None` and
-`from_peft(params, keys, config, tensors) -> params`. One that PEFT has as a part of LoRA besides defines
-`beside(form, other) -> form` and `from_beside(params, keys, config, tensors) -> (params, config, tensors)`.
+`from_peft(params, keys, config, left, wrong) -> params`. One that PEFT has as a part of LoRA besides defines
+`beside(form, other) -> form` and `from_beside(params, keys, config, left, wrong) -> (params, config)`.
+
+All that reads an adapter takes the tensors that it knows out of `left` and adds what is wrong with them to `wrong`;
+`load` raises one error of all that, and of what is left.
 """
 
 import math
@@ -166,19 +169,21 @@ def _task_type(config: transformer.Config) -> str:
   return {"lm": "CAUSAL_LM", "classification": "SEQ_CLS"}.get(config.head, "FEATURE_EXTRACTION")
 
 
-def _replace(params: Any, whole: Mapping[str, tuple[families.Key, dict[str, np.ndarray]]]) -> Any:
-  """`params` with whole leaves of an adapter in place of the base's; UserError for a wrong shape."""
+def _replace(params: Any, whole: Mapping[str, tuple[families.Key, dict[str, np.ndarray]]], wrong: list[str]) -> Any:
+  """`params` with whole leaves of an adapter in place of the base's."""
 
   def leaf(k, x):
     if k not in whole:
       return x
     key, tensors = whole[k]
     stack = x.shape[: key.hf.count("{}")]
-    rows = [tensors[key.hf.format(*index)] for index in np.ndindex(stack)]
-    expected = key.hf_shape(x.shape[len(stack) :])
-    if wrong := [t.shape for t in rows if t.shape != expected]:
-      raise errors.UserError(f"{key.hf} is {wrong[0]}, expected {expected}")
-    rows = [key.from_hf(t, x.shape[len(stack) :]) for t in rows]
+    shape = x.shape[len(stack) :]
+    expected = key.hf_shape(shape)
+    if bad := [f"{n} is {t.shape}, expected {expected}" for n, t in tensors.items() if t.shape != expected]:
+      wrong.extend(bad)
+      return x
+    names = {index: key.hf.format(*index) for index in np.ndindex(stack)}
+    rows = [key.from_hf(tensors[n], shape) if n in tensors else np.asarray(x[i]) for i, n in names.items()]
     return jnp.asarray(np.stack(rows).reshape(x.shape))
 
   return tree.map_named(leaf, params)
@@ -190,29 +195,34 @@ def _saved(
   """{leaf name: (row, its tensors)} of modules that an adapter holds whole; takes them out of `tensors`."""
   found = {}
   flat = tree.flatten(model.params)
-  for key in model.keys if config.get("modules_to_save") else ():
-    names = [key.hf.format(*index) for index in np.ndindex(flat[key.path].shape[: key.hf.count("{}")])]
-    if all(n in tensors for n in names):
-      found[key.path] = key, {n: tensors.pop(n) for n in names}
+  for key in model.keys:
+    for index in np.ndindex(flat[key.path].shape[: key.hf.count("{}")]):
+      if _is_saved(config, key.module.format(*index)) and (name := key.hf.format(*index)) in tensors:
+        found.setdefault(key.path, (key, {}))[1][name] = tensors.pop(name)
   return found
+
+
+def _is_saved(config: Mapping, module: str) -> bool:
+  """Whether PEFT saves a module whole: where it, or one that it is a part of, ends as `modules_to_save` says."""
+  above = (module[:i] for i, c in enumerate(f"{module}.") if c == ".")
+  return any(m.endswith(tuple(config.get("modules_to_save") or ())) for m in above)
 
 
 def _absent(model: models.Model, method: ModuleType, config: Mapping, tensors: Collection[str]) -> list[str]:
   """What is wrong with an adapter that lacks modules which its config names; PEFT leaves those as they are."""
   flat, norms = tree.flatten(model.params), method.PEFT_TYPE == "LN_TUNING"
   present = {k[:i] for k in tensors for i, c in enumerate(k) if c == "."}
-  saved = tuple(config.get("modules_to_save") or ())
-  bare, incomplete = [], []
+  bare, incomplete, unknown = [], [], list(config.get("modules_to_save") or ())
   for key in model.keys:
     table = [*_lora_tables.lookups(key), *filter(None, [_lora_tables.tied_head(model.keys)])] if _is_table(key) else []
     for index in np.ndindex(flat[key.path].shape[: key.hf.count("{}")]):
       module = key.module.format(*index)
-      above = [module[:i] for i, c in enumerate(f"{module}.") if c == "."]
-      if saved and any(m.endswith(saved) for m in above):
+      if _is_saved(config, module):
         incomplete += [] if (name := key.hf.format(*index)) in tensors else [name]
+        unknown = []  # PEFT lists all names that a head may have
       elif (norms or table or transformer.in_axes(key.path)) and "/moe/" not in key.path:
         bare += [m for m in table or [module] if m not in present and _is_target(config, m)]
-  said = {"target_modules": sorted(set(bare)), "modules_to_save": incomplete}
+  said = {"target_modules": sorted(set(bare)), "modules_to_save": incomplete or unknown}
   return [f"{k} of the config without tensors: {', '.join(v)}" for k, v in said.items() if v]
 
 
@@ -286,6 +296,7 @@ def _check(where: pathlib.Path, config: Mapping) -> None:
     "lora_dropout": ("a number in [0, 1)", lambda x: number(x, least=0) and x < 1),
     "rank_pattern": ("an object of regular expressions and positive whole numbers", lambda x: patterns(x, rank)),
     "init_r": ("a positive whole number", rank),
+    "num_virtual_tokens": ("a positive whole number", rank),
     "vera_dropout": ("a number in [0, 1)", lambda x: number(x, least=0) and x < 1),
     "alpha_pattern": ("an object of regular expressions and numbers", lambda x: patterns(x, number)),
     "use_rslora": ("true or false", lambda x: isinstance(x, bool)),
@@ -294,7 +305,9 @@ def _check(where: pathlib.Path, config: Mapping) -> None:
   if config.get("peft_type") == "ADALORA":  # whose pattern says which of the ranks are in use
     flags = lambda x: isinstance(x, list) and all(isinstance(v, bool) for v in x)
     rules["rank_pattern"] = ("an object of names and lists of true and false", lambda x: patterns(x, flags))
-  optional = ("vera_dropout", "lora_dropout", "rank_pattern", "alpha_pattern", "modules_to_save")  # may be null
+  optional = (
+    "vera_dropout lora_dropout rank_pattern alpha_pattern modules_to_save num_virtual_tokens".split()
+  )  # or null
   bad = [
     f"{k} is {config[k]!r:.100}, expected {what}"
     for k, (what, fits) in rules.items()
@@ -329,24 +342,22 @@ def load(model: models.Model, directory: str | os.PathLike) -> Any:
   soft = method.PEFT_TYPE in PROMPTS
   prefix, bare = (TOP, {PROMPT}) if soft else (PREFIX, set())
   top = {TOP + k for k in getattr(method, "PEFT_SHARED", ())}
-  foreign = [k for k in source.names() if not k.startswith(prefix) and k not in top | bare]
-  if foreign:
-    raise errors.UserError(f"{directory}: keys without the prefix {prefix!r}: {foreign}")
-  tensors = {k.removeprefix(TOP if k in top else prefix): source.read(k) for k in source.names()}
-  absent = _absent(model, method, config, tensors)
-  whole = _saved(model, config, tensors)
+  known = [k for k in source.names() if k.startswith(prefix) or k in top | bare]
+  foreign = sorted(set(source.names()) - set(known))
+  wrong = [f"keys without the prefix {prefix!r}: {foreign}"] if foreign else []
+  wrong += [] if set(source.names()) - top else ["the adapter holds no tensors"]
+  left = {k.removeprefix(TOP if k in top else prefix): source.read(k) for k in known}
+  wrong += _absent(model, method, config, left)
+  whole = _saved(model, config, left)
   if (tied := _tied_head(model.keys, whole)) is not None:
-    absent += _untied(tied, whole[_lora_tables.EMBED], model.params["embed"]["kernel"], tensors)
-  config = {k: v for k, v in config.items() if k != "modules_to_save" or not whole}
-  try:
-    params = _replace(model.params, whole)
-    params, wrong = _biases.read(params, model.keys, config, tensors, whole)
-    absent += wrong
+    wrong += _untied(tied, whole[_lora_tables.EMBED], model.params["embed"]["kernel"], left)
+  with errors.listed(wrong):
+    params = _replace(model.params, whole, wrong)
+    params = _biases.read(params, model.keys, config, left, wrong, whole)
     if config.get("trainable_token_indices") and method.PEFT_TYPE == "LORA":
-      params, config, tensors = tokens.from_beside(params, model.keys, config, tensors)
-    params = method.from_peft(params, model.keys, config, tensors)
-  except errors.UserError as e:
-    absent.append(str(e))
-  if absent:
-    raise errors.UserError(f"{directory}: {'; '.join(absent)}")
+      params, config = tokens.from_beside(params, model.keys, config, left, wrong)
+    params = method.from_peft(params, model.keys, config, left, wrong)
+    wrong += [f"tensors with no place in this model: {sorted(left)}"] if left else []
+  if wrong:
+    raise errors.UserError(f"{directory}: {'; '.join(wrong)}")
   return params

@@ -34,19 +34,19 @@ def write(
 
 
 def read(
-  params: Any, keys: Sequence[families.Key], config: Mapping, left: dict[str, np.ndarray], whole: Collection[str]
-) -> tuple[Any, list[str]]:
-  """(`params` with an adapter's biases, what is wrong with them).
-
-  Args:
-    left: the adapter's tensors; those that are read are taken out.
-    whole: leaves that the adapter has as parts of whole modules.
-  """
+  params: Any,
+  keys: Sequence[families.Key],
+  config: Mapping,
+  left: dict[str, np.ndarray],
+  wrong: list[str],
+  whole: Collection[str],
+) -> Any:
+  """`params` with an adapter's biases, but for leaves in `whole`, which it has as parts of whole modules."""
   for k in [k for k in left if re.search(r"\.(modules_to_save|original_module)\.bias$", k)]:
     del left[k]  # with bias="all" PEFT stores those of modules that it saves whole thrice
   kind, table = str(config.get("bias")), _lora_tables.rows(keys)
   adapted = {k[: found.start()] for k in left if (found := re.search(r"\.(lora|vera)_", k))}
-  flat, missing, wrong = tree.flatten(params, is_leaf=weights.is_node), [], []
+  flat, missing = tree.flatten(params, is_leaf=weights.is_node), []
   for key in keys:
     if not key.hf.endswith(".bias") or key.path in whole:
       continue
@@ -66,4 +66,4 @@ def read(
       x[i] = row
     flat[key.path] = jnp.asarray(x) if new else x
   wrong += [f"bias={kind!r} of the config without tensors: {', '.join(missing)}"] if missing else []
-  return tree.map_named(lambda k, _: flat[k], params, is_leaf=weights.is_node), wrong
+  return tree.map_named(lambda k, _: flat[k], params, is_leaf=weights.is_node)

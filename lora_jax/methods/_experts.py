@@ -83,24 +83,25 @@ def _joined(parts, nodes, flat, table, i):
 def from_peft(
   keys: Sequence[families.Key],
   config: Mapping,
-  tensors: Mapping[str, np.ndarray],
+  left: dict[str, np.ndarray],
+  wrong: list[str],
   flat: dict[str, Any],
   scale: Callable[[Mapping, str, int], float],
-) -> tuple[dict, dict[str, np.ndarray], list[str]]:
+) -> dict:
   """Puts LoRA on the experts and routers in `flat` that an adapter has.
 
   Args:
     scale: from the config, the name of a module or parameter, and its rank.
 
   Returns:
-    (config without what was read, the tensors that are left, what does not fit).
+    config without what was read.
   """
-  table, left, wrong = rows(keys), dict(tensors), []
+  table = rows(keys)
   targets = config.get("target_parameters") or []
   config = {k: v for k, v in config.items() if k != "target_parameters"}
   if not table:
     wrong += [f"target_parameters {t!r} of no matrix of this model" for t in targets]
-    return config, left, wrong
+    return config
   layers, E = flat[table["gate"].path].shape[:2]
   found = {name: {} for name in table}  # {part: {(layer, expert): (a [R, in], b [out, R], scale)}}
   used = set()
@@ -139,7 +140,7 @@ def from_peft(
       k = table[part].path
       flat[k] = _node(flat[k], each, bool(config.get("use_rslora")), table[part].module, wrong)
   wrong += [f"target_parameters {t!r} of no matrix of this model" for t in targets if t not in used]
-  return config, left, wrong
+  return config
 
 
 def _parameters() -> list[str]:

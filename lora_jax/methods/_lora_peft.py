@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax import errors, families, fused, transformer, tree, weights
+from lora_jax import families, fused, transformer, tree, weights
 from lora_jax.methods import _biases, _experts, _lora_tables, _lora_values, _peft
 
 EMBED, HEAD = _lora_tables.EMBED, _lora_tables.HEAD
 # Features of PEFT's LoraConfig that change the forward pass and that we do not have.
 UNSUPPORTED = (
-  "use_dora modules_to_save layer_replication trainable_token_indices use_qalora use_bdlora alora_invocation_tokens"
+  "use_dora layer_replication trainable_token_indices use_qalora use_bdlora alora_invocation_tokens"
   " arrow_config kasa_config monteclora_config velora_config megatron_config"
 ).split()
 # Initialisations that leave the base as it is.
@@ -105,11 +105,13 @@ def _tensors(key, module, part, head) -> dict[str, np.ndarray]:
   return tensors
 
 
-def read(params: Any, keys: Sequence[families.Key], config: Mapping, tensors: Mapping[str, np.ndarray]) -> Any:
+def read(
+  params: Any, keys: Sequence[families.Key], config: Mapping, left: dict[str, np.ndarray], wrong: list[str]
+) -> Any:
   """See `lora.from_peft`."""
   flat = tree.flatten(params, is_leaf=weights.is_node)
-  config, left, wrong = _experts.from_peft(keys, config, tensors, flat, _peft.peft_scale)
-  _check(config)
+  config = _experts.from_peft(keys, config, left, wrong, flat, _peft.peft_scale)
+  wrong += _unsupported(config)
   for key in keys:
     if key.path == EMBED:
       modules = [*_lora_tables.lookups(key), _lora_tables.tied_head(keys)]
@@ -119,14 +121,11 @@ def read(params: Any, keys: Sequence[families.Key], config: Mapping, tensors: Ma
       flat[HEAD] = _lora_tables.read_base(key, flat[HEAD], left, wrong, [key.module])
     if transformer.in_axes(key.path) and "/moe/" not in key.path:
       flat[key.path] = _read_matrix(key, flat[key.path], config, left, wrong)
-  unknown = [f"tensors of no matrix of this model: {sorted(left)}"] if left else []
-  if unknown or wrong or not tensors:
-    raise errors.UserError("; ".join(unknown + wrong) or "the adapter holds no tensors")
   return tree.map_named(lambda k, _: flat[k], params, is_leaf=weights.is_node)
 
 
-def _check(config: Mapping) -> None:
-  """Raises UserError listing what of PEFT's features is not supported."""
+def _unsupported(config: Mapping) -> list[str]:
+  """What of PEFT's features is not supported."""
   bad = [f"{k}={config[k]!r}" for k in UNSUPPORTED if config.get(k)]
   if config.get("bias", "none") not in ("none", "all", "lora_only"):
     bad.append(f"bias={config['bias']!r}")
@@ -141,8 +140,7 @@ def _check(config: Mapping) -> None:
       f"init_lora_weights={start!r}: its base has lost a part that is not in the adapter; save it in PEFT with "
       "path_initial_model_for_weight_conversion, as plain LoRA, or save the base with it"
     )
-  if bad:
-    raise errors.UserError("this LoRA adapter uses what is not supported: " + "; ".join(bad))
+  return ["this LoRA adapter uses what is not supported: " + "; ".join(bad)] if bad else []
 
 
 def _read_matrix(key, w, config, left, wrong) -> Any:

@@ -133,7 +133,6 @@ def check_config(config: Mapping, known: Mapping[str, tuple[str, Callable[[Any],
   rules = {
     "alpha": ("a number", number),
     "rank_dropout": ("a number in [0, 1)", lambda x: x is None or number(x) and 0 <= x < 1),
-    "modules_to_save": ("modules whose tensors are all there", lambda x: not x),
     **(known or {}),
   }
   bad = [
@@ -156,28 +155,22 @@ def ranks_of(config: Mapping, modules: Sequence[str], rows: Sequence[Mapping]) -
 def read(
   params: Any,
   keys: Sequence[families.Key],
-  tensors: Mapping[str, np.ndarray],
+  left: dict[str, np.ndarray],
   names: Sequence[str],
   build: Callable[[families.Key, Any, list[str], list[dict]], Any],
-  wrong: list[str],
 ) -> Any:
   """`params` with `build(key, weight, modules, tensors of each)` in place of the matrices that have tensors.
 
   Args:
     names: what tensors are called after the module's name.
-    wrong: what has been found wrong; `build` may add to it. UserError if anything is.
   """
-  flat, left = tree.flatten(params, is_leaf=weights.is_node), dict(tensors)
+  flat = tree.flatten(params, is_leaf=weights.is_node)
   for key in keys:
     if not transformer.in_axes(key.path) or key.transposed or key.hf.count("{}") > 1:
       continue
     w = flat[key.path]
     modules = [key.module.format(i) for i in range(w.shape[0] if "{}" in key.hf else 1)]
-    rows = [{n: left.pop(f"{m}.{n}") for n in names if f"{m}.{n}" in left} for m in modules]
+    rows = [{k: left.pop(k) for n in names if (k := f"{m}.{n}") in left} for m in modules]
     if any(rows):
       flat[key.path] = build(key, w, modules, rows)
-  wrong += [f"tensors of no `nn.Linear` of this model: {sorted(left)}"] if left else []
-  wrong += [] if tensors else ["the adapter holds no tensors"]
-  if wrong:
-    raise errors.UserError("; ".join(wrong))
   return tree.map_named(lambda k, _: flat[k], params, is_leaf=weights.is_node)

@@ -152,17 +152,17 @@ def to_peft(
   return config, tensors
 
 
-def from_peft(params: Any, keys: Sequence[families.Key], config: Mapping, tensors: Mapping[str, np.ndarray]) -> Any:
-  """The inverse of `to_peft`: `params` with AdaLoRA nodes, e being zero where it was pruned; UserError lists what is
-  not understood or does not fit."""
+def from_peft(
+  params: Any, keys: Sequence[families.Key], config: Mapping, left: dict[str, np.ndarray], wrong: list[str]
+) -> Any:
+  """The inverse of `to_peft`: `params` with AdaLoRA nodes, e being zero where it was pruned; see formats/peft.py."""
   rank, pattern = config.get("init_r", 12), dict(config.get("rank_pattern") or {})
-  flat, left, wrong = tree.flatten(params, is_leaf=weights.is_node), dict(tensors), []
+  flat = tree.flatten(params, is_leaf=weights.is_node)
   for key in keys:
     w, n = flat[key.path], transformer.in_axes(key.path) * (architecture.stack_axes(key.path) < 2)
     modules = [key.module.format(i) for i in range(w.shape[0] if "{}" in key.hf else 1)]
-    parts = [{f: left.pop(f"{m}.{s}", None) for f, s in FIELDS.items()} for m in modules] if n else []
-    found = [any(x is not None for x in part.values()) for part in parts]
-    if not any(found):
+    found = [any(f"{m}.{s}" in left for s in FIELDS.values()) for m in modules]
+    if not n or not any(found):
       continue
     shape = w.shape["{}" in key.hf :]
     full = [(*shape[:n], rank), (rank,), (rank, *shape[n:])]
@@ -172,15 +172,12 @@ def from_peft(params: Any, keys: Sequence[families.Key], config: Mapping, tensor
       flags = pattern.pop(f"{modules[i]}.lora_E", [True] * rank)
       if len(flags) != rank:
         wrong.append(f"rank_pattern of {modules[i]} has {len(flags)} entries, expected init_r={rank}")
-        continue
-      at = {"a": (..., flags), "e": flags, "b": flags}
-      for f, x in parts[i].items():
-        sizes = key.sizes(shape) | {"i": 1}
+        flags = [True] * rank
+      at, sizes = {"a": (..., flags), "e": flags, "b": flags}, key.sizes(shape) | {"i": 1}
+      for f, s in FIELDS.items():
         expected = _peft.rearrange(arrays[f][i][at[f]], _peft.reverse(patterns[f]), sizes).shape
-        if x is None or x.shape != expected:
-          wrong.append(f"{modules[i]}.{FIELDS[f]} is {None if x is None else x.shape}, expected {expected}")
-        else:
-          arrays[f][i][at[f]] = _peft.rearrange(x.astype(np.float32), patterns[f], sizes)
+        x = _peft.take(left, wrong, f"{modules[i]}.{s}", expected)
+        arrays[f][i][at[f]] = _peft.rearrange(x, patterns[f], sizes)
     stack = slice(None) if "{}" in key.hf else 0
     scale = np.float32(found) * np.float32(_scale(config.get("lora_alpha", 8), rank))
     arrays = {f: jnp.asarray(x[stack]) for f, x in arrays.items()}
@@ -188,8 +185,5 @@ def from_peft(params: Any, keys: Sequence[families.Key], config: Mapping, tensor
     flat[key.path] = _adalora.AdaLoRA(
       w, **arrays, scale=jnp.asarray(scale[stack]), dropout=dropout, layers=tuple(found)
     )
-  wrong += [f"tensors of no matrix of this model: {sorted(left)}"] if left else []
   wrong += [f"rank_pattern of no adapted matrix: {sorted(pattern)}"] if pattern else []
-  if wrong or not tensors:
-    raise errors.UserError("; ".join(wrong) or "the adapter holds no tensors")
   return tree.map_named(lambda k, _: flat[k], params, is_leaf=weights.is_node)

@@ -160,16 +160,12 @@ def to_peft(
   return config | {"use_dora": True}, tensors
 
 
-def from_lora(params: Any, keys: Sequence[families.Key], config: Mapping, tensors: Mapping[str, np.ndarray]) -> Any:
-  """The inverse of `to_peft`; UserError lists what is not understood or does not fit."""
-  vectors = {k: x for k, x in tensors.items() if k.endswith(f".{MAGNITUDE}")}
-  rest = {k: x for k, x in tensors.items() if k not in vectors}
-  wrong, adapted = [], params
-  try:
-    adapted = lora.from_peft(params, keys, {k: v for k, v in config.items() if k != "use_dora"}, rest)
-  except errors.UserError as e:
-    wrong.append(str(e))
-  flat = tree.flatten(adapted, is_leaf=weights.is_node)
+def from_lora(
+  params: Any, keys: Sequence[families.Key], config: Mapping, left: dict[str, np.ndarray], wrong: list[str]
+) -> Any:
+  """The inverse of `to_peft`; see formats/peft.py."""
+  params = lora.from_peft(params, keys, {k: v for k, v in config.items() if k != "use_dora"}, left, wrong)
+  flat = tree.flatten(params, is_leaf=weights.is_node)
   for key in keys:
     if not _is_lora(w := flat[key.path]):
       continue
@@ -180,16 +176,8 @@ def from_lora(params: Any, keys: Sequence[families.Key], config: Mapping, tensor
     sizes, pattern = key.sizes(w.shape[stack:]), key.low_rank()[1]
     magnitude = np.array(node.norm).reshape(-1, *node.norm.shape[stack:])
     for i, m in enumerate(magnitude):
-      x = vectors.pop(f"{key.module.format(i)}.{MAGNITUDE}", None)
-      if not np.atleast_1d(w.scale)[i] and x is None:
-        continue
-      if x is None or x.shape != (m.size,):
-        found = None if x is None else x.shape
-        wrong.append(f"use_dora: {key.module.format(i)}.{MAGNITUDE} is {found}, expected {(m.size,)}")
-      else:
-        m[...] = _peft.rearrange(x[:, None].astype(np.float32), pattern, sizes)[0]
+      name = f"{key.module.format(i)}.{MAGNITUDE}"
+      if np.atleast_1d(w.scale)[i] or name in left:
+        m[...] = _peft.rearrange(_peft.take(left, wrong, name, (m.size,))[:, None], pattern, sizes)[0]
     flat[key.path] = node.replace(magnitude=jnp.asarray(magnitude.reshape(node.norm.shape)))
-  wrong += [f"tensors of no adapted matrix: {sorted(vectors)}"] if vectors and adapted is not params else []
-  if wrong:
-    raise errors.UserError("; ".join(wrong))
   return tree.map_named(lambda k, _: flat[k], params, is_leaf=weights.is_node)

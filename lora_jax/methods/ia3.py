@@ -148,11 +148,12 @@ def to_peft(
   return config, tensors
 
 
-def from_peft(params: Any, keys: Sequence[families.Key], config: Mapping, tensors: Mapping[str, np.ndarray]) -> Any:
-  """The inverse of `to_peft`; modules without a vector are scaled by ones. UserError lists what does not fit."""
-  wrong = [f"modules_to_save={config['modules_to_save']!r} has no tensors"] if config.get("modules_to_save") else []
+def from_peft(
+  params: Any, keys: Sequence[families.Key], config: Mapping, left: dict[str, np.ndarray], wrong: list[str]
+) -> Any:
+  """The inverse of `to_peft`; modules without a vector are scaled by ones. See formats/peft.py."""
   is_input = _feedforward(config.get("feedforward_modules"))
-  linear, left, found = _matrices(params), dict(tensors), {}
+  linear, found = _matrices(params), {}
   for key in keys:
     if key.path not in linear or "/moe/" in key.path:
       continue
@@ -164,21 +165,15 @@ def from_peft(params: Any, keys: Sequence[families.Key], config: Mapping, tensor
     )
     for i in range(shape[0] if stack else 1):
       k = f"{key.module.format(i)}.ia3_l"
-      if (x := left.pop(k, None)) is None:
+      if k not in left:
         continue
       name = INPUT if is_input(key.module.format(i)) else OUTPUT
       size = math.prod(axes[name])
-      if x.shape != (expected := (1, size) if name == INPUT else (size, 1)):
-        wrong.append(f"{k} is {x.shape}, expected {expected}")
-        continue
+      x = _peft.take(left, wrong, k, (1, size) if name == INPUT else (size, 1))
       ones = np.ones((*shape[:stack], *axes[name]), np.float32)
       scale = found.setdefault(key.path, {}).setdefault(name, ones)
-      x = _peft.rearrange(x.astype(np.float32), patterns[name], key.sizes(shape[stack:]))
+      x = _peft.rearrange(x, patterns[name], key.sizes(shape[stack:]))
       scale[i if stack else ...] = x[..., 0] if name == INPUT else x[0]
-  wrong += [f"tensors of no matrix of this model that IA3 scales: {sorted(left)}"] if left else []
-  wrong += [] if tensors else ["the adapter holds no tensors"]
-  if wrong:
-    raise errors.UserError("; ".join(wrong))
   for k, scales in found.items():
     if OUTPUT in scales and fused.part_names(k):
       scales[OUTPUT] = _narrow(scales[OUTPUT], _sizes(params, k)[1])

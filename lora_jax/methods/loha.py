@@ -171,10 +171,11 @@ def to_peft(
   return {"peft_type": PEFT_TYPE, "init_weights": True, **_lycoris.peft_config(found, params, keys)}, tensors
 
 
-def from_peft(params: Any, keys: Sequence[families.Key], config: Mapping, tensors: Mapping[str, np.ndarray]) -> Any:
-  """The inverse of `to_peft`; UserError lists what is not understood or does not fit."""
+def from_peft(
+  params: Any, keys: Sequence[families.Key], config: Mapping, left: dict[str, np.ndarray], wrong: list[str]
+) -> Any:
+  """The inverse of `to_peft`; see formats/peft.py."""
   _lycoris.check_config(config)
-  wrong = []
 
   def build(key, w, modules, rows):
     shape = w.shape[1:] if "{}" in key.hf else w.shape
@@ -188,15 +189,12 @@ def from_peft(params: Any, keys: Sequence[families.Key], config: Mapping, tensor
     for i, (module, row, r) in enumerate(zip(modules, rows, ranks, strict=True)):
       theirs = {"a": (r, math.prod(inner)), "b": (math.prod(outer), r)}
       for name, f in NAMES.items() if r else ():
-        x = row.get(name)
-        if x is None or x.shape != theirs[f[0]]:
-          wrong.append(f"{module}.{name} is {None if x is None else x.shape}, expected {theirs[f[0]]}")
-          continue
+        x = _peft.take(row, wrong, f"{module}.{name}", theirs[f[0]])
         view = fields[f][i, ..., :r] if f[0] == "a" else fields[f][i, :r]
-        view[...] = _peft.rearrange(x.astype(np.float32), patterns[f[0]], sizes)
+        view[...] = _peft.rearrange(x, patterns[f[0]], sizes)
     stack = slice(None) if "{}" in key.hf else 0
     arrays = {f: jnp.asarray(x[stack]) for f, x in fields.items()}
     scale, rank = jnp.asarray(np.float32(scale)[stack]), jnp.asarray(np.int32(ranks)[stack])
     return LoHa(base=w, **arrays, scale=scale, rank=rank, dropout=float(config.get("rank_dropout") or 0.0))
 
-  return _lycoris.read(params, keys, tensors, NAMES, build, wrong)
+  return _lycoris.read(params, keys, left, NAMES, build)

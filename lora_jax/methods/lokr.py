@@ -252,13 +252,14 @@ def to_peft(
   return {"peft_type": PEFT_TYPE, **own, **_lycoris.peft_config(found, params, keys)}, tensors
 
 
-def from_peft(params: Any, keys: Sequence[families.Key], config: Mapping, tensors: Mapping[str, np.ndarray]) -> Any:
-  """The inverse of `to_peft`; UserError lists what is not understood or does not fit."""
+def from_peft(
+  params: Any, keys: Sequence[families.Key], config: Mapping, left: dict[str, np.ndarray], wrong: list[str]
+) -> Any:
+  """The inverse of `to_peft`; see formats/peft.py."""
   boolean = ("true or false", lambda x: isinstance(x, bool))
   whole = ("a whole number", lambda x: isinstance(x, int) and not isinstance(x, bool))
   rules = {"decompose_factor": whole, "decompose_both": boolean, "rank_dropout_scale": boolean}
   _lycoris.check_config(config, rules)
-  wrong = []
   static = dict(
     dropout=float(config.get("rank_dropout") or 0.0),
     rescale=bool(config.get("rank_dropout_scale")),
@@ -272,11 +273,15 @@ def from_peft(params: Any, keys: Sequence[families.Key], config: Mapping, tensor
     if not in_order(key):
       wrong.append(f"{key.module}: a Kronecker product over its interleaved axes is not supported")
       return w
-    layout = _layout(key.module, math.prod(axes[:n]), math.prod(axes[n:]), ranks, static)
+    layout = {}
+    with errors.listed(wrong):
+      layout = _layout(key.module, math.prod(axes[:n]), math.prod(axes[n:]), ranks, static)
+    if not layout:
+      return w
     fields = {f: _zeros(len(rows), size) for f, size in layout.items()}
     for i, (module, row, r) in enumerate(zip(modules, rows, ranks, strict=True)):
       for name, (field, part) in NAMES.items() if r else ():
-        f, x = fields[field], row.get(name)
+        f, x = fields[field], row.get(f"{module}.{name}")
         view = f[i] if part is None and not isinstance(f, tuple) else None
         if isinstance(f, tuple) and part is not None:
           view = f[1][i, :r] if part else f[0][i, :, :r]
@@ -290,7 +295,7 @@ def from_peft(params: Any, keys: Sequence[families.Key], config: Mapping, tensor
     scale, rank = jnp.asarray(np.float32(scale)[stack]), jnp.asarray(np.int32(ranks)[stack])
     return LoKr(base=w, **arrays, scale=scale, rank=rank, **static)
 
-  return _lycoris.read(params, keys, tensors, NAMES, build, wrong)
+  return _lycoris.read(params, keys, left, NAMES, build)
 
 
 def _zeros(layers: int, size: tuple[int, ...]) -> Any:

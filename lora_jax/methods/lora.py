@@ -216,8 +216,10 @@ def to_peft(
   return _lora_peft.write(params, keys, trained)
 
 
-def from_peft(params: Any, keys: Sequence[families.Key], config: Mapping, tensors: Mapping[str, np.ndarray]) -> Any:
-  """The inverse of `to_peft`: `params` with LoRA nodes; UserError lists what is not understood or does not fit."""
+def from_peft(
+  params: Any, keys: Sequence[families.Key], config: Mapping, left: dict[str, np.ndarray], wrong: list[str]
+) -> Any:
+  """The inverse of `to_peft`: `params` with LoRA nodes; see formats/peft.py."""
   if config.get("use_dora"):
-    return methods.get("dora").from_lora(params, keys, config, tensors)
-  return _lora_peft.read(params, keys, config, tensors)
+    return methods.get("dora").from_lora(params, keys, config, left, wrong)
+  return _lora_peft.read(params, keys, config, left, wrong)

@@ -85,11 +85,12 @@ def to_peft(
   return {"peft_type": PEFT_TYPE, "target_modules": _peft.target_modules(adapted, keys, flat)} | config, tensors
 
 
-def from_peft(params: Any, keys: Sequence[families.Key], config: Mapping, tensors: Mapping[str, np.ndarray]) -> Any:
-  """The inverse of `to_peft`; UserError lists what is not understood or does not fit."""
-  wrong = [f"modules_to_save={config['modules_to_save']!r} has no tensors"] if config.get("modules_to_save") else []
-  flat, left, norms = tree.flatten(params, is_leaf=weights.is_node), dict(tensors), set(leaves(params))
-  modules = {k.partition(f".{PART}.")[0] for k in tensors}
+def from_peft(
+  params: Any, keys: Sequence[families.Key], config: Mapping, left: dict[str, np.ndarray], wrong: list[str]
+) -> Any:
+  """The inverse of `to_peft`; see formats/peft.py."""
+  flat, norms = tree.flatten(params, is_leaf=weights.is_node), set(leaves(params))
+  modules = {k.partition(f".{PART}.")[0] for k in left}
   for key in keys:
     if key.path not in norms:
       continue
@@ -98,14 +99,7 @@ def from_peft(params: Any, keys: Sequence[families.Key], config: Mapping, tensor
     indices = [i for i in np.ndindex(stack) if key.module.format(*i) in modules]
     for index in indices:
       name = f"{key.module.format(*index)}.{PART}.{key.hf.rpartition('.')[2]}"
-      x, shape = left.pop(name, None), key.hf_shape(new[index].shape)
-      if x is None or x.shape != shape:
-        wrong.append(f"{name} is {None if x is None else x.shape}, expected {shape}")
-      else:
-        new[index] = key.from_hf(x.astype(np.float32), new[index].shape)
+      shape = new[index].shape
+      new[index] = key.from_hf(_peft.take(left, wrong, name, key.hf_shape(shape)), shape)
     flat[key.path] = jnp.asarray(new) if indices else flat[key.path]
-  wrong += [f"tensors of no norm of this model: {sorted(left)}"] if left else []
-  wrong += [] if tensors else ["the adapter holds no tensors"]
-  if wrong:
-    raise errors.UserError("; ".join(wrong))
   return tree.map_named(lambda k, _: flat[k], params, is_leaf=weights.is_node)

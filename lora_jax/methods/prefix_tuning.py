@@ -18,7 +18,7 @@ import numpy as np
 from flax import struct
 
 from lora_jax import errors, layers, tree
-from lora_jax.methods import p_tuning, prompt_tuning
+from lora_jax.methods import _peft, p_tuning, prompt_tuning
 
 STARTS = "every layer attends to keys that the model has not seen"
 MERGES = False
@@ -180,15 +180,14 @@ def _rows(layers: int, n: int, stacks: int) -> np.ndarray:
   return stacks * np.arange(layers) % n
 
 
-def from_peft(params: Any, keys: Sequence[Any], config: Mapping, tensors: Mapping[str, np.ndarray]) -> Any:
-  """The inverse of `to_peft`: `params` with a `Prefix`; UserError lists what does not fit."""
-  table = prompt_tuning.embeddings(tensors)
+def from_peft(params: Any, keys: Sequence[Any], config: Mapping, left: dict[str, np.ndarray], wrong: list[str]) -> Any:
+  """The inverse of `to_peft`: `params` with a `Prefix`; see formats/peft.py."""
+  rows, columns = prompt_tuning.size(left)
   L, K, H = sizes(params)
-  P, encoder = config.get("num_virtual_tokens") or len(table), "encoder" in params
-  n = max(L, table.shape[-1] // (2 * K * H)) if encoder else L
-  if table.shape != (P, n * 2 * K * H):
-    raise errors.UserError(f"prompt_embeddings is {table.shape}, expected {(P, n * 2 * K * H)}")
-  left, right = _ROW.split(" -> ")
-  both = einops.rearrange(table.astype(np.float32), f"{right} -> {left}", l=n, s=2, k=K, h=H)
+  P, encoder = config.get("num_virtual_tokens") or rows, "encoder" in params
+  n = max(L, columns // (2 * K * H)) if encoder else L
+  table = _peft.take(left, wrong, "prompt_embeddings", (P, n * 2 * K * H))
+  ours, theirs = _ROW.split(" -> ")
+  both = einops.rearrange(table, f"{theirs} -> {ours}", l=n, s=2, k=K, h=H)
   both = both[_rows(L, n, config.get("num_transformer_submodules") or 1 + encoder)]
   return params | {"prefix": Prefix(jnp.asarray(both[:, 0]), jnp.asarray(both[:, 1]))}

@@ -12,6 +12,7 @@ import numpy as np
 from flax import struct
 
 from lora_jax import errors, prompts, tree, weights
+from lora_jax.methods import _peft
 
 STARTS = "the text begins with vectors that the model has not seen"
 MERGES = False
@@ -160,19 +161,16 @@ def form(params: Any, kind: str, node: type) -> tuple[dict, dict[str, np.ndarray
   return config, {"prompt_embeddings": table}
 
 
-def from_peft(params: Any, keys: Sequence[Any], config: Mapping, tensors: Mapping[str, np.ndarray]) -> Any:
-  """The inverse of `to_peft`: `params` with a `Prompt`; UserError lists what does not fit."""
-  table, D = embeddings(tensors), params["embed"]["kernel"].shape[1]
-  count = config.get("num_virtual_tokens") or len(table)
-  if table.ndim != 2 or table.shape[1] != D or table.shape[0] not in (count, 2 * count):
-    raise errors.UserError(f"prompt_embeddings is {table.shape}, expected {(count, D)}")
-  return params | {"prompt": Prompt(jnp.asarray(table[:count], jnp.float32))}
+def from_peft(params: Any, keys: Sequence[Any], config: Mapping, left: dict[str, np.ndarray], wrong: list[str]) -> Any:
+  """The inverse of `to_peft`: `params` with a `Prompt`; see formats/peft.py."""
+  rows, _ = size(left)
+  count = config.get("num_virtual_tokens") or rows
+  shape = (rows if rows == 2 * count else count, params["embed"]["kernel"].shape[1])
+  table = _peft.take(left, wrong, "prompt_embeddings", shape)
+  return params | {"prompt": Prompt(jnp.asarray(table[:count]))}
 
 
-def embeddings(tensors: Mapping[str, np.ndarray]) -> np.ndarray:
-  """The one tensor of a prompt-learning adapter; UserError if there are others or none."""
-  if extra := sorted(tensors.keys() - {"prompt_embeddings"}):
-    raise errors.UserError(f"tensors of no soft prompt: {extra}")
-  if "prompt_embeddings" not in tensors:
-    raise errors.UserError("the adapter has no tensor prompt_embeddings")
-  return tensors["prompt_embeddings"]
+def size(tensors: Mapping[str, np.ndarray]) -> tuple[int, int]:
+  """Rows and columns of the one tensor of a prompt-learning adapter; zeros where there is none, or no matrix."""
+  shape = np.shape(tensors.get("prompt_embeddings", ()))
+  return shape if len(shape) == 2 else (0, 0)

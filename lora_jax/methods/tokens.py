@@ -13,7 +13,7 @@ import numpy as np
 from flax import struct
 
 from lora_jax import errors, families, tree, weights
-from lora_jax.methods import _lora_tables, _targets
+from lora_jax.methods import _lora_tables, _peft, _targets
 
 EMBED = "embed/kernel"
 DEFAULT = 4  # rows from the end of the table
@@ -126,14 +126,15 @@ def to_peft(
   return config, {f"{m}.{SUFFIX}": np.asarray(table.rows) for m in [_module(keys), *_others(keys)]}
 
 
-def from_peft(params: Any, keys: Sequence[families.Key], config: Mapping, tensors: Mapping[str, np.ndarray]) -> Any:
-  """The inverse of `to_peft`; UserError for tokens or tensors that do not fit."""
-  params, left = _read(params, keys, config.get("token_indices"), "token_indices", SUFFIX, tensors)
-  own = tensors[f"{_module(keys)}.{SUFFIX}"]
-  same = {k for m in _others(keys) if np.array_equal(left.get(k := f"{m}.{SUFFIX}"), own)}
-  if odd := sorted(left.keys() - same):
-    raise errors.UserError(f"tensors of no embedding of this model, or of other rows than {_module(keys)}: {odd}")
-  return params
+def from_peft(
+  params: Any, keys: Sequence[families.Key], config: Mapping, left: dict[str, np.ndarray], wrong: list[str]
+) -> Any:
+  """The inverse of `to_peft`; see formats/peft.py."""
+  own = left.get(f"{_module(keys)}.{SUFFIX}")
+  for k in [k for m in _others(keys) if (k := f"{m}.{SUFFIX}") in left]:
+    if not np.array_equal(left.pop(k), own):
+      wrong.append(f"{k} has other rows than {_module(keys)}")
+  return _read(params, keys, config.get("token_indices"), "token_indices", SUFFIX, left, wrong)
 
 
 def beside(form: tuple[dict, dict], other: tuple[dict, dict]) -> tuple[dict, dict]:
@@ -145,18 +146,17 @@ def beside(form: tuple[dict, dict], other: tuple[dict, dict]) -> tuple[dict, dic
 
 
 def from_beside(
-  params: Any, keys: Sequence[families.Key], config: Mapping, tensors: Mapping[str, np.ndarray]
-) -> tuple[Any, dict, dict[str, np.ndarray]]:
-  """(params with the trained rows of another method's adapter, its config and tensors without them)."""
+  params: Any, keys: Sequence[families.Key], config: Mapping, left: dict[str, np.ndarray], wrong: list[str]
+) -> tuple[Any, dict]:
+  """(params with the trained rows of another method's adapter, its config without them)."""
   indices = config.get("trainable_token_indices")
   rest = {k: v for k, v in config.items() if k != "trainable_token_indices"}
   if isinstance(indices, Mapping):
     names = [k for k in indices if not f".{_module(keys)}".endswith(f".{k}")]
     if names or len(indices) != 1:
-      raise errors.UserError(f"trainable_token_indices of {names or list(indices)}; only rows of {_module(keys)}")
+      wrong.append(f"trainable_token_indices of {names or list(indices)}; only rows of {_module(keys)}")
     indices = next(iter(indices.values()))
-  params, left = _read(params, keys, indices, "trainable_token_indices", BESIDE_SUFFIX, tensors)
-  return params, rest, left
+  return _read(params, keys, indices, "trainable_token_indices", BESIDE_SUFFIX, left, wrong), rest
 
 
 def _module(keys: Sequence[families.Key]) -> str:
@@ -170,12 +170,12 @@ def _others(keys: Sequence[families.Key]) -> list[str]:
   return [m for m in names if m and m != key.module]
 
 
-def _read(params, keys, ids, what, suffix, tensors) -> tuple[Any, dict[str, np.ndarray]]:
-  """(params with trained rows, the tensors that are left)."""
-  left, name = dict(tensors), f"{_module(keys)}.{suffix}"
-  size, width = params["embed"]["kernel"].shape
-  ids, rows = _checked(ids, size, what), left.pop(name, None)
-  if rows is None or rows.shape != (len(ids), width):
-    raise errors.UserError(f"{name} is {None if rows is None else rows.shape}, expected {(len(ids), width)}")
-  order = np.argsort(ids)
-  return put(params, jnp.asarray(np.int32(ids)[order]), jnp.asarray(rows[order].astype(np.float32))), left
+def _read(params, keys, ids, what, suffix, left, wrong) -> Any:
+  """`params` with trained rows."""
+  name, (size, width) = f"{_module(keys)}.{suffix}", params["embed"]["kernel"].shape
+  n, order = (*np.shape(left.get(name, ())), 0)[0], []
+  with errors.listed(wrong):
+    ids = np.int32(_checked(ids, size, what))
+    n, order = len(ids), np.argsort(ids)
+  rows = _peft.take(left, wrong, name, (n, width))
+  return put(params, jnp.asarray(ids[order]), jnp.asarray(rows[order])) if len(order) else params

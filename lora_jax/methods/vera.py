@@ -179,43 +179,38 @@ def _check_order(key: families.Key, shape: Sequence[int]) -> None:
       raise errors.UserError(f"VeRA in PEFT's form does not fit {key.module}, whose heads are stored in another order")
 
 
-def from_peft(params: Any, keys: Sequence[families.Key], config: Mapping, tensors: Mapping[str, np.ndarray]) -> Any:
-  """The inverse of `to_peft`: `params` with VeRA nodes; UserError lists what is not understood or does not fit."""
-  left, rank = dict(tensors), config.get("r", 256)
-  shared = [left.pop(k, None) for k in PEFT_SHARED]
-  if shared[0] is None or shared[1] is None:
-    raise errors.UserError(
-      "vera_A and vera_B are missing; they would follow from torch's random numbers. Save with save_projection=True"
+def from_peft(
+  params: Any, keys: Sequence[families.Key], config: Mapping, left: dict[str, np.ndarray], wrong: list[str]
+) -> Any:
+  """The inverse of `to_peft`: `params` with VeRA nodes; see formats/peft.py."""
+  rank, flat = config.get("r", 256), tree.flatten(params, is_leaf=weights.is_node)
+  a, b = shared = [left.pop(k, None) for k in PEFT_SHARED]
+  if missing := [k for k, x in zip(PEFT_SHARED, shared, strict=True) if x is None]:
+    wrong.append(
+      f"no {', '.join(missing)}, which would follow from torch's random numbers; save with save_projection=True"
     )
-  a, b = shared
-  if a.ndim != 2 or b.ndim != 2 or not a.shape[0] == rank == b.shape[1]:
-    raise errors.UserError(f"vera_A is {a.shape} and vera_B {b.shape}, expected [r, in] and [out, r] with r={rank}")
-  wrong, flat = [], tree.flatten(params, is_leaf=weights.is_node)
+  elif a.ndim != 2 or b.ndim != 2 or not a.shape[0] == rank == b.shape[1]:
+    wrong.append(f"vera_A is {a.shape} and vera_B {b.shape}, expected [r, in] and [out, r] with r={rank}")
+    a = b = None
   for key in keys:
     modules = [key.module.format(i) for i in range(flat[key.path].shape[0] if "{}" in key.hf else 1)]
-    names = {m: {f: f"{m}.{suffix}" for f, suffix in FIELDS.items()} for m in modules}
-    found = [all(n in left for n in names[m].values()) for m in modules]
+    found = [any(f"{m}.{s}" in left for s in FIELDS.values()) for m in modules]
     if not any(found) or not transformer.in_axes(key.path) or architecture.stack_axes(key.path) > 1:
       continue
     w = flat[key.path]
     inner, outer = _split(key.path, w)
-    _check_order(key, (*inner, *outer))
-    if math.prod(inner) > a.shape[1] or math.prod(outer) > len(b):
+    with errors.listed(wrong):
+      _check_order(key, (*inner, *outer))
+    if not (a is None or b is None) and (math.prod(inner) > a.shape[1] or math.prod(outer) > len(b)):
       wrong.append(f"vera_A {a.shape} or vera_B {b.shape} is too small for {modules[0]}")
     values = {"d": np.zeros((len(modules), rank), np.float32), "b": np.zeros((len(modules), *outer), np.float32)}
-    for i, m in enumerate(modules):
-      for f in FIELDS if found[i] else ():
-        x, view = left.pop(names[m][f]), values[f][i]
-        if x.shape == (view.size,):  # the order is that of our axes
-          view[...] = x.reshape(view.shape)
-        else:
-          wrong.append(f"{names[m][f]} is {x.shape}, expected {(view.size,)}")
+    for i in np.flatnonzero(found):
+      for f, s in FIELDS.items():
+        view = values[f][i]  # the order is that of our axes
+        view[...] = _peft.take(left, wrong, f"{modules[i]}.{s}", (view.size,)).reshape(view.shape)
     stack = slice(None) if "{}" in key.hf else 0
     d, lambda_b, scale = (jnp.asarray(np.float32(x)[stack]) for x in (values["d"], values["b"], found))
     flat[key.path] = VeRA(w, d, lambda_b, scale, dropout=float(config.get("vera_dropout") or 0))
-  wrong += [f"tensors without their pair or of no matrix of this model: {sorted(left)}"] if left else []
-  if wrong or len(left) + len(PEFT_SHARED) == len(tensors):
-    raise errors.UserError("; ".join(wrong) or "the adapter holds no tensors")
   params = tree.map_named(lambda k, _: flat[k], params, is_leaf=weights.is_node)
-  vera = {k.lower()[-1]: jnp.asarray(x, jnp.float32) for k, x in zip(PEFT_SHARED, shared, strict=True)}
+  vera = {k: jnp.asarray(x, jnp.float32) for k, x in zip("ab", shared, strict=True) if x is not None}
   return params | {"shared": params.get("shared", {}) | {"vera": vera}}

@@ -1,0 +1,88 @@
+"""Adapters of the peft library with several things wrong: one error says all of them."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from lora_jax import errors, methods, models, transformer, tree
+from lora_jax.formats import peft as peft_format
+
+METHODS = "lora dora lora_bias adalora vera ia3 norms loha lokr whole".split()
+MORE = {
+  "dora": [{"name": "dora"}],
+  "lora_bias": [{"name": "lora", "bias": "all"}],
+  "whole": [{"name": "lora"}, {"name": "norms"}],
+}
+
+
+def save(directory, method, **config):
+  """(the model, tensors of an adapter of it, a function that replaces those)."""
+  import safetensors.numpy
+
+  config = transformer.Config(50, 16, 3, 4, 2, 4, 24, dtype="float32", tied=True, **config)
+  base = transformer.init(config, jax.random.key(0))
+  model = models.Model("tiny", config, base, None, {"model_type": "llama"})
+  params, mask = methods.init(jax.random.key(1), base, method)
+  peft_format.save(model, params, directory, [k for k, m in tree.flatten(mask).items() if m], method)
+  path = directory / "adapter_model.safetensors"
+  return model, safetensors.numpy.load_file(path), lambda tensors: safetensors.numpy.save_file(tensors, path)
+
+
+def said(model, directory):
+  with pytest.raises(errors.UserError) as e:
+    peft_format.load(model, directory)
+  return str(e.value)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_all_misfits_are_listed(tmp_path, name):
+  """A tensor that is missing, one of another name, of another shape, and one without the prefix."""
+  method = MORE.get(name, [{"name": name}])
+  model, tensors, write = save(tmp_path, method, **({"attn_bias": "qkv"} if name == "lora_bias" else {}))
+  last = {"lora_bias": ".bias", "whole": "layernorm.weight", "vera": "vera_lambda_b"}.get(name, "")
+  missing, *_, misnamed, misshapen, foreign = sorted(k for k in tensors if k.endswith(last))
+  shared = [k for k in tensors if "vera_A" in k or "vera_B" in k]
+  bad = {k: x for k, x in tensors.items() if k not in (missing, *shared)}
+  bad["base_model.model.what." + misnamed.removeprefix("base_model.model.")] = bad.pop(misnamed)
+  bad[misshapen] = np.zeros((1, *bad[misshapen].shape), np.float32)
+  bad["module." + foreign] = bad.pop(foreign)
+  write(bad)
+  message = said(model, tmp_path)
+  module = missing.removeprefix("base_model.model.").rpartition("." if name == "whole" else ".lora_A")[0]
+  for k in (module, f"what.{misnamed.removeprefix('base_model.model.')}", f"module.{foreign}", *shared):
+    assert k.removeprefix("base_model.") in message, (k, message)
+  shape = bad[misshapen].shape
+  assert f"{misshapen.removeprefix('base_model.model.')} is {shape}" in message, message
+
+
+@pytest.mark.parametrize("name", ["prompt_tuning", "prefix_tuning", "p_tuning"])
+def test_all_misfits_of_a_soft_prompt_are_listed(tmp_path, name):
+  model, tensors, write = save(tmp_path, [{"name": name, "length": 5}])
+  (table,) = tensors.values()
+  for own in ({"prompt_embeddings": table[:, 1:].copy()}, {}):
+    write(own | {"base_model.x": table, "y": table})
+    message = said(model, tmp_path)
+    shape = own["prompt_embeddings"].shape if own else None
+    for k in (f"prompt_embeddings is {shape}, expected {table.shape}", "model: ['x']", "'base_model.': ['y']"):
+      assert k in message, (k, message)
+
+
+@pytest.mark.parametrize("beside", [[], [{"name": "lora"}]])
+def test_all_misfits_of_trained_tokens_are_listed(tmp_path, beside):
+  model, tensors, write = save(tmp_path, [*beside, {"name": "tokens", "ids": [3, 7]}])
+  (name,) = [k for k in tensors if "tokens_delta" in k and "lm_head" not in k]
+  path = tmp_path / "adapter_config.json"
+  config = json.loads(path.read_text())
+  key = "trainable_token_indices" if beside else "token_indices"
+  path.write_text(json.dumps(config | {key: [3, 70]}))
+  bad = {k: x for k, x in tensors.items() if k != name and "q_proj.lora_B" not in k}
+  bad["base_model.model.what"] = tensors[name]
+  for own in ({name: tensors[name][:, :3].copy()}, {}):
+    write(bad | own)
+    message = said(model, tmp_path)
+    shape = own[name].shape if own else None
+    more = [f"model.layers.{i}.self_attn.q_proj.lora_B" for i in range(3)] if beside else []
+    for k in (f"{name.removeprefix('base_model.model.')} is {shape}", f"{key}: [70]", "['what']", *more):
+      assert k in message, (k, message)
