@@ -224,8 +224,9 @@ def trained(workdir: str | os.PathLike, step: int | None = None) -> models.Model
   return restored(workdir, step)[0]
 
 
-def restored(workdir: str | os.PathLike, step: int | None = None) -> tuple[models.Model, Any, list[dict]]:
-  """(model with its adapters, mask of what was trained, methods as they were applied) of a run's checkpoint."""
+def restored(workdir: str | os.PathLike, step: int | None = None) -> tuple[models.Model, Any, list[dict], int]:
+  """(model with its adapters, mask of what was trained, methods as they were applied, steps of the whole training) of
+  a run's checkpoint."""
   workdir = pathlib.Path(workdir)
   config = hf.read_json(workdir / "config.json")
   config_lib.check(config)
@@ -239,7 +240,7 @@ def restored(workdir: str | os.PathLike, step: int | None = None) -> tuple[model
       raise errors.UserError(f"{workdir} has no checkpoint yet")
     state, _ = saved.restore(step, state)
   method = methods.prepare(config["method"], model.tokenizer, task.labels or ())
-  return dataclasses.replace(model, params=state.params(frozen)), mask, method
+  return dataclasses.replace(model, params=state.params(frozen)), mask, method, config["train"]["steps"]
 
 
 def run(
@@ -498,7 +499,8 @@ def export(exp: Experiment, workdir: pathlib.Path) -> None:
   if methods.leaves_model(method):
     models.save(model, workdir / "model")
   else:
-    adapter.save(model, model.params, exp.mask, method, workdir / "adapter")
+    steps = exp.config["train"]["steps"]
+    adapter.save(model, model.params, exp.mask, method, workdir / "adapter", steps)
 
 
 def summarise(exp: Experiment, history: list[dict], wall_seconds: float) -> dict:

@@ -108,7 +108,7 @@ def run(directory: pathlib.Path) -> None:
   from lora_jax.formats import adapter, peft
 
   if RUN.value:
-    model, mask, method = experiment.restored(RUN.value, STEP.value)
+    model, mask, method, steps = experiment.restored(RUN.value, STEP.value)
     trained = {k for k, m in tree.flatten(mask).items() if m}
   else:
     model, changed = load()
@@ -118,7 +118,7 @@ def run(directory: pathlib.Path) -> None:
     print(lowrank.table(report))
     peft.save(model, params, directory, trained, method={"name": "lora"})
   elif TO.value == "adapter" and RUN.value:
-    adapter.save(model, model.params, mask, method, directory)
+    adapter.save(model, model.params, mask, method, directory, steps)
   elif TO.value == "adapter":
     try:
       peft.save(model, model.params, directory, trained)

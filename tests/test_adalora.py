@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from lora_jax import errors, methods, models, optim, train, transformer, tree, weights
-from lora_jax.formats import peft as peft_format
+from lora_jax.formats import adapter, peft as peft_format
 from lora_jax.methods import _adalora, adalora
 from tests import noise
 from tests.noise import moved
@@ -275,6 +275,44 @@ def test_we_load_what_peft_saves(tmp_path, name):
   ours = outputs(model.config, params, TOKENS)
   np.testing.assert_allclose(ours, first_output(theirs), atol=1e-4, rtol=1e-4)
   assert np.abs(ours - outputs(model.config, model.params, TOKENS)).max() > 1e-2
+
+
+SCHEDULE = dict(init_r=5, target_r=2, tinit=3, tfinal=4, deltaT=2, beta1=0.7, beta2=0.9, orth_reg_weight=0.25)
+
+
+@pytest.mark.parametrize("steps", [0, 50])
+def test_the_schedule_is_in_the_config_for_peft(tmp_path, steps):
+  """And comes back; where the number of steps is not known, the least with which PEFT takes the config."""
+  peft = pytest.importorskip("peft")
+  ref, model = load(tmp_path / "base", num_key_value_heads=2)
+  spec = {"name": "adalora", **SCHEDULE}
+  params, mask = methods.init(KEY, model.params, spec)
+  adapter.save(model, params, mask, spec, tmp_path / "adapter", steps)
+  want = SCHEDULE | {"total_step": steps or 3 + 4 + 1}
+  config = peft.PeftConfig.from_pretrained(str(tmp_path / "adapter"))
+  assert {k: getattr(config, k) for k in want} == want
+  theirs = peft.PeftModel.from_pretrained(ref, str(tmp_path / "adapter"), is_trainable=True)
+  assert theirs.base_model.rankallocator.peft_config.total_step == want["total_step"]
+  again = peft_format.load(model, tmp_path / "adapter")
+  peft_format.save(model, again, tmp_path / "again")
+  assert json.loads((tmp_path / "again/adapter_config.json").read_text()).items() >= want.items()
+
+
+def test_the_schedule_of_peft_is_read(tmp_path):
+  peft = pytest.importorskip("peft")
+  ref, model = load(tmp_path / "base", num_key_value_heads=2)
+  theirs = peft.get_peft_model(ref, peft.AdaLoraConfig(target_modules=["q_proj"], total_step=60, **SCHEDULE))
+  theirs.save_pretrained(str(tmp_path / "adapter"))
+  params = peft_format.load(model, tmp_path / "adapter")
+  node = params["layers"]["attn"]["q"]["kernel"]
+  assert dict(node.schedule) == {k: v for k, v in SCHEDULE.items() if k != "init_r"} | {"total_step": 60}
+  jax.jit(lambda p: p)(params)  # what is static has a hash
+  config = tmp_path / "adapter/adapter_config.json"
+  wrong = {"target_r": 0, "deltaT": [1], "tinit": -1, "beta2": 1, "orth_reg_weight": "x", "total_step": 0.5}
+  config.write_text(json.dumps(json.loads(config.read_text()) | wrong))
+  with pytest.raises(errors.UserError) as e:
+    peft_format.load(model, tmp_path / "adapter")
+  assert all(f"{k} is {v!r}, expected" in str(e.value) for k, v in wrong.items())
 
 
 def test_misfits_are_listed_together(tmp_path, base):

@@ -20,19 +20,22 @@ from lora_jax.formats import hf, peft
 TYPE = "LORA_JAX"
 
 
-def save(model: models.Model, params: Any, mask: Any, method: methods.Method, directory: str | os.PathLike) -> None:
+def save(
+  model: models.Model, params: Any, mask: Any, method: methods.Method, directory: str | os.PathLike, steps: int = 0
+) -> None:
   """Writes the adapter in `params` as a directory that `load` reads.
 
   Args:
     mask: which leaves were trained.
     method: what `methods.init` was called with.
+    steps: how many the training had, if it is known.
   """
   trained = [k for k, m in tree.flatten(mask).items() if m]
   # Leaves that no model of this config has, such as biases that BitFit adds: transformers would drop them.
   added = set(tree.names(weights.strip(params))) - set(tree.names(transformer.shapes(model.config)))
   try:
     if not added:
-      peft.save(model, params, directory, trained, method)
+      peft.save(model, params, directory, trained, method, steps)
       return
   except peft.NoForm:
     pass

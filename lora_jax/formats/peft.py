@@ -51,12 +51,14 @@ def save(
   directory: str | os.PathLike,
   trained: Collection[str] = (),
   method: methods.Method | None = None,
+  steps: int = 0,
 ) -> None:
   """Writes the adapter in `params` as a directory that `peft.PeftModel.from_pretrained` loads.
 
   Args:
     trained: names of trained leaves; those of the pretrained model, such as a classifier's, become `modules_to_save`.
     method: what was trained; None to find it out from the tree.
+    steps: how many the training had, if it is known.
 
   Raises:
     NoForm: what was trained cannot be written like this.
@@ -99,6 +101,7 @@ def save(
     "revision": model.revision,
     "inference_mode": True,
     **config,
+    **({"total_step": steps} if steps and "total_step" in config else {}),
   }
   write(pathlib.Path(directory), config, {k: np.ascontiguousarray(x) for k, x in tensors.items()})
 
@@ -305,13 +308,15 @@ def _check(where: pathlib.Path, config: Mapping) -> None:
   if config.get("peft_type") == "ADALORA":  # whose pattern says which of the ranks are in use
     flags = lambda x: isinstance(x, list) and all(isinstance(v, bool) for v in x)
     rules["rank_pattern"] = ("an object of names and lists of true and false", lambda x: patterns(x, flags))
-  optional = (
-    "vera_dropout lora_dropout rank_pattern alpha_pattern modules_to_save num_virtual_tokens".split()
-  )  # or null
+    rules |= dict.fromkeys(("target_r", "deltaT", "total_step"), rules["init_r"])
+    rules |= dict.fromkeys(("tinit", "tfinal"), ("a whole number >= 0", lambda x: number(x, numbers.Integral, 0)))
+    rules |= dict.fromkeys(("beta1", "beta2"), ("a number in (0, 1)", lambda x: number(x) and 0 < x < 1))
+    rules["orth_reg_weight"] = ("a number >= 0", lambda x: number(x, least=0))
+  may_be_null = "vera_dropout lora_dropout rank_pattern alpha_pattern modules_to_save num_virtual_tokens total_step"
   bad = [
     f"{k} is {config[k]!r:.100}, expected {what}"
     for k, (what, fits) in rules.items()
-    if k in config and not (fits(config[k]) or config[k] is None and k in optional)
+    if k in config and not (fits(config[k]) or config[k] is None and k in may_be_null.split())
   ]
   if bad:
     raise errors.UserError(f"{where}: {'; '.join(bad)}")

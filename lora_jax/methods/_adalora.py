@@ -26,6 +26,7 @@ class AdaLoRA(weights.Additive):
     key: random key []; present only in a training forward, where it switches dropout on.
     dropout: probability that an input element is dropped before A.
     layers: which layers of a stack are adapted; one entry where there is no stack.
+    schedule: what pruning went by, for files: keywords of `init` and their values, and `total_step` if it is known.
   """
 
   base: weights.Weight
@@ -36,6 +37,7 @@ class AdaLoRA(weights.Additive):
   key: jax.Array | None = None
   dropout: float = struct.field(pytree_node=False, default=0.0)
   layers: tuple[bool, ...] = struct.field(pytree_node=False, default=(True,))
+  schedule: tuple[tuple[str, float], ...] = struct.field(pytree_node=False, default=())
 
   def change(self, spec: str, x: jax.Array, dtype: Any = None) -> jax.Array:
     """`scale * ((dropout(x) A) * e) B`."""

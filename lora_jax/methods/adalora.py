@@ -15,6 +15,7 @@ from lora_jax import architecture, errors, families, transformer, tree, weights
 from lora_jax.methods import _adalora, _peft, _targets
 
 optimiser = _adalora.optimiser
+SCHEDULE = ("target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight")  # PEFT's names too
 
 
 def init(
@@ -54,6 +55,8 @@ def init(
   _check(init_r, target_r, tinit, tfinal, deltaT, beta1, beta2, orth_reg_weight, dropout)
   params = _targets.split(params, targets)
   chosen = _targets.select(targets, _targets.matrices(params), "config.method.targets")
+  schedule = zip(SCHEDULE, (target_r, tinit, tfinal, deltaT, beta1, beta2, orth_reg_weight), strict=True)
+  schedule = tuple(schedule)
 
   def node(k, w, layers):
     stack = layers.shape
@@ -68,6 +71,7 @@ def init(
       scale=jnp.asarray(layers * _scale(alpha, init_r), jnp.float32),
       dropout=float(dropout),
       layers=tuple(map(bool, np.atleast_1d(layers))),
+      schedule=schedule,
     )
 
   params = _targets.wrap(params, chosen, node)
@@ -136,7 +140,8 @@ def to_peft(
       tensors |= {f"{module}.{FIELDS[f]}": _peft.rearrange(x, _peft.reverse(p), sizes) for f, x, p in pairs}
       tensors[f"{module}.lora_E"] = np.asarray(e)[k, None]
   first = next(iter(nodes.values()))
-  rank, scale = first.e.shape[-1], float(np.max(np.asarray(first.scale)))
+  rank, scale, schedule = first.e.shape[-1], float(np.max(np.asarray(first.scale))), dict(first.schedule)
+  least = schedule.get("tinit", 0) + schedule.get("tfinal", 0) + 1  # of the steps that PEFT demands, trained or not
   modules = {k.removesuffix(".lora_E"): rank for k in pattern}
   config = {
     "peft_type": PEFT_TYPE,
@@ -145,7 +150,8 @@ def to_peft(
     "lora_dropout": first.dropout,
     "target_modules": _peft.target_modules(modules, keys, tree.flatten(params, is_leaf=weights.is_node)),
     "rank_pattern": pattern if some else None,
-    "total_step": 1,  # which PEFT demands of a config, trained or not
+    **schedule,
+    "total_step": max(schedule.get("total_step", 0), least),
     "bias": "none",
     "fan_in_fan_out": any(key.transposed for key in nodes),
   }
@@ -179,11 +185,12 @@ def from_peft(
         x = _peft.take(left, wrong, f"{modules[i]}.{s}", expected)
         arrays[f][i][at[f]] = _peft.rearrange(x, patterns[f], sizes)
     stack = slice(None) if "{}" in key.hf else 0
+    schedule = tuple((k, config[k]) for k in (*SCHEDULE, "total_step") if config.get(k) is not None)
     scale = np.float32(found) * np.float32(_scale(config.get("lora_alpha", 8), rank))
     arrays = {f: jnp.asarray(x[stack]) for f, x in arrays.items()}
     dropout = float(config.get("lora_dropout") or 0.0)
     flat[key.path] = _adalora.AdaLoRA(
-      w, **arrays, scale=jnp.asarray(scale[stack]), dropout=dropout, layers=tuple(found)
+      w, **arrays, scale=jnp.asarray(scale[stack]), dropout=dropout, layers=tuple(found), schedule=schedule
     )
   wrong += [f"rank_pattern of no adapted matrix: {sorted(pattern)}"] if pattern else []
   return tree.map_named(lambda k, _: flat[k], params, is_leaf=weights.is_node)
