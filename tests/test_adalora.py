@@ -348,6 +348,32 @@ def test_misfits_are_listed_together(tmp_path, base):
 
 
 @pytest.mark.parametrize(
+  "option, message",
+  [
+    ({"layer_replication": [[0, 1], [2, 3], [1, 2]]}, r"layer_replication=\[\[0, 1\], .* is not supported"),
+    ({"trainable_token_indices": [1, 2]}, r"trainable_token_indices=\[1, 2\] is not supported"),
+    ({"modules_to_save": ["nothing"]}, "modules_to_save of the config without tensors: nothing"),
+    ({"use_rslora": True, "lora_bias": True, "alpha_pattern": {"q_proj": 99}, "use_qalora": True}, None),
+  ],
+)
+def test_options_of_lora_count_as_far_as_peft_applies_them(tmp_path, option, message):
+  peft, torch = pytest.importorskip("peft"), pytest.importorskip("torch")
+  ref, model = load(tmp_path / "base", num_key_value_heads=2)
+  theirs = peft.get_peft_model(ref, peft.AdaLoraConfig(target_modules=["q_proj"], total_step=3, **option)).eval()
+  with torch.no_grad():
+    for k, p in theirs.named_parameters():
+      if "lora_" in k and p.requires_grad:
+        p.add_(0.3 * torch.randn_like(p))
+  theirs.save_pretrained(str(tmp_path / "adapter"))
+  if message:
+    with pytest.raises(errors.UserError, match=message):
+      peft_format.load(model, tmp_path / "adapter")
+  else:
+    ours = outputs(model.config, peft_format.load(model, tmp_path / "adapter"), TOKENS)
+    np.testing.assert_allclose(ours, first_output(theirs), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
   "kw, message",
   [
     ({"targets": "w_q"}, "matches nothing"),

@@ -255,6 +255,7 @@ def edited(directory, config=None, tensors=None):
     ({"alpha": "8"}, None, "alpha is '8', expected a number"),
     ({"rank_dropout": 2, "alpha": math.inf}, None, "alpha is inf.*rank_dropout is 2, expected"),
     ({"modules_to_save": ["x"]}, None, "modules_to_save"),
+    ({"module_dropout": 0.1}, None, "module_dropout is 0.1, expected 0"),
     ({"r": 4}, None, r"hada_w1_a is \(16, 8\), expected \(16, 4\)"),
     ({}, lambda t: {k.replace("q_proj", "w_proj"): x for k, x in t.items()}, "no place in this model: .*w_proj"),
     ({}, lambda t: {k: x for k, x in t.items() if "0.self_attn.q_proj.hada_w2_b" not in k}, "hada_w2_b is None"),

@@ -186,6 +186,7 @@ def test_interleaved_axes(tmp_path):
   "config, tensors, message",
   [
     ({"decompose_both": 3, "decompose_factor": "2"}, None, "decompose_factor is '2'.*decompose_both is 3"),
+    ({"module_dropout": 0.1}, None, "module_dropout is 0.1, expected 0"),
     ({"r": 1}, None, r"lokr_w2 is \(4, 4\), expected None.*lokr_w2_a is None, expected \(4, 1\)"),
     ({"decompose_factor": 2}, None, r"lokr_w1 is \(4, 4\), expected \(2, 2\)"),
     ({}, lambda t: {k.replace("q_proj", "w_proj"): x for k, x in t.items()}, "no place in this model: .*w_proj"),

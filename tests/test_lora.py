@@ -365,7 +365,7 @@ def truncate(directory):
   [
     (broken({"peft_type": "LORRA"}), "did you mean 'LORA'"),
     (broken({"use_dora": True}), "q_proj.lora_magnitude_vector is None"),
-    (broken({"bias": "most", "use_qalora": True}), "use_qalora=True; bias='most'"),
+    (broken({"bias": "most", "use_qalora": True}), "use_qalora=True is not supported; bias='most' is not"),
     (broken({"init_lora_weights": "pissa_niter_4"}), "pissa_niter_4'.*path_initial_model_for_weight_conversion"),
     (broken({"init_lora_weights": "loftq"}), "loftq'.* a part that is not in the adapter"),
     (broken({"init_lora_weights": "lora_ga"}), "lora_ga"),

@@ -12,11 +12,14 @@ from lora_jax import families, fused, transformer, tree, weights
 from lora_jax.methods import _biases, _experts, _lora_tables, _lora_values, _peft
 
 EMBED, HEAD = _lora_tables.EMBED, _lora_tables.HEAD
-# Features of PEFT's LoraConfig that change the forward pass and that we do not have.
+# Features of PEFT's LoraConfig that change the forward pass and that we do not have; INHERITED are those that its
+# AdaLoRA applies too, which ignores the others.
+INHERITED = ("layer_replication", "trainable_token_indices")
 UNSUPPORTED = (
-  "use_dora layer_replication trainable_token_indices use_qalora use_bdlora alora_invocation_tokens"
-  " arrow_config kasa_config monteclora_config velora_config megatron_config"
-).split()
+  *INHERITED,
+  *"use_dora use_qalora use_bdlora alora_invocation_tokens".split(),
+  *"arrow_config kasa_config monteclora_config velora_config megatron_config".split(),
+)
 # Initialisations that leave the base as it is.
 PLAIN_INITS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
 
@@ -111,7 +114,7 @@ def read(
   """See `lora.from_peft`."""
   flat = tree.flatten(params, is_leaf=weights.is_node)
   config = _experts.from_peft(keys, config, left, wrong, flat, _peft.peft_scale)
-  wrong += _unsupported(config)
+  wrong += unsupported(config, UNSUPPORTED) + _odd(config)
   for key in keys:
     if key.path == EMBED:
       modules = [*_lora_tables.lookups(key), _lora_tables.tied_head(keys)]
@@ -124,11 +127,16 @@ def read(
   return tree.map_named(lambda k, _: flat[k], params, is_leaf=weights.is_node)
 
 
-def _unsupported(config: Mapping) -> list[str]:
-  """What of PEFT's features is not supported."""
-  bad = [f"{k}={config[k]!r}" for k in UNSUPPORTED if config.get(k)]
+def unsupported(config: Mapping, features: Sequence[str]) -> list[str]:
+  """Which of `features` an adapter has."""
+  return [f"{k}={config[k]!r} is not supported" for k in features if config.get(k)]
+
+
+def _odd(config: Mapping) -> list[str]:
+  """Values that are not supported of options that are."""
+  bad = []
   if config.get("bias", "none") not in ("none", "all", "lora_only"):
-    bad.append(f"bias={config['bias']!r}")
+    bad.append(f"bias={config['bias']!r} is not supported")
   start = config.get("init_lora_weights", True)
   if str(start).startswith("pissa_niter"):
     bad.append(
@@ -140,7 +148,7 @@ def _unsupported(config: Mapping) -> list[str]:
       f"init_lora_weights={start!r}: its base has lost a part that is not in the adapter; save it in PEFT with "
       "path_initial_model_for_weight_conversion, as plain LoRA, or save the base with it"
     )
-  return ["this LoRA adapter uses what is not supported: " + "; ".join(bad)] if bad else []
+  return bad
 
 
 def _read_matrix(key, w, config, left, wrong) -> Any:

@@ -133,6 +133,7 @@ def check_config(config: Mapping, known: Mapping[str, tuple[str, Callable[[Any],
   rules = {
     "alpha": ("a number", number),
     "rank_dropout": ("a number in [0, 1)", lambda x: x is None or number(x) and 0 <= x < 1),
+    "module_dropout": ("0, as no module is dropped whole here", lambda x: not x),
     **(known or {}),
   }
   bad = [

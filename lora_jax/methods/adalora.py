@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax import architecture, errors, families, transformer, tree, weights
-from lora_jax.methods import _adalora, _peft, _targets
+from lora_jax.methods import _adalora, _lora_peft, _peft, _targets
 
 optimiser = _adalora.optimiser
 SCHEDULE = ("target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight")  # PEFT's names too
@@ -164,6 +164,7 @@ def from_peft(
   """The inverse of `to_peft`: `params` with AdaLoRA nodes, e being zero where it was pruned; see formats/peft.py."""
   rank, pattern = config.get("init_r", 12), dict(config.get("rank_pattern") or {})
   flat = tree.flatten(params, is_leaf=weights.is_node)
+  wrong += _lora_peft.unsupported(config, _lora_peft.INHERITED)
   for key in keys:
     w, n = flat[key.path], transformer.in_axes(key.path) * (architecture.stack_axes(key.path) < 2)
     modules = [key.module.format(i) for i in range(w.shape[0] if "{}" in key.hf else 1)]
