@@ -427,6 +427,26 @@ def test_biases_are_all_there_that_the_config_says(tmp_path, method, kind, targe
       assert sorted(named) == sorted(k.removeprefix("base_model.model.").replace("base_layer.", "") for k in gone)
 
 
+def test_biases_beside_a_module_of_one_layer_that_is_saved_whole(tmp_path):
+  import safetensors.numpy
+
+  peft, torch = pytest.importorskip("peft"), pytest.importorskip("torch")
+  ref, model = load(tmp_path / "base", "gpt2")
+  how = dict(target_modules=["c_attn"], modules_to_save=["h.0.ln_1"], bias="all", fan_in_fan_out=True)
+  wrapped = peft.get_peft_model(ref, peft.LoraConfig(**how)).eval()
+  with torch.no_grad():
+    for p in wrapped.parameters():
+      if p.requires_grad:
+        p.add_(0.1 * torch.randn_like(p))
+  wrapped.save_pretrained(str(tmp_path))
+  np.testing.assert_allclose(ours(model, peft_format.load(model, tmp_path)), theirs(wrapped), atol=1e-4, rtol=1e-4)
+  path = tmp_path / "adapter_model.safetensors"
+  good = safetensors.numpy.load_file(path)
+  safetensors.numpy.save_file({k: x for k, x in good.items() if "h.1.ln_1.bias" not in k}, path)
+  with pytest.raises(errors.UserError, match="bias='all' of the config without tensors: transformer.h.1.ln_1.bias$"):
+    peft_format.load(model, tmp_path)
+
+
 @pytest.mark.parametrize("beside, want", [("attn/o", "all"), ("qkv", "lora_only")])
 def test_some_trained_biases_are_saved_with_all_that_their_kind_means(tmp_path, beside, want):
   peft = pytest.importorskip("peft")

@@ -358,7 +358,8 @@ def load(model: models.Model, directory: str | os.PathLike) -> Any:
     wrong += _untied(tied, whole[_lora_tables.EMBED], model.params["embed"]["kernel"], left)
   with errors.listed(wrong):
     params = _replace(model.params, whole, wrong)
-    params = _biases.read(params, model.keys, config, left, wrong, whole)
+    saved = {name for _, taken in whole.values() for name in taken}
+    params = _biases.read(params, model.keys, config, left, wrong, saved)
     if config.get("trainable_token_indices") and method.PEFT_TYPE == "LORA":
       params, config = tokens.from_beside(params, model.keys, config, left, wrong)
     params = method.from_peft(params, model.keys, config, left, wrong)

@@ -41,19 +41,19 @@ def read(
   wrong: list[str],
   whole: Collection[str],
 ) -> Any:
-  """`params` with an adapter's biases, but for leaves in `whole`, which it has as parts of whole modules."""
+  """`params` with an adapter's biases, but for tensors in `whole`, which it has as parts of whole modules."""
   for k in [k for k in left if re.search(r"\.(modules_to_save|original_module)\.bias$", k)]:
     del left[k]  # with bias="all" PEFT stores those of modules that it saves whole thrice
   kind, table = str(config.get("bias")), _lora_tables.rows(keys)
   adapted = {k[: found.start()] for k in left if (found := re.search(r"\.(lora|vera)_", k))}
   flat, missing = tree.flatten(params, is_leaf=weights.is_node), []
   for key in keys:
-    if not key.hf.endswith(".bias") or key.path in whole:
+    if not key.hf.endswith(".bias"):
       continue
     x = flat[key.path]
     rows = [key, *(k for k in table if k.path == key.path)]  # a tied bias has two names
     stack, new = x.shape[: key.hf.count("{}")], {}
-    for i in np.ndindex(stack):
+    for i in [i for i in np.ndindex(stack) if key.hf.format(*i) not in whole]:
       modules = [k.module.format(*i) for k in rows]
       for name in (f"{m}.{place}" for m in modules for place in ("bias", "base_layer.bias")):
         if name in left:
