@@ -155,7 +155,7 @@ def build(configs: Mapping[str, Mapping], task: tasks.Task, mesh: jax.sharding.M
 
 
 def _architecture(model: models.Model) -> Any:
-  """The model's config; jax before 0.11.1 cannot batch cuDNN's attention over some of its arguments alone."""
+  """The model's config under vmap; jax before 0.11.1 cannot batch cuDNN's attention over some arguments alone."""
   old = tuple(int(x) for x in jax.__version__.split(".")[:3]) < (0, 11, 1)
   return dataclasses.replace(model.config, members=True, **({"attention": "xla"} if old else {}))
 
