@@ -7,14 +7,16 @@ Command: python -m experiments.run --config configs/data_size.py:smol
   SmolLM2-135M-Instruct on Rotten Tomatoes sentences, from packages: runs offline; 36 members in 4 groups.
   `configs/data_size.py` is 48 members in 4 groups on MNLI with RoBERTa-base from the hub, of which one GPU holds the 12
   copies that full finetuning needs. Not run yet.
-Hardware: written for one GPU; not run yet.
+Hardware: one NVIDIA H200: 3 min 7 s (smol), at most 23 GiB.
+Expected (smol, mean of 3 seeds, 100 1k 6.8k): LoRA 78.9 83.3 84.6, full 80.4 82.8 84.5, BitFit 78.1 83.1 85.4, IA3 79.3
+82.3 83.6; 75.4 before.
 Published (GPT-3 175B, MNLI-m, 100 1k 10k 392k): full 60.2 85.8 88.9 89.5, PreEmbed 37.6 75.2 79.5 88.6, PreLayer 48.3
 82.5 85.9 89.6, LoRA 63.8 85.6 89.2 91.7.
 """
 
 from configs import common
 
-COLUMNS = {100: "100", 1000: "1k", 10_000: "10k"}
+COLUMNS = {100: "100", 1000: "1k", 10_000: "10k", 392_702: "392k"}
 PUBLISHED = {
   "full": (60.2, 85.8, 88.9, 89.5),
   "PreEmbed": (37.6, 75.2, 79.5, 88.6),
@@ -42,19 +44,19 @@ def get_config(size: str = ""):
     config.objective = {"name": "classification"}
     config.data = {"batch_size": 32, "seq_len": 128}
     config.eval = {"examples": 9815, "every": 0, "batch_size": 256, "seq_len": 128}
-  sizes = (100, 1000, 6793) if size else (*COLUMNS, 392_702)  # the last: as many as there are
+  columns = {100: "100", 1000: "1k", 6793: "6.8k"} if size else COLUMNS  # the last: as many as there are
   config.sweep = {
     "list": members(size),
-    "product": {"data": {"train_examples": sizes}, "train": {"seed": (0, 1, 2)}},
+    "product": {"data": {"train_examples": tuple(columns)}, "train": {"seed": (0, 1, 2)}},
   }
-  published = {label: tuple(zip((*COLUMNS.values(), "all"), row, strict=True)) for label, row in PUBLISHED.items()}
+  published = {label: tuple(zip(COLUMNS.values(), row, strict=True)) for label, row in PUBLISHED.items()}
   config.table = {
     "paper": "Hu et al. 2021, table 16",
     "metric": "accuracy",
     "rows": "method.name",
     "row_labels": tuple(LABELS.items()),
     "columns": "data.train_examples",
-    "column_labels": (*((str(n), label) for n, label in COLUMNS.items()), (str(sizes[-1]), "all")),
+    "column_labels": tuple((str(n), label) for n, label in columns.items()),
     "published": {"MNLI-m, GPT-3 175B": tuple(published.items())},
     "x": "data.train_examples",
     "log": True,

@@ -9,7 +9,9 @@ Command: python -m experiments.run --config configs/e2e_gpt2.py --config.task.pa
   rates beside LoRA's are of Li and Liang 2021, table 5; the rest is as with LoRA. Neither has been run yet.
   `configs/e2e_gpt2.py:smol` is the ablation of ranks on headlines of BBC news articles by SmolLM2-135M-Instruct, from
   packages: runs offline; 12 members, one program.
-Hardware: written for one GPU; not run yet.
+Hardware: one NVIDIA H200: 3 min 21 s (smol), at most 7 GiB.
+Expected (smol, mean of 3 seeds, ranks 1, 4, 16, 64): BLEU 4.5, 3.9, 4.4, 3.9; METEOR 13.4, 13.9, 14.1, 13.7; ROUGE-L
+24.7, 25.0, 25.1, 24.6; before training 0.8, 12.5 and 14.8. A headline is the one reference, of a few words.
 Published, BLEU, the other metrics being in `RANKS` and `METHODS`: by rank, from 1 to 1024 in powers of 2, 68.72 69.17
 70.38 69.57 69.61 69.33 69.24 68.73 68.92 68.78 69.37; table 3: full finetuning 68.2, adapters 66.3 (Adapter^L, 0.37M),
 68.9 (11.09M) and 67.3 ± 0.6 (Adapter^H), the top two layers 68.1, PreLayer 69.7, LoRA 70.4 ± 0.1. Table 3's LoRA, the

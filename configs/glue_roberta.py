@@ -10,7 +10,9 @@ Command: python -m experiments.run --config configs/glue_roberta.py
   in 4 groups. After MNLI give each a --workdir. Not run yet.
   `configs/glue_roberta.py:smol` is SmolLM2-135M-Instruct with a new head, on sentences of Rotten Tomatoes and BBC news
   articles, from packages: runs offline; 24 members in 8 groups.
-Hardware: written for one GPU; not run yet.
+Hardware: one NVIDIA H200: 2 min 43 s (smol), at most 10 GiB.
+Expected (smol, mean of 3 seeds): Rotten Tomatoes 83.0 finetuning, 84.0 BitFit, 84.2 adapters, 84.0 LoRA; BBC News 95.7,
+98.2, 98.8, 98.6.
 Published, means over the eight tasks: finetuning 86.4, BitFit 85.2, adapters 84.4 (0.3M) and 85.4 (0.9M), LoRA 87.2.
 LoRA's MNLI 87.5, SST-2 95.1, MRPC 89.7, CoLA 63.4, QNLI 93.3, QQP 90.8, RTE 86.6, STS-B 91.5; all rows are in `ROWS`.
 LoRA's are medians of five seeds, each at its best epoch. Ours are means after the last step, MNLI's on matched genres

@@ -199,9 +199,9 @@ def is_number(x: Any) -> bool:
 
 
 def number(label: str) -> float | None:
-  """The number that a label is, or None."""
-  plain = label.replace(",", "")
-  return float(plain) if re.fullmatch(r"-?\d+(\.\d+)?(e-?\d+)?", plain) else None
+  """The number that a label is, such as 1e-4, 10,000, 392k or 2M, or None."""
+  found = re.fullmatch(r"(-?\d+(?:\.\d+)?(?:e-?\d+)?)([kM]?)", label.replace(",", ""))
+  return float(found[1]) * {"": 1, "k": 1000, "M": 1_000_000}[found[2]] if found else None
 
 
 def text(x: Any) -> str:

@@ -172,13 +172,22 @@ def _bars(ax, c, shift):
   )
 
 
+def _apart(xs, place):
+  """Those of sorted `xs` that have room for a label: a twentieth of the axis from the last that is kept."""
+  kept = xs[:1]
+  for x in xs[1:]:
+    if 20 * (place(x) - place(kept[-1])) >= place(xs[-1]) - place(xs[0]):
+      kept.append(x)
+  return kept
+
+
 def _ticks(ax, xs, log):
   from matplotlib.ticker import FuncFormatter, NullLocator
 
   if log and xs and xs[0] > 0:
     ax.set_xscale("log", base=2 if all(math.log2(x).is_integer() for x in xs) else 10)
   if len(xs) <= 10 and (log or len(xs) <= 6):
-    ax.set_xticks(xs)
+    ax.set_xticks(_apart(xs, math.log if ax.get_xscale() == "log" else float))
   ax.xaxis.set_minor_locator(NullLocator())
   ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: short(x)))
 

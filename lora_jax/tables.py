@@ -285,9 +285,8 @@ def write(workdir: str | pathlib.Path, summary: Mapping[str, Any], command: str 
   text = markdown(table)
   files.write(workdir / "table.md", f"{text}\n".encode())
   files.write(workdir / "table.tex", latex(table).encode())
-  title = ": ".join(
-    filter(None, (table.paper, " on ".join(filter(None, (str(layout.known(summary, "task")), table.ours)))))
-  )
+  tasks = " and ".join(dict.fromkeys(m["task"] for m in members if m.get("task"))) or layout.known(summary, "task")
+  title = ": ".join(filter(None, (table.paper, " on ".join(filter(None, (tasks, table.ours))))))
   parts = [f"# {title or 'Sweep'}", _how(summary), text, caption(table)]
   for name, image in curves.images(summary).items():
     files.write(workdir / "plots" / f"{name}.png", image)
@@ -315,7 +314,8 @@ def _how(summary: Mapping[str, Any]) -> str:
   members, groups = summary["members"], summary.get("groups")
   steps = sorted({m["train"]["steps"] for m in members if "train" in m})
   n = groups if isinstance(groups, int) else len(groups or ())
-  sizes = "" if isinstance(groups, int) or n < 2 else f" of {', '.join(str(len(g)) for g in groups)}"
+  sizes = [] if isinstance(groups, int) or n < 2 else [str(len(g)) for g in groups]
+  sizes = f" of {', '.join(sizes[:1] if len(set(sizes)) == 1 else sizes)}" if sizes else ""
   devices, dtype = (next((m[k] for m in members if m.get(k)), "") for k in ("devices", "dtype"))
   facts = [
     f"{len(members)} runs",

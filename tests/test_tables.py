@@ -391,6 +391,19 @@ def test_published_lines_that_are_not_ours_have_colours_of_their_own(swept, monk
   assert theirs[0].colour == ours[0].colour and len({c.colour for c in (*ours, *theirs)}) == 4
 
 
+def test_what_only_the_paper_has_run_is_at_its_own_place(swept, monkeypatch):
+  seen = shown(monkeypatch)
+  swept["table"]["published"] = {"them": {"$W_q$": {"1": 50.0, "4": 55.0, "10k": 60.0, "2M": 62.0, "all": 63.0}}}
+  curves.metric_plot(swept)
+  assert list(seen[0][0][1].curves[0].x) == [1, 4, 10_000, 2_000_000]
+
+
+def test_ticks_have_room_for_their_labels():
+  log, plain = (plots._apart([157_000, 158_000, 462_000, 135_000_000], place) for place in (np.log, float))
+  assert log == [157_000, 462_000, 135_000_000] and plain == [157_000, 135_000_000]
+  assert plots._apart([], float) == [] and plots._apart([3], float) == [3]
+
+
 def test_near_published_curves_share_the_panel(swept, monkeypatch):
   seen = shown(monkeypatch)
   swept["table"]["published"] = {"them": {"$W_q$": {"1": 81.5, "64": 82.5}}}
@@ -457,6 +470,21 @@ def test_report_is_written_from_the_summary(swept, tmp_path):
   assert {p.name for p in (tmp_path / "plots").iterdir()} == {"metric.png", "loss.png"}
   assert (tmp_path / "table.tex").read_text() == tables.latex(tables.pivot(fails(swept, "q-4-1")))
   assert (tmp_path / "table.md").read_text().startswith("| targets / rank |")
+
+
+@pytest.mark.parametrize(
+  "sizes, text", [((3,), "one program"), ((2, 2), "2 groups of 2, each one program"), ((2, 1), "2 groups of 2, 1, ")]
+)
+def test_the_report_says_what_ran_together(swept, tmp_path, sizes, text):
+  swept["groups"] = [["name"] * n for n in sizes]
+  tables.write(tmp_path, swept)
+  assert f"; {text}" in (tmp_path / "report.md").read_text()
+
+
+def test_all_tasks_are_in_the_title(swept, tmp_path):
+  swept["members"][-1]["task"] = "bbc_news"
+  tables.write(tmp_path, swept)
+  assert (tmp_path / "report.md").read_text().startswith(f"# {TABLE6['paper']}: rotten_tomatoes and bbc_news on tiny\n")
 
 
 def test_report_of_a_sweep_that_failed(swept, tmp_path):
