@@ -35,7 +35,7 @@ def main(argv: list[str]) -> None:
   import jax
   from absl import logging
 
-  logging.set_verbosity(logging.WARNING)
+  logging.set_verbosity(logging.FATAL)  # what orbax logs as an error, a traceback a thread, it raises too
   if DISTRIBUTED.value:
     jax.distributed.initialize()
   threading.Thread(target=start_device, daemon=True).start()
@@ -55,6 +55,10 @@ def main(argv: list[str]) -> None:
       experiment.run(config, workdir, command)
   except errors.UserError as e:
     sys.exit(f"error: {e}")
+  except Exception as e:
+    if not errors.is_full(e):
+      raise
+    sys.exit(f"error: no space left to write {workdir}; with more, the same command goes on from what is there")
   except KeyboardInterrupt:
     sys.exit(f"interrupted; the same command goes on from the last checkpoint in {workdir}")
 

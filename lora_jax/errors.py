@@ -14,6 +14,11 @@ class UserError(Exception):
   """
 
 
+def is_full(error: BaseException) -> bool:
+  """Whether an error is that a disk is full, or a quota: each library has a type of its own for it."""
+  return any(text in str(error) for text in ("No space left on device", "Disk quota exceeded"))
+
+
 @contextlib.contextmanager
 def listed(wrong: list[str]) -> Iterator[None]:
   """Adds the message of a UserError that ends the block to `wrong`, so that one error can list several mistakes."""

@@ -10,7 +10,7 @@ from absl import flags, logging
 from absl.testing import flagsaver
 
 from experiments import report, run
-from lora_jax import errors, plots, sweep
+from lora_jax import errors, experiment, plots, sweep
 
 ROOT = pathlib.Path(__file__).parents[1]
 TABLE5 = ROOT / "experiments" / "results" / "lora_table5"
@@ -104,6 +104,26 @@ def test_a_wrong_shard_ends_in_one_message(slurm, monkeypatch, tmp_path, config,
     run.main(run.parse(["run", "--config", f"{ROOT}/configs/{config}", "--workdir", str(tmp_path / "w"), *more]))
   assert "\n" not in end.value.code and not (tmp_path / "w").exists()
   assert flags.FLAGS["workdir"].value is None
+
+
+@pytest.mark.filterwarnings("ignore:the load_module")  # of ml_collections
+@pytest.mark.parametrize(
+  "error, ends",
+  [
+    (OSError(28, "No space left on device"), SystemExit),
+    (ValueError("RESOURCE_EXHAUSTED: Failed writing: No space left on device [os_error_code='28']"), SystemExit),
+    (ValueError("anything else"), ValueError),
+  ],
+)
+def test_a_full_disk_ends_in_one_message(slurm, monkeypatch, tmp_path, error, ends):
+  def full(*args):
+    raise error
+
+  monkeypatch.setattr(logging, "set_verbosity", lambda level: None)
+  monkeypatch.setattr(experiment, "run", full)
+  command = ["run", "--config", f"{ROOT}/configs/quickstart.py", "--workdir", str(tmp_path / "w")]
+  with flagsaver.flagsaver(), pytest.raises(ends, match=r"no space left to write .*/w; |anything else"):
+    run.main(run.parse(command))
 
 
 def test_results_of_directories_are_joined(monkeypatch, tmp_path):

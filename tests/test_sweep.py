@@ -92,6 +92,12 @@ def test_the_base_is_left_as_it_is(swept, tmp_path):
   jax.tree.map(np.testing.assert_array_equal, model.params, before)
 
 
+def test_checkpoints_of_a_group_go_when_all_its_members_are_written(done):
+  directory, summary = done
+  assert len(list(directory.glob("groups/*/members.json"))) == 1 and not list(directory.glob("groups/*/checkpoints"))
+  assert (directory / "members" / "full" / "checkpoints").exists(), "a member alone is a run like any"
+
+
 def test_a_member_that_diverges_is_reported(done):
   directory, summary = done
   assert "not finite" in summary["members"][3]["error"]
