@@ -23,6 +23,7 @@ from lora_jax import (
   population,
   prompts,
   seq2seq,
+  sharding,
   tasks,
   train,
   transformer,
@@ -49,8 +50,11 @@ class Members:
   n: int = 1
 
   def __call__(self, fn: Callable, config: transformer.Config, *arrays: Any, static: tuple = ()) -> Any:
-    """`fn(config, params, *arrays, *static)` of each member: arrays with a leading P. `static` is hashable."""
-    return self._jitted()(fn, config, static, self.own, self.shared, arrays)
+    """`fn(config, params, *arrays, *static)` of each member: arrays with a leading P, all of them in each process.
+
+    `static` is hashable.
+    """
+    return sharding.to_host(self._jitted()(fn, config, static, self.own, self.shared, arrays))
 
   def compile(self, fn: Callable, config: transformer.Config, *arrays: Any, static: tuple = ()) -> None:
     """Compiles what a call with these arguments runs."""

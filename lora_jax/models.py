@@ -20,7 +20,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax import checkpoint, errors, families, layers, tokenizer as tokenizer_lib, transformer, tree, weights
+from lora_jax import (
+  checkpoint,
+  errors,
+  families,
+  layers,
+  sharding as sharding_lib,
+  tokenizer as tokenizer_lib,
+  transformer,
+  tree,
+  weights,
+)
 from lora_jax.formats import archive, gguf, hf, hub
 
 apply = transformer.apply
@@ -231,7 +241,8 @@ def _build(config, family, tensors, sharding, where, new_head) -> tuple[transfor
     key, names = rows[path]
     place = sharding(path, want[path].shape)
     if path in fresh:
-      return jax.device_put(transformer.init_leaf(config, jax.random.key(0), path, want[path]), place)
+      x = transformer.init_leaf(config, jax.random.key(0), path, want[path])
+      return x if place is None else sharding_lib.put_leaf(x, place)
     buffer = jnp.zeros(want[path].shape, want[path].dtype, device=place)
     sizes = key.sizes(want[path].shape[key.hf.count("{}") :])
     write = _writer(key.pattern, tuple(sizes.items()), place)

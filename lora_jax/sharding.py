@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
@@ -94,8 +95,18 @@ def shardings(params: Any, place: Callable[[str, tuple], NamedSharding]) -> Any:
 
 
 def put(params: Any, place: Callable[[str, tuple], NamedSharding]) -> Any:
-  """The tree with every leaf where `place` says."""
-  return jax.tree.map(jax.device_put, params, shardings(params, place))
+  """The tree with every leaf where `place` says; of what each process has for itself all have the same."""
+  return jax.tree.map(put_leaf, params, shardings(params, place))
+
+
+def put_leaf(x: jax.Array | np.ndarray, where: jax.sharding.Sharding) -> jax.Array:
+  """An array on the devices of a sharding; if each process has one for itself, all have the same."""
+  if where.is_fully_addressable or not _is_here(x):
+    return jax.device_put(x, where)
+  # From an array of one process alone to all of them device_put returns one that cannot be read.
+  if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+    return jax.random.wrap_key_data(put_leaf(jax.random.key_data(x), where), impl=jax.random.key_impl(x))
+  return jax.make_array_from_callback(x.shape, where, np.asarray(x).__getitem__)
 
 
 def put_batch(batch: dict[str, np.ndarray], mesh: jax.sharding.Mesh, stack: int = 0) -> dict[str, jax.Array]:
@@ -116,12 +127,17 @@ def replicate(batch: dict[str, np.ndarray], mesh: jax.sharding.Mesh) -> dict[str
 
 def to_host(params: Any) -> Any:
   """The tree as arrays that this process can read whole; gathers what is spread over processes."""
-  here = lambda x: getattr(x, "is_fully_addressable", True)  # what a process has for itself would be gathered n times
-  if all(map(here, jax.tree.leaves(params))):
+  if all(map(_is_here, jax.tree.leaves(params))):
     return params
   from jax.experimental import multihost_utils
 
-  return jax.tree.map(lambda x: x if here(x) else multihost_utils.process_allgather(x, tiled=True), params)
+  gather = lambda x: multihost_utils.process_allgather(x, tiled=True)
+  return jax.tree.map(lambda x: x if _is_here(x) else gather(x), params)
+
+
+def _is_here(x) -> bool:
+  """Whether this process has all of an array; what each has for itself would be gathered n times."""
+  return getattr(x, "is_fully_addressable", True)
 
 
 def batch_divisor(mesh: jax.sharding.Mesh) -> int:

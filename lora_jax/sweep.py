@@ -127,6 +127,7 @@ def run(config: Mapping, workdir: str | os.PathLike, command: str = "", shard: t
       loading = None
   finally:
     tick()
+  multihost_utils.sync_global_devices("finish")
   return _finish(config, found, workdir, command)
 
 
