@@ -1,5 +1,6 @@
 """Adapters of the peft library with several things wrong: one error says all of them."""
 
+import dataclasses
 import json
 
 import jax
@@ -55,6 +56,27 @@ def test_all_misfits_are_listed(tmp_path, name):
     assert k.removeprefix("base_model.") in message, (k, message)
   shape = bad[misshapen].shape
   assert f"{misshapen.removeprefix('base_model.model.')} is {shape}" in message, message
+
+
+@pytest.mark.parametrize("name", ["lora", "ia3", "prompt_tuning"])
+def test_options_of_a_later_peft_are_refused_where_they_ask_for_something(tmp_path, name):
+  model, *_ = save(tmp_path, [{"name": name}])
+  path = tmp_path / "adapter_config.json"
+  config = json.loads(path.read_text())
+  path.write_text(json.dumps(config | {"a_config": None, "use_b": False, "c_modules": [], "d_scale": 2.0}))
+  peft_format.load(model, tmp_path)
+  path.write_text(json.dumps(config | {"a_config": {"e": 1}, "use_b": True, "c_modules": ["f"], "g_init": "h"}))
+  message = said(model, tmp_path)
+  for option in ("a_config={'e': 1}", "use_b=True", "c_modules=['f']", "g_init='h'"):
+    assert f"option {option} is not known" in message
+
+
+def test_all_options_of_peft_are_known():
+  """A field that a new version has is to be looked at: supported, refused, or of no matter."""
+  peft = pytest.importorskip("peft")
+  for kind, config in peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING.items():
+    if kind.value in peft_format.METHODS:
+      assert not {f.name for f in dataclasses.fields(config)} - peft_format.OPTIONS, kind
 
 
 @pytest.mark.parametrize("name", ["prompt_tuning", "prefix_tuning", "p_tuning"])

@@ -39,6 +39,22 @@ OWN = [
   m for m in map(methods.get, methods.names()) if getattr(m, "to_peft", None) and m.to_peft.__module__ == m.__name__
 ]
 METHODS = {m.PEFT_TYPE: m for m in OWN if hasattr(m, "from_peft")}
+# The fields of the configs of these types in PEFT 0.21; what a type has no use for it leaves alone.
+OPTIONS = frozenset(
+  """
+  alora_invocation_tokens alpha alpha_pattern arrow_config auto_mapping base_model_name_or_path beta1 beta2 bias
+  corda_config d_initial decompose_both decompose_factor deltaT encoder_dropout encoder_hidden_size encoder_num_layers
+  encoder_reparameterization_type ensure_weight_tying eva_config exclude_modules fan_in_fan_out feedforward_modules
+  inference_mode init_ia3_weights init_lora_weights init_r init_weights kasa_config layer_replication layers_pattern
+  layers_to_transform loftq_config lora_alpha lora_bias lora_dropout lora_ga_config megatron_config megatron_core
+  module_dropout modules_to_save monteclora_config num_attention_heads num_layers num_transformer_submodules
+  num_virtual_tokens orth_reg_weight peft_type peft_version prefix_projection projection_prng_key prompt_tuning_init
+  prompt_tuning_init_text qalora_group_size r rank_dropout rank_dropout_scale rank_pattern revision runtime_config
+  save_projection target_modules target_parameters target_r task_type tfinal tinit token_dim token_indices
+  tokenizer_kwargs tokenizer_name_or_path total_step trainable_token_indices use_bdlora use_dora use_effective_conv2d
+  use_qalora use_rslora velora_config vera_dropout
+  """.split()
+)
 
 
 class NoForm(errors.UserError):
@@ -322,6 +338,12 @@ def _check(where: pathlib.Path, config: Mapping) -> None:
     raise errors.UserError(f"{where}: {'; '.join(bad)}")
 
 
+def _unknown(config: Mapping) -> list[str]:
+  """Options of a later PEFT that ask for something; a number is of something else, which would be there too."""
+  asks = lambda x: x and (x is True or not isinstance(x, numbers.Number))
+  return [f"option {k}={v!r:.100} is not known" for k, v in config.items() if k not in OPTIONS and asks(v)]
+
+
 def _is_regex(x: str) -> bool:
   try:
     return bool(re.compile(f"(.*\\.)?({x})$"))
@@ -351,6 +373,7 @@ def load(model: models.Model, directory: str | os.PathLike) -> Any:
   foreign = sorted(set(source.names()) - set(known))
   wrong = [f"keys without the prefix {prefix!r}: {foreign}"] if foreign else []
   wrong += [] if set(source.names()) - top else ["the adapter holds no tensors"]
+  wrong += _unknown(config)
   left = {k.removeprefix(TOP if k in top else prefix): source.read(k) for k in known}
   wrong += _absent(model, method, config, left)
   whole = _saved(model, config, left)
