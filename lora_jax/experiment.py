@@ -427,7 +427,7 @@ class Log:
     self._diverged, self._progress = diverged, progress or outs[0].progress
     self._alive = np.ones(len(outs), bool)
     self._pending, self._rows = None, []
-    self._restart()
+    self._since, self._compiled = time.perf_counter() - stepper.compile_seconds, 0.0  # the first row has all until then
 
   def skip(self, seconds: float) -> None:
     """Leaves out of the next row's time what was no training."""

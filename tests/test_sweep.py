@@ -98,6 +98,14 @@ def test_checkpoints_of_a_group_go_when_all_its_members_are_written(done):
   assert (directory / "members" / "full" / "checkpoints").exists(), "a member alone is a run like any"
 
 
+def test_what_a_group_compiles_before_its_first_step_is_of_that_step(done):
+  directory, summary = done
+  for m in summary["members"][:3]:
+    rows = [r for r in metrics.read_metrics(directory / "members" / m["name"] / "metrics.jsonl") if "train/loss" in r]
+    assert rows[0]["train/compile_seconds"] > 0 and rows[0]["train/seconds"] > 0
+    assert m["train"]["compile_seconds"] == sum(r["train/compile_seconds"] for r in rows)
+
+
 def test_a_member_that_diverges_is_reported(done):
   directory, summary = done
   assert "not finite" in summary["members"][3]["error"]
