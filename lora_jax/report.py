@@ -14,9 +14,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from lora_jax import files, metrics, plots
+from lora_jax import __version__, files, metrics, plots
 
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "lora_jax")
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 NO_PERCENT = ("loss", "perplexity", "examples", "tokens", "seconds")  # metrics that are no share of a whole
 
 
@@ -29,7 +29,7 @@ def versions() -> dict[str, str | None]:
     except importlib.metadata.PackageNotFoundError:
       return None
 
-  return {"python": platform.python_version(), **{p: version(p) for p in PACKAGES}}
+  return {"python": platform.python_version(), **{p: version(p) for p in PACKAGES}, "lora_jax": __version__}
 
 
 def peak_memory_bytes() -> int:

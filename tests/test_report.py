@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import lora_jax
 from lora_jax import errors, metrics, report
 
 
@@ -205,7 +206,7 @@ def test_summary_has_the_agreed_keys():
   }
   assert got["eval"]["after"]["accuracy"] == 0.75
   assert {"python", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "lora_jax"} == set(got["versions"])
-  assert got["versions"]["numpy"] == np.__version__
+  assert got["versions"]["numpy"] == np.__version__ and got["versions"]["lora_jax"] == lora_jax.__version__
   assert got["versions"]["python"] == sys.version.split()[0]
 
 
