@@ -427,7 +427,8 @@ class Log:
     self._diverged, self._progress = diverged, progress or outs[0].progress
     self._alive = np.ones(len(outs), bool)
     self._pending, self._rows = None, []
-    self._since, self._compiled = time.perf_counter() - stepper.compile_seconds, 0.0  # the first row has all until then
+    # What has been compiled already is of the first row.
+    self._since, self._compiled = time.perf_counter() - stepper.compile_seconds, 0.0
 
   def skip(self, seconds: float) -> None:
     """Leaves out of the next row's time what was no training."""
