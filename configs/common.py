@@ -70,3 +70,8 @@ def get_sweep(size: str = "") -> ConfigDict:
   config.train.checkpoint_every = 1000
   config.eval.examples = 9815
   return config
+
+
+def text(method: dict) -> str:
+  """A method as a value of a table's rows or columns, which may have a label."""
+  return ",".join(f"{k},{v:g}" if isinstance(v, float) else f"{k},{v}" for k, v in sorted(method.items()))

@@ -140,7 +140,7 @@ def methods(config):
     "metric": tuple(METRICS),
     "column_labels": tuple(METRICS.items()),
     "rows": "method",
-    "row_labels": tuple((text(method), label) for label, method, *_ in METHODS.values()),
+    "row_labels": tuple((common.text(method), label) for label, method, *_ in METHODS.values()),
     "published": {"GPT-2 medium": rows((label, values) for label, *_, values in METHODS.values())},
     "x": "trainable_params",
     "log": True,
@@ -152,8 +152,3 @@ def methods(config):
 def rows(published) -> tuple:
   """(label, row) of each as the table takes them."""
   return tuple((label, tuple(zip(METRICS.values(), values, strict=True))) for label, values in published)
-
-
-def text(method: dict) -> str:
-  """A method as the table knows it."""
-  return ",".join(f"{k},{v:g}" if isinstance(v, float) else f"{k},{v}" for k, v in sorted(method.items()))

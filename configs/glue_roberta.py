@@ -111,7 +111,7 @@ def table(metrics, path: str, tasks: dict) -> dict:
     "rows": path,
     "row_labels": tuple(tasks.items()),
     "columns": "method",
-    "column_labels": tuple((text(method), label) for label, method in METHODS.values()),
+    "column_labels": tuple((common.text(method), label) for label, method in METHODS.values()),
     "x": "trainable_params",
     "log": True,
     "lines": path,
@@ -156,8 +156,3 @@ def smol(config):
   }
   config.table = table("accuracy", "task.name", {"rotten_tomatoes": "Rotten Tomatoes", "bbc_news": "BBC News"})
   return config
-
-
-def text(method: dict) -> str:
-  """A method as the table knows it."""
-  return ",".join(f"{k},{v:g}" if isinstance(v, float) else f"{k},{v}" for k, v in sorted(method.items()))

@@ -56,12 +56,11 @@ def get_config(size: str = ""):
     "list": {name: {"method": m, "optim": {"learning_rate": rate}} for name, (_, m, rate) in found.items()},
     "product": {"train": {"seed": (0, 1, 2)}},
   }
-  text = lambda method: ",".join(f"{k},{v}" for k, v in sorted(method.items()))
   config.table = {
     "paper": "Houlsby et al. 2019, figure 4",
     "metric": ("accuracy", "trainable_params"),
     "rows": "method",
-    "row_labels": tuple((text(method), label) for label, method, _ in found.values()),
+    "row_labels": tuple((common.text(method), label) for label, method, _ in found.values()),
     "published": PUBLISHED,
     "x": "trainable_params",
     "log": True,

@@ -28,11 +28,11 @@ FEW = (10, 50, 200, 1000, 3000, 10_000)
 def members(size: str) -> dict:
   """{name: overrides}."""
   layers, found = 30 if size else 12, {}
-  for name, scales in (("said", True), ("did", False)):
+  for name, scales, rate in (("said", True, 3), ("did", False, 10)):
     for d in FEW if size else DIMENSIONS:
       if d > layers or not scales:  # SAID has a scale for each layer among its d numbers
         method = {"name": "intrinsic", "dimension": d, "targets": "all-linear", "layer_scales": scales}
-        found[f"{name}_{d:05}"] = {"method": method, "optim": {"learning_rate": round((3 if scales else 10) / d**0.5, 3)}}
+        found[f"{name}_{d:05}"] = {"method": method, "optim": {"learning_rate": round(rate / d**0.5, 3)}}
   full = {"name": "full", "targets": "layers/.*kernel$"}
   return found | {"full": {"method": full, "optim": {"learning_rate": 5e-5 if size else 2e-5}}}
 
