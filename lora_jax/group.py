@@ -32,6 +32,7 @@ from lora_jax import (
   prompts,
   report,
   sharding,
+  step_log,
   tasks,
   train,
   tree,
@@ -293,7 +294,7 @@ def fit(group: Group, outs: Sequence[metrics.Metrics], saved: checkpoint.Checkpo
   failed = {}
 
   def diverged(step, i, values):
-    failed[i] = f"{experiment.not_finite(step, values)}. {experiment.ADVICE}"
+    failed[i] = f"{step_log.not_finite(step, values)}. {step_log.ADVICE}"
     metrics.say(f"{list(group.members)[i]}: {failed[i]}; it is left as it was, the others go on")
 
   def progress(step, loss=None, tokens_per_second=None):
@@ -301,10 +302,10 @@ def fit(group: Group, outs: Sequence[metrics.Metrics], saved: checkpoint.Checkpo
     bar.update(step, text)
 
   steps = [exp.config["train"]["steps"] for exp in group.members.values()]
-  log = experiment.Log(outs, group.step, steps, run["log_every"], diverged, progress)
+  log = step_log.Log(outs, group.step, steps, run["log_every"], diverged, progress)
   for i in np.flatnonzero(~np.asarray(group.state.alive))[: len(outs)]:
     if i < len(outs):
-      failed[int(i)] = f"its loss was not finite before step {start}. {experiment.ADVICE}"
+      failed[int(i)] = f"its loss was not finite before step {start}. {step_log.ADVICE}"
       log.stop(i)
   for step in range(start + 1, group.steps + 1):
     if every and step > 1 and (step - 1) % every == 0:

@@ -279,6 +279,7 @@ def _fitting(configs, workdir, directory, task, mesh, model, before, command, me
   if jax.process_index() == 0:
     metrics.write_json(directory / "members.json", {"members": names})
   group_lib.run(built, workdir, directory / "checkpoints", before, command)
+  multihost_utils.sync_global_devices("written")  # none reads them any more
   if jax.process_index() == 0:
     shutil.rmtree(directory / "checkpoints", ignore_errors=True)  # of all members, each of which has its results now
   return []
