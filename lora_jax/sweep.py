@@ -14,7 +14,7 @@ import os
 import pathlib
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -128,6 +128,7 @@ def run(config: Mapping, workdir: str | os.PathLike, command: str = "", shard: t
   finally:
     tick()
   multihost_utils.sync_global_devices("finish")
+  _clear(mine, workdir)  # those too that an earlier call was killed before
   return _finish(config, found, workdir, command)
 
 
@@ -279,10 +280,17 @@ def _fitting(configs, workdir, directory, task, mesh, model, before, command, me
   if jax.process_index() == 0:
     metrics.write_json(directory / "members.json", {"members": names})
   group_lib.run(built, workdir, directory / "checkpoints", before, command)
-  multihost_utils.sync_global_devices("written")  # none reads them any more
-  if jax.process_index() == 0:
-    shutil.rmtree(directory / "checkpoints", ignore_errors=True)  # of all members, each of which has its results now
+  multihost_utils.sync_global_devices("written")  # no process reads its checkpoints any more
+  _clear(names, workdir)
   return []
+
+
+def _clear(names: Collection[str], workdir: pathlib.Path) -> None:
+  """Deletes the checkpoints of groups of these members all of which have their results."""
+  for path in workdir.glob("groups/*/members.json") if jax.process_index() == 0 else ():
+    members = hf.read_json(path)["members"]
+    if set(members) <= set(names) and all(group_lib.finished(workdir / "members" / n) for n in members):
+      shutil.rmtree(path.parent / "checkpoints", ignore_errors=True)
 
 
 def _finish(config: Mapping, found: Mapping, workdir: pathlib.Path, command: str) -> dict:

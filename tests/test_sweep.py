@@ -4,6 +4,7 @@ import copy
 import gc
 import math
 import os
+import shutil
 import time
 import types
 import weakref
@@ -98,6 +99,15 @@ def test_checkpoints_of_a_group_go_when_all_its_members_are_written(done):
   assert (directory / "members" / "full" / "checkpoints").exists(), "a member alone is a run like any"
 
 
+def test_checkpoints_go_that_a_kill_after_the_last_member_has_left(swept, done, tmp_path):
+  shutil.copytree(done[0], tmp_path / "s")
+  (tmp_path / "s" / "summary.json").unlink()
+  (path,) = tmp_path.glob("s/groups/*/members.json")
+  (path.parent / "checkpoints" / "3").mkdir(parents=True)
+  sweep.run(swept, tmp_path / "s")
+  assert path.exists() and not (path.parent / "checkpoints").exists()
+
+
 def test_what_a_group_compiles_before_its_first_step_is_of_that_step(done):
   directory, summary = done
   for m in summary["members"][:3]:
@@ -123,8 +133,6 @@ def test_report_and_plots(done):
 
 
 def test_finished_members_are_not_run_again(swept, done, tmp_path, monkeypatch):
-  import shutil
-
   directory, summary = done
   shutil.copytree(directory, tmp_path / "s")
   (tmp_path / "s" / "summary.json").unlink()

@@ -3,7 +3,7 @@
 #
 # LoRA, DoRA, IA³, BitFit and prompt tuning, each with the learning rate that its paper or official code trains with:
 # how accurate they get, how much the model forgets of other text, and what they cost. Beside them are the results of
-# all 25 methods on an H100, which are committed with the code.
+# all 27 methods on an H200, which are committed with the code.
 #
 # On a CPU the values below take about a quarter of an hour on two cores, and are a look at the machinery: after 20
 # steps of 8 sentences the models write labels, but most choose them no better than before. On Colab's T4 it has not
@@ -92,7 +92,7 @@ display(Image(curves.loss_plot(summary), width=700))
 # %% [markdown]
 # ## Beside the whole comparison
 #
-# `experiments/results/methods` holds what all methods did in 200 steps of 32 sentences on one H100, in bfloat16, on
+# `experiments/results/methods` holds what all methods did in 200 steps of 32 sentences on one H200, in bfloat16, on
 # 850 test sentences. Published learning rates belong to published numbers of steps: 200 are few for prompt tuning,
 # whose paper trains for 30,000.
 
@@ -105,7 +105,7 @@ rows = [
   [k, f"{v:.1%}", f"{there[k]['after']:.1%}", f"{there[k]['forgetting']:+.3f}", f"{there[k]['trainable_params']:,}"]
   for k, v in here.items()
 ]
-header = ["method", f"accuracy here, {STEPS} steps", "on the H100, 200 steps", "forgetting", "trained"]
+header = ["method", f"accuracy here, {STEPS} steps", "on the H200, 200 steps", "forgetting", "trained"]
 display(Markdown(report.table(header, rows)))
 
 # %%
