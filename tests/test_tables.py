@@ -1,107 +1,31 @@
-"""Tables and plots of a sweep, from the JSON of its summary alone."""
+"""Tables and reports of a sweep, from the JSON of its summary alone."""
 
-import copy
-import json
 import re
 import statistics
 
-import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from lora_jax import curves, errors, layout, plots, tables
-from lora_jax.methods import intrinsic
-
-BASE = {
-  "model": {"name": "tiny"},
-  "task": {"name": "rotten_tomatoes"},
-  "method": {"name": "lora", "rank": 8, "targets": "q,v", "alpha": 16.0},
-  "optim": {"learning_rate": 2e-4},
-  "train": {"seed": 0, "steps": 30},
-}
-RANKS, TARGETS, SEEDS = (1, 4, 64), (("q",), ("q", "v")), (0, 1, 2)
-TABLE6 = {
-  "paper": "Hu et al. 2021, table 6",
-  "metric": "accuracy",
-  "rows": "method.targets",
-  "columns": "method.rank",
-  "row_labels": {"('q',)": "$W_q$", "q,v": "Wq & Wv"},
-  "published": {
-    "MNLI, GPT-3 175B": {
-      "$W_q$": {"1": 90.7, "2": 90.9, "4": [91.1, 0.1], "64": 90.7},
-      "Wq & Wv": {"1": 91.3, "64": 91.4},
-      "all": {"1": 91.2},
-    }
-  },
-  "log": True,
-}
-
-
-def member(name, overrides, after, **more):
-  losses = [3 - 0.05 * i for i in range(30)]
-  return {
-    "name": name,
-    "overrides": overrides,
-    "model": "tiny",
-    "task": "rotten_tomatoes",
-    "eval": {"before": dict.fromkeys(after, 0.5), "after": after},
-    "trainable_params": 1000,
-    "total_params": 50_000,
-    "saved_bytes": 4000,
-    "train": {"steps": 30, "loss_first": 3.0, "loss_last": 1.5},
-    "losses": {"step": list(range(1, 31)), "loss": losses},
-    **more,
-  }
-
-
-def summary(members, table, **more):
-  """As it is read from a file."""
-  whole = {
-    "config": BASE,
-    "table": table,
-    "members": members,
-    "groups": [[m["name"] for m in members]],
-    "wall_seconds": 12.3,
-    "versions": {"jax": "0.10.2"},
-  }
-  return json.loads(json.dumps(whole | more))
-
-
-def accuracy(t, r, s):
-  return 0.80 + 0.01 * len(t) + 0.002 * np.log2(r).item() + (0.001, -0.003, 0.002)[s]
+from lora_jax import curves, errors, layout, tables
+from tests.summaries import (
+  RANKS,
+  SEEDS,
+  TABLE6,
+  TARGETS,
+  accuracy,
+  by_rank,
+  dimensions,
+  fails,
+  member,
+  rows,
+  several,
+  summary,
+)
 
 
 @pytest.fixture
 def swept():
-  members = [
-    member(
-      f"{'+'.join(t)}-{r}-{s}",
-      {"method": {"targets": t, "rank": r}, "train": {"seed": s}},
-      {"accuracy": accuracy(t, r, s), "label_loss": 0.9 - 0.1 * len(t)},
-      trainable_params=100_000 * r * len(t),
-    )
-    for t in TARGETS
-    for r in RANKS
-    for s in SEEDS
-  ]
-  return summary(members, TABLE6)
-
-
-def fails(swept, *names):
-  """The summary with members that failed."""
-  out = copy.deepcopy(swept)
-  for m in out["members"]:
-    if m["name"] in names:
-      kept = {k: m[k] for k in ("name", "overrides")}
-      m.clear()
-      m.update(kept, error="step 3: loss nan")
-  return out
-
-
-def rows(text):
-  """{first cell: cells} of a Markdown table."""
-  lines = [re.split(r"(?<!\\) \| ", line[2:-2]) for line in text.splitlines() if line.startswith("| ")]
-  return {line[0]: line[1:] for line in lines if line[0] != "---"}
+  return by_rank()
 
 
 def test_cells_are_mean_and_deviation_over_seeds(swept):
@@ -228,18 +152,6 @@ def test_one_row_is_named_by_its_source():
   assert found["WikiSQL"] == ["70.4", "**73.0**", "-"] and found["MNLI"] == ["91.0", "-", "n/a"]
 
 
-def several(**layout_):
-  metric = {"trainable_params": 0, "bleu": 0.9, "nist": 8.5, "meteor": 0.46, "val_loss": 1.2}
-  members = [
-    member(f"{r}", {"method": {"rank": r}}, {k: v + 0.01 * r for k, v in metric.items()}, trainable_params=98_304 * r)
-    for r in (4, 1)
-  ]
-  for m in members:
-    del m["eval"]["after"]["trainable_params"]
-  labels = {"bleu": "BLEU", "meteor": "METEOR"}
-  return summary(members, {"metric": list(metric), "column_labels": labels, **layout_})
-
-
 def test_metrics_as_columns():
   """Each has its unit, and is compared with itself: more of a score is better, less of a loss."""
   published = {"GPT-2 M": {"1": {"BLEU": 68.72, "METEOR": [45.65, 0.1], "trainable_params": "0.1M"}}}
@@ -358,99 +270,6 @@ def test_latex_is_well_formed(swept):
   assert r"\multicolumn{5}{l}{\emph{MNLI, GPT-3 175B}} \\" in text and "(2 of 3)" in text
 
 
-def shown(monkeypatch):
-  """What the plots are drawn from."""
-  seen = []
-  monkeypatch.setattr(plots, "lines", lambda *args: seen.append(args))
-  monkeypatch.setattr(plots, "traces", lambda *args: seen.append(args))
-  return seen
-
-
-def test_metric_plot_shows_means_bands_and_single_runs(swept, monkeypatch):
-  seen = shown(monkeypatch)
-  curves.metric_plot(fails(swept, "q-4-1"))
-  ((panels, xlabel, log, names),) = seen
-  assert (xlabel, log, names) == ("Rank", True, [])
-  first = panels[0].curves[0]
-  table = tables.pivot(fails(swept, "q-4-1")).rows[0].cells
-  assert first.label == "$W_q$" and first.x == [1, 4, 64]
-  np.testing.assert_allclose(first.y, [table[c].mean for c in ("1", "4", "64")])
-  np.testing.assert_allclose(first.sd, [table[c].sd for c in ("1", "4", "64")])
-  assert len(first.dots) == 8
-  far = panels[1]  # nine points above ours: next to them, not in one panel
-  assert far.title == "MNLI, GPT-3 175B" and all(c.dashed for c in far.curves)
-  assert list(far.curves[0].x) == [1, 2, 4, 64] and list(far.curves[0].y) == [90.7, 90.9, 91.1, 90.7]
-  assert far.curves[0].colour == first.colour
-
-
-def test_published_lines_that_are_not_ours_have_colours_of_their_own(swept, monkeypatch):
-  seen = shown(monkeypatch)
-  swept["table"]["published"] = {"them": {k: {"1": 90.0, "64": 91.0} for k in ("$W_q$", "Wk", "Wo")}}
-  curves.metric_plot(swept)
-  ours, theirs = (p.curves for p in seen[0][0])
-  assert theirs[0].colour == ours[0].colour and len({c.colour for c in (*ours, *theirs)}) == 4
-
-
-def test_what_only_the_paper_has_run_is_at_its_own_place(swept, monkeypatch):
-  seen = shown(monkeypatch)
-  swept["table"]["published"] = {"them": {"$W_q$": {"1": 50.0, "4": 55.0, "10k": 60.0, "2M": 62.0, "all": 63.0}}}
-  curves.metric_plot(swept)
-  assert list(seen[0][0][1].curves[0].x) == [1, 4, 10_000, 2_000_000]
-
-
-def test_ticks_have_room_for_their_labels():
-  log, plain = (plots._apart([157_000, 158_000, 462_000, 135_000_000], place) for place in (np.log, float))
-  assert log == [157_000, 462_000, 135_000_000] and plain == [157_000, 135_000_000]
-  assert plots._apart([], float) == [] and plots._apart([3], float) == [3]
-
-
-def test_near_published_curves_share_the_panel(swept, monkeypatch):
-  seen = shown(monkeypatch)
-  swept["table"]["published"] = {"them": {"$W_q$": {"1": 81.5, "64": 82.5}}}
-  curves.metric_plot(swept)
-  (panel,) = seen[0][0]
-  assert [(c.label, c.dashed) for c in panel.curves] == [("$W_q$", False), ("Wq & Wv", False), ("them, $W_q$", True)]
-
-
-def test_metric_plot_against_parameters_and_names(swept, monkeypatch):
-  seen = shown(monkeypatch)
-  swept["table"] |= {"x": "trainable_params"}
-  curves.metric_plot(fails(swept, *(f"q-1-{s}" for s in SEEDS)))
-  assert [list(c.x) for c in seen[0][0][0].curves] == [[400_000, 6_400_000], [200_000, 800_000, 12_800_000]]
-  swept["table"] |= {"x": "method.targets", "lines": "method.rank"}
-  curves.metric_plot(swept)
-  panels, _, _, names = seen[1]
-  assert names == ["$W_q$", "Wq & Wv"] and [c.label for c in panels[0].curves[:3]] == ["1", "4", "64"]
-
-
-def test_each_metric_has_a_panel(monkeypatch):
-  seen = shown(monkeypatch)
-  published = {"GPT-2 M": {"1": {"nist": 8.52}, "2": {"nist": 8.53, "METEOR": 48.0}}}
-  curves.metric_plot(several(rows="method.rank", published=published))
-  panels = seen[0][0]
-  assert [p.ylabel for p in panels] == ["BLEU", "Nist", "METEOR, %", "Val loss"]
-  assert [len(p.curves) for p in panels] == [1, 2, 2, 1]
-  assert (panels[1].curves[1].x, panels[1].curves[1].y) == ((1, 2), (8.52, 8.53))
-
-
-def test_loss_plot_shows_all_members(swept, monkeypatch):
-  seen = shown(monkeypatch)
-  swept["members"][0]["losses"]["loss"][9:] = [None] * 21
-  del swept["members"][1]["losses"]
-  curves.loss_plot(swept)
-  ((panels, _, scale, title),) = seen
-  assert [p.title for p in panels] == ["$W_q$", "Wq & Wv"] and [len(p.curves) for p in panels] == [8, 9]
-  assert len(panels[0].curves[0].x) == 9 and scale is None and title == "Rank"
-  assert len({c.colour for c in panels[1].curves}) == 3
-
-
-def test_many_numbers_have_a_colour_bar(monkeypatch):
-  seen = shown(monkeypatch)
-  members = [member(f"{i}", {"optim": {"learning_rate": 1e-4 * 1.5**i}}, {"accuracy": 0.5}) for i in range(12)]
-  curves.loss_plot(summary(members, {"rows": "optim.learning_rate"}))
-  assert len(seen[0][2]) == 12
-
-
 def test_report_is_written_from_the_summary(swept, tmp_path):
   command = "python -m experiments.run --config configs/lora_table6.py"
   tables.write(tmp_path, fails(swept, "q-4-1"), command)
@@ -493,99 +312,6 @@ def test_report_of_a_sweep_that_failed(swept, tmp_path):
   assert "failed (0 of 3)" in text and not (tmp_path / "plots").exists() and "Reproduce" not in text
 
 
-@pytest.mark.slow
-def test_all_kinds_of_plots_can_be_drawn(swept):
-  swept["table"] |= {"x": "method.targets"}
-  swept["members"][0]["losses"]["loss"] = [10.0**-i for i in range(30)]
-  draw = lambda s: (curves.metric_plot(s), curves.loss_plot(s))
-  members = [member(f"{i}", {"optim": {"learning_rate": 1e-4 * 1.5**i}}, {"accuracy": 0.5}) for i in range(12)]
-  rates = summary(members, {"rows": "optim.learning_rate", "log": True})
-  for png in (*draw(swept), *draw(rates), *draw(several(rows="method.rank")), *draw(swept | {"table": None})):
-    assert png.startswith(b"\x89PNG")
-
-
-DIMENSIONS, REACHED = (10, 100, 1000), {True: (0.6, 0.8, 0.88), False: (0.55, 0.7, 0.78)}
-
-
-def dimensions(metric="accuracy", sign=1, **table):
-  """Two lines over dimensions, and full finetuning, each of two seeds; in an order that is none."""
-  score = lambda x, s: {metric: sign * (x + (0.01, -0.01)[s])}
-  members = [
-    member(
-      f"{scales}-{d}-{s}",
-      {"method": {"name": "intrinsic", "dimension": d, "layer_scales": scales}, "train": {"seed": s}},
-      score(x, s),
-    )
-    for scales, row in REACHED.items()
-    for d, x in reversed(list(zip(DIMENSIONS, row, strict=True)))
-    for s in (0, 1)
-  ]
-  members[2:2] = [member(f"full-{s}", {"method": {"name": "full"}}, score(0.9, s)) for s in (0, 1)]
-  labels = (("True", "SAID"), ("False", "DID"), ("-", "full"))
-  rows_ = {"rows": "method.layer_scales", "row_labels": labels, "lines": "method.layer_scales"}
-  columns = {"columns": "method.dimension", "x": "method.dimension", "column_labels": {"-": "all"}}
-  return summary(members, {"metric": metric, **rows_, **columns, "log": True, "d90": 0.9, **table})
-
-
-def test_the_dimension_that_reaches_a_share_of_full_finetuning():
-  given = dimensions()
-  found = curves.reached(given)
-  assert (found["share"], found["metric"], found["full"], found["before"]) == (0.9, "accuracy", pytest.approx(0.9), 0.5)
-  for line, ys in zip(("SAID", "DID"), REACHED.values(), strict=True):
-    got = found["lines"][line]
-    assert (got["smallest"], got["largest"]) == (10, 1000)
-    for k, base in (("of_full", 0.0), ("of_gain", 0.5)):
-      want = intrinsic.d90(DIMENSIONS, ys, 0.9, base)
-      assert got[k] == (want if want is None else pytest.approx(want))
-  assert found["lines"]["DID"]["of_full"] is None and 100 < found["lines"]["SAID"]["of_full"] < 200
-  table = rows(curves.reached_table(found))
-  assert list(table)[0] == "accuracy" and table["accuracy"] == [
-    "d90 of full finetuning's 0.9",
-    "d90 of its gain over 0.5 before",
-  ]
-  assert table["SAID"] == [f"{found['lines']['SAID'][k]:.0f}" for k in ("of_full", "of_gain")]
-  assert table["DID"] == ["> 1000", "> 1000"]
-  assert "full finetuning's 90.0%" in curves.reached_table(found, percent=True)
-  easy = curves.reached(dimensions(d90=0.6))
-  assert rows(curves.reached_table(easy))["SAID"][0] == "≤ 10"
-  assert curves.reached(fails(given, "full-0", "full-1")) is None and curves.reached(dimensions(d90=None)) is None
-
-
-def test_there_is_no_share_of_what_full_finetuning_has_not_gained(monkeypatch):
-  """Of a loss 90% says nothing, what it falls by does; and nothing is gained where it is worse than before."""
-  loss = dimensions("val_loss", -1)
-  for m in loss["members"]:
-    m["eval"]["after"]["val_loss"] += 2
-    m["eval"]["before"]["val_loss"] = 1.5
-  found = curves.reached(loss)
-  assert "of_full" not in found["lines"]["SAID"] and found["lines"]["SAID"]["of_gain"] > 100
-  for m in loss["members"]:
-    m["eval"]["before"]["val_loss"] = 1.0
-  assert rows(curves.reached_table(curves.reached(loss)))["SAID"] == ["-", "-"]
-  seen = shown(monkeypatch)
-  curves.metric_plot(loss)
-  assert [c.label for c in seen[0][0][0].curves] == ["SAID", "DID", "full"]
-
-
-def test_members_without_a_dimension_are_a_level_line(monkeypatch):
-  seen = shown(monkeypatch)
-  given = dimensions()
-  assert tables.pivot(given).columns == ("10", "100", "1000", "all")
-  assert rows(tables.markdown(tables.pivot(given)))["full"] == ["-", "-", "-", "90.0 ± 1.4"]
-  curves.metric_plot(given)
-  ((panels, xlabel, log, names),) = seen
-  assert (xlabel, log, names) == ("Dimension", True, [])
-  said, did, full, *goals = panels[0].curves
-  assert (
-    (said.label, did.label, full.label) == ("SAID", "DID", "full") and said.x == [10, 100, 1000] and not said.dashed
-  )
-  assert full.x == [10, 1000] and full.dashed and full.y == pytest.approx([90, 90]) and not full.dots
-  assert [(c.label, *c.y) for c in goals] == [
-    ("90% of full finetuning", pytest.approx(81), pytest.approx(81)),
-    ("90% of its gain", pytest.approx(86), pytest.approx(86)),
-  ]
-
-
 def test_what_is_there_of_a_sweep_has_a_report(tmp_path):
   """A shard may have no member that full finetuning or a dimension needs, or none at all."""
   given = dimensions()
@@ -603,11 +329,3 @@ def test_analyses_have_a_section(tmp_path):
   text = (tmp_path / "report.md").read_text()
   assert f"## Intrinsic dimension\n\n{curves.reached_table(curves.reached(given), percent=True)}\n" in text
   assert "**subspace** failed: no LoRA" in text and "## Subspaces" not in text
-
-
-@pytest.mark.parametrize(
-  "x, text",
-  [(18_874_368, "18.9M"), (36_864, "36.9k"), (4096, "4096"), (0.5, "0.5"), (2e-4, "2e-4"), (0, "0"), (7e9, "7B")],
-)
-def test_short_numbers(x, text):
-  assert plots.short(x) == text
