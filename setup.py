@@ -28,6 +28,7 @@ setup(
     "importlib_resources",  # tensorflow-datasets imports it when it builds without TensorFlow.
     "ml-collections>=1.1",
     "absl-py",
+    "pydantic>=2.10",
     "einops",
     "requests",
     "numpy",

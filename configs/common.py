@@ -1,4 +1,4 @@
-"""Every key that experiments share, with its default; a config file changes what it is about."""
+"""What experiments share; a config file changes what it is about. docs/config.md lists all keys and their defaults."""
 
 from ml_collections import ConfigDict
 
@@ -7,32 +7,15 @@ def get_config() -> ConfigDict:
   """LoRA on SmolLM2-135M-Instruct, without a task; a base for the other configs."""
   return ConfigDict(
     {
-      "model": {"name": "smollm2-135m", "dtype": "bfloat16", "scan": True, "remat": False, "attention": "auto"},
-      "method": {
-        "name": "lora",
-        "rank": 8,
-        "alpha": 16.0,
-        "dropout": 0.0,
-        "targets": "all-linear",
-        "rank_pattern": {},
-        "alpha_pattern": {},
-        "rslora": False,
-        "init": "peft",
-      },
+      "model": {"name": "smollm2-135m"},
+      "method": {"name": "lora", "rank": 8, "alpha": 16.0, "targets": "all-linear"},
       "task": {"name": ""},
-      "objective": {"name": "causal_lm", "prompt_loss_weight": 0.1, "chunk": 2048},
-      "data": {"batch_size": 32, "seq_len": 512, "pack": False, "share_rows": False},
-      "optim": {
-        "name": "adamw",
-        "learning_rate": 2e-4,
-        "schedule": "linear",
-        "warmup": 0.06,
-        "weight_decay": 0.0,
-        "clip_norm": 1.0,
-      },
-      "train": {"steps": 200, "seed": 0, "accumulate": 1, "log_every": 10, "checkpoint_every": 100, "init_from": ""},
-      "mesh": {"population": 1, "data": -1, "fsdp": 1, "tensor": 1},
-      "eval": {"examples": 500, "every": 0, "batch_size": 64, "seq_len": 512, "same_length": False},
+      "objective": {"name": "causal_lm"},
+      "data": {"batch_size": 32, "seq_len": 512},
+      "optim": {"name": "adamw", "learning_rate": 2e-4},
+      "train": {"steps": 200},
+      "mesh": {},
+      "eval": {"batch_size": 64, "seq_len": 512},
     }
   )
 

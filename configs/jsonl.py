@@ -5,17 +5,13 @@ Hardware: any; time and score depend on the file. A tenth of the prompts is held
 unless --config.task.validation_path and --config.task.test_path are given.
 """
 
-from ml_collections import config_dict
-
 from configs import common
 
 
-def get_config(path: str = ""):
+def get_config(path: str):
   config = common.get_config()
   config.task.name = "jsonl"
   config.task.path = path
-  config.task.validation_path = config_dict.placeholder(str)
-  config.task.test_path = config_dict.placeholder(str)
   config.data.pack = True
   config.data.seq_len = 1024
   config.data.batch_size = 8

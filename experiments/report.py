@@ -1,23 +1,29 @@
-"""Joins the results of a sweep that several directories hold: `python -m experiments.report DIR... --out DIR`."""
+"""Joins the results of a sweep that several directories hold: `python -m experiments.report DIR... [--out DIR]`."""
 
 import shlex
-import sys
+from collections.abc import Sequence
 
-from absl import app, flags
-
-OUT = flags.DEFINE_string("out", None, "Where summary.json, report.md, tables and plots are written; the first DIR.")
+from lora_jax import command_line
 
 
-def main(argv: list[str]) -> None:
-  from lora_jax import errors, sweep
+def main(argv: Sequence[str] | None = None) -> None:
+  """Runs the command line."""
+  command_line.run(run, argv)
 
-  if len(argv) < 2:
-    sys.exit("error: name the directories of a sweep: python -m experiments.report DIR... --out DIR")
-  try:
-    sweep.join(argv[1:], OUT.value or argv[1], shlex.join(["python", "-m", "experiments.report", *sys.argv[1:]]))
-  except errors.UserError as e:
-    sys.exit(f"error: {e}")
+
+def run(argv: Sequence[str]) -> None:
+  """`main` with its errors."""
+  parser = command_line.Parser("experiments.report", "Joins the results of a sweep that several directories hold.")
+  parser.add_argument(
+    "directories", nargs="+", metavar="DIR", help="directories of one sweep, such as those of its shards"
+  )
+  parser.add_argument("--out", metavar="DIR", help="where the summary, tables and plots are written; the first DIR")
+  flags = parser.parse_args(argv)
+  from lora_jax import sweep
+
+  command = shlex.join(["python", "-m", "experiments.report", *argv])
+  sweep.join(flags.directories, flags.out or flags.directories[0], command)
 
 
 if __name__ == "__main__":
-  app.run(main)
+  main()

@@ -17,11 +17,14 @@ leading L. A `linear` is {kernel, bias?}, a `norm` is {scale, bias?}; what a con
 
 import dataclasses
 import re
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
 from lora_jax import tree
+
+ATTENTION = ("auto", "xla", "cudnn")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +57,8 @@ class Config:
     dtype: of activations and frozen matrices; norms, biases, softmax and loss are float32 whatever it is.
     scan: whether layers run as one scanned body (compiles fast) or unrolled (runs faster, needs less memory).
     remat: whether activations of a layer are recomputed in the backward pass instead of kept.
-    attention: "auto", "xla" or "cudnn", see layers.attention; `members`: whether `jax.vmap` runs over it.
+    attention: "auto", "xla" or "cudnn", see layers.attention.
+    members: whether `jax.vmap` runs over the model.
   """
 
   vocab_size: int
@@ -109,7 +113,7 @@ class Config:
   dtype: str = "bfloat16"
   scan: bool = True
   remat: bool = False
-  attention: str = "auto"
+  attention: Literal[ATTENTION] = "auto"
   members: bool = False
 
   @property

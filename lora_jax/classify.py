@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from lora_jax import data, errors, prompts, tasks
+from lora_jax.values import Count
 
 
 def encode(
@@ -93,8 +94,8 @@ def train_iterator(
   examples: Sequence[dict],
   tokenizer: Any,
   *,
-  batch_size: int,
-  seq_len: int,
+  batch_size: Count,
+  seq_len: Count,
   seed: int = 0,
   process_index: int = 0,
   process_count: int = 1,
@@ -115,8 +116,8 @@ def eval_batches(
   examples: Sequence[dict],
   tokenizer: Any,
   *,
-  batch_size: int,
-  seq_len: int,
+  batch_size: Count,
+  seq_len: Count,
   same_length: bool = False,
   soft: prompts.Soft | None = None,
 ) -> list[data.Batch]:

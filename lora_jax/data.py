@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from lora_jax import errors, prompts, tasks
+from lora_jax.values import Count
 
 Batch = dict[str, np.ndarray]
 
@@ -248,8 +249,8 @@ def train_iterator(
   examples: Sequence[dict],
   tokenizer: Any,
   *,
-  batch_size: int,
-  seq_len: int,
+  batch_size: Count,
+  seq_len: Count,
   pack: bool = False,
   share_rows: bool = False,
   eos: bool = True,
@@ -307,8 +308,8 @@ def rows_of(
 def endless(
   encoded: Sequence[Batch],
   pad_id: int,
-  batch_size: int,
-  seq_len: int,
+  batch_size: Count,
+  seq_len: Count,
   share: slice,
   seed: int,
   pack: bool = False,
@@ -356,8 +357,8 @@ def eval_batches(
   examples: Sequence[dict],
   tokenizer: Any,
   *,
-  batch_size: int,
-  seq_len: int,
+  batch_size: Count,
+  seq_len: Count,
   same_length: bool = False,
   soft: prompts.Soft | None = None,
 ) -> list[Batch]:

@@ -2,8 +2,7 @@
 
 import contextlib
 import difflib
-import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 
@@ -37,29 +36,8 @@ def nearest(name: str, valid: Iterable[str]) -> str:
   return "valid: " + ", ".join(valid) if valid else "there is none"
 
 
-def choose(name: str, table: Mapping[str, Any], what: str) -> Any:
-  """`table[name]`; an unknown name raises UserError with the nearest valid ones."""
-  if name not in table:
+def choose(name: Any, table: Mapping[str, Any], what: str) -> Any:
+  """`table[name]`; a name that is none of its keys raises UserError with the nearest valid ones."""
+  if not isinstance(name, str) or name not in table:
     raise UserError(f"unknown {what} {name!r}; {nearest(name, table)}")
   return table[name]
-
-
-def check_keywords(fn: Callable, keywords: Iterable[str], where: str, given: Iterable[str] = ()) -> None:
-  """Raises UserError when `fn` does not take one of `keywords` by name or misses a required one.
-
-  Args:
-    fn: the function that will be called.
-    keywords: names that the user wrote.
-    where: what the message calls the place, such as "config.method".
-    given: parameter names that the caller fills in itself.
-  """
-  parameters = inspect.signature(fn).parameters
-  valid = {
-    k: p for k, p in parameters.items() if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD) and k not in set(given)
-  }
-  keywords = set(keywords)
-  for k in sorted(keywords - valid.keys()):
-    raise UserError(f"unknown key {where}.{k}; {nearest(k, valid)}")
-  missing = [k for k, p in valid.items() if p.default is p.empty and k not in keywords]
-  if missing:
-    raise UserError(f"{where} needs {', '.join(missing)}")

@@ -6,7 +6,7 @@ What is scored are `Members`: one model, or a population's, which share a base a
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,7 @@ from lora_jax import (
   transformer,
   tree,
 )
+from lora_jax.values import Count, Size
 
 Place = Callable[[dict], dict]
 
@@ -79,10 +80,10 @@ class Search:
       for nothing, as a text may have to say it again; in `generate` it counts.
   """
 
-  beams: int = 1
+  beams: Count = 1
   length_penalty: float = 1.0
-  no_repeat_ngram: int = 0
-  early_stopping: bool | str = False
+  no_repeat_ngram: Size = 0
+  early_stopping: bool | Literal["never"] = False
 
 
 def one(params: Any) -> Members:
@@ -177,10 +178,10 @@ def run_members(
   task: Any,
   examples: Sequence[dict],
   *,
-  batch_size: int = 32,
-  seq_len: int = 256,
+  batch_size: Count = 32,
+  seq_len: Count = 256,
   same_length: bool = False,
-  max_new_tokens: int | None = None,
+  max_new_tokens: Size | None = None,
   start: int | None = None,
   search: Search = Search(),
   place: Place = lambda batch: batch,
@@ -194,6 +195,8 @@ def run_members(
   `task.corpus` gives for the generated texts, such as `bleu`, and means of `task.score`, such as `exact_match`.
 
   Args:
+    batch_size: prompts at once.
+    seq_len: longest prompt, of which the left is cut, and longest text of a classifier.
     same_length: pad all prompts to the longest, so that one program runs them.
     max_new_tokens: length of generations; by default two more than the longest label, or 64 without labels. With 0
       labels alone are scored, and nothing is generated.

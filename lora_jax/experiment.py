@@ -7,7 +7,6 @@ adapter/ (PEFT) or model/ (Hugging Face). The same call again goes on from the l
 import concurrent.futures
 import dataclasses
 import functools
-import inspect
 import math
 import os
 import pathlib
@@ -42,7 +41,9 @@ from lora_jax import (
   tree,
   warm_start,
   weights,
+  workdir as workdir_lib,
 )
+from lora_jax.config import Config
 from lora_jax.formats import adapter, hf
 
 BACKGROUND = concurrent.futures.ThreadPoolExecutor(1, "compile")
@@ -52,7 +53,7 @@ BACKGROUND = concurrent.futures.ThreadPoolExecutor(1, "compile")
 class Experiment:
   """A config made real: everything that a run needs, nothing written yet."""
 
-  config: Mapping
+  config: Config
   mesh: jax.sharding.Mesh
   model: models.Model
   task: tasks.Task
@@ -69,44 +70,48 @@ class Experiment:
     return self.state.params(self.frozen)
 
 
-def build(config: Mapping, model: models.Model | None = None) -> Experiment:
+def build(config: Mapping | Config, model: models.Model | None = None) -> Experiment:
   """Loads model and data and applies the method; UserError for whatever the config has wrong.
 
   Args:
     model: what `load` gave for this config, to share one base between runs; it is left as it is.
   """
-  task, mesh, run = check(config), sharding.make_mesh(**config["mesh"]), config_lib.train_settings(**config["train"])
+  config = config_lib.resolve(config)
+  task, mesh = check(config), make_mesh(config)
   model, state, frozen, mask, optimiser, rate = _adapted(config, task, mesh, model)
   step = train.make_step(
     *computes(config, model.config),
     optimiser,
     rate,
-    seed=run["seed"],
-    accumulate=run["accumulate"],
-    penalty=methods.penalty(config["method"]),
+    seed=config.train.seed,
+    accumulate=config.train.accumulate,
+    penalty=methods.penalty(config.method),
   )
   examples = batches(config, model, task, prompts.of(state.params(frozen)))
   model = dataclasses.replace(model, params=None)  # the state and the frozen tree own the arrays now
   placement = jax.tree.map(lambda x: x.sharding, state)
   compiled = functools.partial(jax.jit, donate_argnums=1, out_shardings=placement)
-  between = [(period, compiled(fn)) for period, fn in methods.between(config["method"])]
+  between = [(period, compiled(fn)) for period, fn in methods.between(config.method)]
   return Experiment(config, mesh, model, task, state, frozen, train.Stepper(step, state), examples, mask, between)
 
 
-def check(config: Mapping) -> tasks.Task:
+def make_mesh(config: Config) -> jax.sharding.Mesh:
+  """The mesh of a config."""
+  return sharding.make_mesh(**dataclasses.asdict(config.mesh))
+
+
+def check(config: Mapping | Config) -> tasks.Task:
   """The task of a config, with its data; UserError for whatever can be wrong before the model is loaded."""
-  config_lib.check(config)
-  run = config_lib.train_settings(**config["train"])
-  scored = ("test", "validation") if config_lib.eval_settings(**config["eval"])["every"] else ("test",)
-  mesh = sharding.make_mesh(**config["mesh"])
-  rows = sharding.batch_divisor(mesh) * run["accumulate"]
-  if config["data"]["batch_size"] % rows:
+  config = config_lib.resolve(config)
+  scored, mesh = ("test", "validation") if config.eval.every else ("test",), make_mesh(config)
+  rows = sharding.batch_divisor(mesh) * config.train.accumulate
+  if config.data.batch_size % rows:
     raise errors.UserError(
-      f"config.data.batch_size={config['data']['batch_size']} is no multiple of {rows} (data * fsdp * accumulate)"
+      f"config.data.batch_size={config.data.batch_size} is no multiple of {rows} (data * fsdp * accumulate)"
     )
   _check_processes(mesh)
-  task = tasks.get(**config["task"])
-  classifies = config["objective"]["name"] == "classification"
+  task = tasks.get(**config.task)
+  classifies = config.objective["name"] == "classification"
   if classifies and not task.n_outputs:
     raise errors.UserError(f"task {task.name!r} has no labels or numbers for config.objective.name='classification'")
   for split in ("train", *scored):
@@ -126,22 +131,21 @@ def _check_processes(mesh: jax.sharding.Mesh) -> None:
     )
 
 
-def computes(config: Mapping, arch: architecture.Config, members: int = 1) -> tuple[Callable, Callable]:
+def computes(config: Config, arch: architecture.Config, members: int = 1) -> tuple[Callable, Callable]:
   """(forward, objective) of a config, for `train.make_step`.
 
   Args:
     members: how many are trained together; the logits of a chunk are those of all.
   """
-  own = {k: v for k, v in config["objective"].items() if k not in ("name", "prompt_loss_weight")}
-  objective = objectives.OBJECTIVES[config["objective"]["name"]]
-  if members > 1 and "chunk" in inspect.signature(objective).parameters:
-    own["chunk"] = own.get("chunk", inspect.signature(objective).parameters["chunk"].default) // members
-  packed = any(config["data"].get(k, False) for k in ("pack", "share_rows"))
-  return train.Forward(arch, packed), functools.partial(objective, **own)
+  own = {k: v for k, v in config.objective.items() if k not in ("name", "prompt_loss_weight")}
+  if "chunk" in own:
+    own["chunk"] = max(own["chunk"] // members, 1)
+  packed = config.data.pack or config.data.share_rows
+  return train.Forward(arch, packed), functools.partial(objectives.OBJECTIVES[config.objective["name"]], **own)
 
 
 def batches(
-  config: Mapping, model: models.Model, task: tasks.Task, soft: prompts.Soft | None = None, examples: Any = None
+  config: Config, model: models.Model, task: tasks.Task, soft: prompts.Soft | None = None, examples: Any = None
 ) -> data.TrainIterator:
   """Training batches as the model takes them; of the task's examples, or of `examples`."""
   if model.config.head == "classification":
@@ -149,15 +153,13 @@ def batches(
   elif model.config.encoder_layers:
     kind, own = seq2seq, {"start": generate.start_id(model)}
   else:
-    rows = sharding.batch_divisor(sharding.make_mesh(**config["mesh"])) * config["train"].get("accumulate", 1)
+    rows = sharding.batch_divisor(make_mesh(config)) * config.train.accumulate
     kind, own = data, {"prompt_loss_weight": config_lib.prompt_loss_weight(config, task)}
     own["multiple"] = math.lcm(rows, jax.process_count()) // jax.process_count()
-  config_lib.check_data(config, kind)
-  settings = {"seed": config_lib.train_settings(**config["train"])["seed"]} | dict(config["data"])
-  most = settings.pop("train_examples", 0)
+  settings = config_lib.for_batches(config, kind)
   examples = task.load("train") if examples is None else examples
-  if most:
-    examples = _sample(examples, most, settings["seed"])
+  if config.data.train_examples:
+    examples = _sample(examples, config.data.train_examples, config.data.seed)
   return kind.train_iterator(
     task,
     examples,
@@ -170,14 +172,16 @@ def batches(
   )
 
 
-def load(config: Mapping, task: tasks.Task, mesh: jax.sharding.Mesh) -> models.Model:
+def load(config: Config, task: tasks.Task, mesh: jax.sharding.Mesh) -> models.Model:
   """The pretrained model of a config, on the mesh, with the head that its objective trains."""
-  classifies = config["objective"]["name"] == "classification"
-  head = {"head": "classification", "n_labels": task.n_outputs} if classifies else {}
-  model = models.load(**(head | dict(config["model"])), sharding=sharding.placer(mesh))
+  classifies, given = config.objective["name"] == "classification", dataclasses.asdict(config.model)
+  if classifies:
+    own = {"head": "classification", "n_labels": task.n_outputs}
+    given |= {k: v for k, v in own.items() if given[k] is None}
+  model = models.load(**given, sharding=sharding.placer(mesh))
   if model.config.head != ("classification" if classifies else "lm"):
     raise errors.UserError(
-      f"config.objective.name={config['objective']['name']!r} does not train a model with the head "
+      f"config.objective.name={config.objective['name']!r} does not train a model with the head "
       f"{model.config.head!r}: a classifier needs 'classification', a language model 'causal_lm'"
     )
   if model.tokenizer is None:
@@ -185,13 +189,12 @@ def load(config: Mapping, task: tasks.Task, mesh: jax.sharding.Mesh) -> models.M
   return model
 
 
-def adapt(config: Mapping, task: tasks.Task, model: models.Model) -> tuple[Any, Any, Any]:
+def adapt(config: Config, task: tasks.Task, model: models.Model) -> tuple[Any, Any, Any]:
   """(params, mask of what is trained, mask of the frozen leaves that change between steps or None) of a config."""
-  run = config_lib.train_settings(**config["train"])
-  method = methods.prepare(config["method"], model.tokenizer, task.labels or ())
-  params, mask = methods.init(jax.random.key(run["seed"]), model.params, method)
+  method = methods.prepare(config.method, model.tokenizer, task.labels or ())
+  params, mask = methods.init(jax.random.key(config.train.seed), model.params, method)
   for section in ("data", "eval"):
-    length, before = config[section].get("seq_len", 0), prompts.prefix_length(params)
+    length, before = getattr(config, section).seq_len, prompts.prefix_length(params)
     if model.config.position == "learned" and before + length > model.config.max_seq_len:
       after = f" after a prefix of {before}" if before else ""
       raise errors.UserError(
@@ -200,21 +203,21 @@ def adapt(config: Mapping, task: tasks.Task, model: models.Model) -> tuple[Any, 
       )
   if model.config.head == "classification":
     params, mask = methods.train_also(params, mask, model.head_leaves)
-  if run["init_from"]:
-    params = warm_start.start(model, params, mask, run["init_from"])
+  if config.train.init_from:
+    params = warm_start.start(model, params, mask, config.train.init_from)
   return params, mask, methods.held(method, params)
 
 
-def _adapted(config: Mapping, task: tasks.Task, mesh: jax.sharding.Mesh, given: models.Model | None = None) -> tuple:
+def _adapted(config: Config, task: tasks.Task, mesh: jax.sharding.Mesh, given: models.Model | None = None) -> tuple:
   """(model, state before the first step, frozen tree, mask, optimiser, its learning rate) of a config."""
-  place, run = sharding.placer(mesh), config_lib.train_settings(**config["train"])
+  place = sharding.placer(mesh)
   model = given or load(config, task, mesh)
   params, mask, held = adapt(config, task, model)
   trainable, frozen = tree.split(sharding.put(params, place), mask)
   if held is not None:
     held, frozen = tree.split(frozen, tree.split(held, mask)[1])
-  how = methods.wrappers(config["method"], run["steps"])
-  optimiser, rate = optim.make(steps=run["steps"], **config["optim"], **how)
+  how = methods.wrappers(config.method, config.train.steps)
+  optimiser, rate = optim.make(steps=config.train.steps, **dataclasses.asdict(config.optim), **how)
   state = sharding.put(train.init_state(trainable, optimiser, held), place)
   state = train.unshared(state, (frozen, model.params if given else None))
   return model, state, frozen, mask, optimiser, rate
@@ -229,23 +232,22 @@ def restored(workdir: str | os.PathLike, step: int | None = None) -> tuple[model
   """(model with its adapters, mask of what was trained, methods as they were applied, steps of the whole training) of
   a run's checkpoint."""
   workdir = pathlib.Path(workdir)
-  config = hf.read_json(workdir / "config.json")
-  config_lib.check(config)
+  config = config_lib.of_directory(workdir, hf.read_json(workdir / "config.json"))
   if not (workdir / "checkpoints").is_dir():
     raise errors.UserError(f"{workdir} has no checkpoints")
-  task = tasks.get(**config["task"])
+  task = tasks.get(**config.task)
   model, state, frozen, mask, *_ = _adapted(config, task, sharding.make_mesh())
   with checkpoint.Checkpoints(workdir / "checkpoints") as saved:
     step = saved.latest_step() if step is None else step
     if step is None:
       raise errors.UserError(f"{workdir} has no checkpoint yet")
     state, _ = saved.restore(step, state)
-  method = methods.prepare(config["method"], model.tokenizer, task.labels or ())
-  return dataclasses.replace(model, params=state.params(frozen)), mask, method, config["train"]["steps"]
+  method = methods.prepare(config.method, model.tokenizer, task.labels or ())
+  return dataclasses.replace(model, params=state.params(frozen)), mask, method, config.train.steps
 
 
 def run(
-  config: Mapping,
+  config: Mapping | Config,
   workdir: str | os.PathLike,
   command: str = "",
   model: models.Model | None = None,
@@ -260,29 +262,29 @@ def run(
   Raises:
     UserError: bad config, missing data, a directory of another config, or a loss that is not finite.
   """
-  workdir, started = pathlib.Path(workdir), time.perf_counter()
+  config, workdir, started = config_lib.resolve(config), workdir_lib.check(workdir), time.perf_counter()
   if config_lib.finished(config, workdir):
     metrics.say(f"{workdir} is complete: see {workdir / 'report.md'}, or give another --workdir")
     return hf.read_json(workdir / "summary.json")
   exp = build(config, model)
   if jax.process_index() == 0:
-    metrics.write_json(workdir / "config.json", config)
+    metrics.write_json(workdir / "config.json", config.to_dict())
   with jax.set_mesh(exp.mesh), checkpoint.Checkpoints(workdir / "checkpoints") as saved:
     start = saved.latest_step() or 0
     if start:
       exp.state, data_state = saved.restore(start, exp.state)
       exp.batches.set_state(data_state)
       metrics.say(f"going on from the checkpoint of step {start}")
-    with metrics.Metrics(workdir, config["train"]["steps"], resume_step=start) as out:
+    with metrics.Metrics(workdir, config.train.steps, resume_step=start) as out:
       earlier = sum(v for row in out.history() for k, v in row.items() if k.endswith("seconds"))
       score(exp, out, 0, "before", "test", before)
       fit(exp, out, saved)
-      score(exp, out, config["train"]["steps"], "after", "test")
+      score(exp, out, config.train.steps, "after", "test")
       history = out.history()
     export(exp, workdir)
     summary = summarise(exp, history, earlier + time.perf_counter() - started)
   if jax.process_index() == 0:
-    report.write_report(workdir, summary, history, config, command, exp.model.path)
+    report.write_report(workdir, summary, history, config.to_dict(), command, exp.model.path)
     metrics.write_json(workdir / "summary.json", summary)
   return summary
 
@@ -301,7 +303,7 @@ def score(
 
 
 def scores(
-  config: Mapping,
+  config: Config,
   model: models.Model,
   task: tasks.Task,
   members: evaluate.Members,
@@ -315,35 +317,35 @@ def scores(
   Args:
     ahead: only compile what would run; see `compile_scores`.
   """
-  settings = config_lib.eval_settings(**config["eval"])
-  examples = _sample(task.load(split), settings["examples"])
+  settings = config.eval
+  examples = _sample(task.load(split), settings.examples)
   bar = None if ahead else metrics.Progress(len(examples), f"evaluating {prefix}")
   how = {
     "ahead": ahead,
-    "batch_size": max(settings["batch_size"] // members.n, 1),
-    "seq_len": settings["seq_len"],
-    "same_length": settings["same_length"],
+    "batch_size": max(settings.batch_size // members.n, 1),
+    "seq_len": settings.seq_len,
+    "same_length": settings.same_length,
     "place": functools.partial(sharding.replicate, mesh=mesh),
   }
   run, text = evaluate.run_classifiers, {}
   if model.config.head != "classification":
     run = evaluate.run_members
-    search = evaluate.Search(**{f.name: settings[f.name] for f in dataclasses.fields(evaluate.Search)})
-    text = {"max_new_tokens": settings["max_new_tokens"], "start": generate.start_id(model), "search": search}
+    search = evaluate.Search(**{f.name: getattr(settings, f.name) for f in dataclasses.fields(evaluate.Search)})
+    text = {"max_new_tokens": settings.max_new_tokens, "start": generate.start_id(model), "search": search}
   progress = lambda done, _: bar.update(done)
   values = run(model.config, members, model.tokenizer, task, examples, progress=progress, **how, **text)
   if bar:
     bar.close()
-  if settings["general"]:
-    general = tasks.get(settings["general"])
-    texts = [" ".join(general.texts(e)) for e in _sample(general.load("test"), settings["general_examples"])]
+  if settings.general:
+    general = tasks.get(settings.general)
+    texts = [" ".join(general.texts(e)) for e in _sample(general.load("test"), settings.general_examples)]
     losses = evaluate.text_loss(model.config, members, model.tokenizer, texts, **how)
     values = [v | {"general_loss": x} for v, x in zip(values, losses, strict=True)]
   return values
 
 
 def compile_scores(
-  config: Mapping, model: models.Model, task: tasks.Task, members: evaluate.Members, mesh: jax.sharding.Mesh, *of: str
+  config: Config, model: models.Model, task: tasks.Task, members: evaluate.Members, mesh: jax.sharding.Mesh, *of: str
 ) -> concurrent.futures.Future:
   """Compiles what `scores` with these arguments runs, while this thread does something else.
 
@@ -366,16 +368,15 @@ def _sample(examples: Any, n: int, seed: int = 0) -> list[dict]:
 
 def fit(exp: Experiment, out: metrics.Metrics, saved: checkpoint.Checkpoints) -> None:
   """Trains from `exp.state` to the last step; logs, evaluates and saves on the way."""
-  run = config_lib.train_settings(**exp.config["train"])
+  run, every = exp.config.train, exp.config.eval.every
 
   def diverged(step, _, values):
     good = saved.latest_step()
     kept = f"the checkpoint of step {good} is kept" if good else "there is no checkpoint yet"
     raise errors.UserError(f"{step_log.not_finite(step, values)}; {kept}. {step_log.ADVICE}")
 
-  every = exp.config["eval"].get("every", 0)
-  log = step_log.Log([out], exp.step, [run["steps"]], run["log_every"], diverged)
-  for step in range(int(exp.state.step) + 1, run["steps"] + 1):
+  log = step_log.Log([out], exp.step, [run.steps], run.log_every, diverged)
+  for step in range(int(exp.state.step) + 1, run.steps + 1):
     # Before the next step, so that a run that was cut off between a checkpoint and its validation makes up for it.
     if every and step > 1 and (step - 1) % every == 0:
       log.flush()
@@ -385,10 +386,10 @@ def fit(exp: Experiment, out: metrics.Metrics, saved: checkpoint.Checkpoints) ->
     batch = sharding.put_batch(next(exp.batches), exp.mesh)
     exp.state, values = exp.step(exp.state, exp.frozen, batch)
     for period, change in exp.between:
-      if step % period == 0 and step < run["steps"]:
-        exp.state = change(jax.random.fold_in(jax.random.key(run["seed"]), step), exp.state)
+      if step % period == 0 and step < run.steps:
+        exp.state = change(jax.random.fold_in(jax.random.key(run.seed), step), exp.state)
     log.add(step, values)
-    if step == run["steps"] or step % run["checkpoint_every"] == 0:
+    if step == run.steps or step % run.checkpoint_every == 0:
       log.flush(write=True)
       saved.save(step, exp.state, exp.batches.get_state())
 
@@ -398,11 +399,11 @@ def export(exp: Experiment, workdir: pathlib.Path) -> None:
   model = dataclasses.replace(exp.model, params=sharding.to_host(exp.params))
   if jax.process_index():
     return
-  method = methods.prepare(exp.config["method"], model.tokenizer, exp.task.labels or ())
+  method = methods.prepare(exp.config.method, model.tokenizer, exp.task.labels or ())
   if methods.leaves_model(method):
     models.save(model, workdir / "model")
   else:
-    steps = exp.config["train"]["steps"]
+    steps = exp.config.train.steps
     adapter.save(model, model.params, exp.mask, method, workdir / "adapter", steps)
 
 
@@ -422,12 +423,12 @@ def summarise(exp: Experiment, history: list[dict], wall_seconds: float) -> dict
   }
   return report.summary(
     model=exp.model.name,
-    method=methods.title(exp.config["method"]),
+    method=methods.title(exp.config.method),
     task=exp.task.name,
     trainable_params=methods.size(exp.params, exp.mask),
     total_params=tree.size(base) + tree.size([x for k, x in trainable.items() if k not in base]),
     **scores,
-    steps=exp.config["train"]["steps"],
+    steps=exp.config.train.steps,
     loss_first=rows[0]["loss"],
     loss_last=rows[-1]["loss"],
     tokens_per_second=sum(r["tokens"] for r in rows) / sum(r["seconds"] for r in rows),

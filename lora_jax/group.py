@@ -37,21 +37,22 @@ from lora_jax import (
   train,
   tree,
 )
+from lora_jax.config import Config
 from lora_jax.formats import hf
 
 
-def key(config: Mapping) -> str:
+def key(config: Config) -> str:
   """What the members of a group have in common: everything but what a population takes as arrays."""
-  common = {k: dict(config[k]) for k in ("model", "task", "objective", "mesh", "eval")}
-  common["data"] = {k: v for k, v in config["data"].items() if k not in ("seed", "train_examples")}
-  common["optim"] = {k: v for k, v in config["optim"].items() if k not in (*optim.SCHEDULE, *population.NUMBERS)}
-  run, parts = config_lib.train_settings(**config["train"]), methods.parts(config["method"])
-  common["train"] = {k: run[k] for k in ("accumulate", "log_every", "checkpoint_every")}
-  same = population.RANKS if config["optim"]["name"] in population.SEE_PADDING else ()
+  found, parts = config.to_dict(), methods.parts(config.method)
+  common = {k: found[k] for k in ("model", "task", "objective", "mesh", "eval")}
+  common["data"] = {k: v for k, v in found["data"].items() if k not in ("seed", "train_examples")}
+  common["optim"] = {k: v for k, v in found["optim"].items() if k not in (*optim.SCHEDULE, *population.NUMBERS)}
+  common["train"] = {k: found["train"][k] for k in ("accumulate", "log_every", "checkpoint_every")}
+  same = population.RANKS if config.optim.name in population.SEE_PADDING else ()
   varies = lambda m: {k for k in getattr(m, "VARIES", ()) if k not in same}
   common["method"] = [[m.__name__, {k: v for k, v in kw.items() if k not in varies(m)}] for m, kw in parts]
   if any(hasattr(m, "direction") or hasattr(m, "optimiser") for m, _ in parts):
-    common["train"]["steps"] = run["steps"]
+    common["train"]["steps"] = config.train.steps
   return json.dumps(common, sort_keys=True)
 
 
@@ -82,7 +83,7 @@ class Group:
   @property
   def steps(self) -> int:
     """Of the longest run; not asked of the device, which would have to finish what it does."""
-    return max(exp.config["train"]["steps"] for exp in self.members.values())
+    return max(exp.config.train.steps for exp in self.members.values())
 
   def next_batch(self) -> dict[str, jax.Array]:
     """[B, ...] for all members or, where their data differ, [K, B, ...]."""
@@ -117,7 +118,7 @@ class Group:
     return dataclasses.replace(exp, state=one)
 
 
-def build(configs: Mapping[str, Mapping], task: tasks.Task, mesh: jax.sharding.Mesh, model: models.Model) -> Group:
+def build(configs: Mapping[str, Config], task: tasks.Task, mesh: jax.sharding.Mesh, model: models.Model) -> Group:
   """The group of {name: config} on a base model, which is left as it is."""
   everyone = list(configs.values())
   everyone += everyone[-1:] * (-len(everyone) % mesh.shape["population"])  # whose results nobody reads
@@ -146,7 +147,7 @@ def build(configs: Mapping[str, Mapping], task: tasks.Task, mesh: jax.sharding.M
   placement = jax.tree.map(lambda x: x.sharding, state)
   changes = [
     (n, jax.jit(population.between(fn), donate_argnums=1, out_shardings=placement))
-    for n, fn in methods.between(everyone[0]["method"])
+    for n, fn in methods.between(everyone[0].method)
   ]
   stepper = train.Stepper(step, state, population.compiler_options())
   group = Group(members, trees, placed(hyper), state, stepper, batches, changes, mesh)
@@ -172,13 +173,12 @@ def _member(config, task, mesh, model, params, mask, held) -> experiment.Experim
   return experiment.Experiment(config, mesh, model, task, state, frozen, None, None, mask, [])
 
 
-def _sources(configs: Sequence[Mapping]) -> tuple[list[Mapping], list[int]]:
+def _sources(configs: Sequence[Config]) -> tuple[list[Config], list[int]]:
   """(a config for each different order or choice of training data, which of them a member has)."""
   found: dict[tuple, int] = {}
   sources, which = [], []
   for c in configs:
-    data = c["data"]
-    source = data.get("seed", c["train"].get("seed", 0)), data.get("train_examples", 0)
+    source = c.data.seed, c.data.train_examples
     if source not in found:
       found[source] = len(sources)
       sources.append(c)
@@ -186,15 +186,15 @@ def _sources(configs: Sequence[Mapping]) -> tuple[list[Mapping], list[int]]:
   return sources, which
 
 
-def _batches(configs: Sequence[Mapping], model: models.Model, task: tasks.Task, soft: Any) -> list:
+def _batches(configs: Sequence[Config], model: models.Model, task: tasks.Task, soft: Any) -> list:
   """Iterators, of which those that take all examples share them: encoding is done once."""
   out, whole = [], None
   for c in configs:
-    if c["data"].get("train_examples") or whole is None:
+    if c.data.train_examples or whole is None:
       out.append(experiment.batches(c, model, task, soft))
-      whole = whole if c["data"].get("train_examples") else out[-1]
+      whole = whole if c.data.train_examples else out[-1]
     else:
-      out.append(whole.reseeded(c["data"].get("seed", c["train"].get("seed", 0))))
+      out.append(whole.reseeded(c.data.seed))
   return out
 
 
@@ -241,7 +241,7 @@ def run(
     for directory, exp in zip(directories, group.members.values(), strict=True):
       config_lib.finished(exp.config, directory)
       if jax.process_index() == 0:
-        metrics.write_json(directory / "config.json", exp.config)
+        metrics.write_json(directory / "config.json", exp.config.to_dict())
       outs.append(stack.enter_context(metrics.Metrics(directory, group.steps, start, bar=False)))
       if not start and not any(_has(r, "before") for r in outs[-1].history()):
         outs[-1].log(0, known, "before")
@@ -253,7 +253,7 @@ def run(
       if (directories[i] / "summary.json").exists():
         continue
       if i not in failed:
-        outs[i].log(exp.config["train"]["steps"], values[i], "after")
+        outs[i].log(exp.config.train.steps, values[i], "after")
       write(group, i, directories[i], outs[i].history(), failed.get(i), time.perf_counter() - started, command)
 
 
@@ -269,7 +269,7 @@ def write(
     experiment.export(exp, directory)
     summary = experiment.summarise(exp, history, seconds) | together
     if jax.process_index() == 0:
-      report.write_report(directory, summary, history, exp.config, command, exp.model.path, plot=False)
+      report.write_report(directory, summary, history, exp.config.to_dict(), command, exp.model.path, plot=False)
   if jax.process_index() == 0:
     metrics.write_json(directory / "summary.json", summary)
 
@@ -288,7 +288,7 @@ def _scores(group: Group, prefix: str, split: str) -> list[dict[str, float]]:
 def fit(group: Group, outs: Sequence[metrics.Metrics], saved: checkpoint.Checkpoints) -> dict[int, str]:
   """Trains to the last step of the longest run; returns {member: what went wrong}."""
   config = next(iter(group.members.values())).config
-  run, every = config_lib.train_settings(**config["train"]), config["eval"].get("every", 0)
+  run, every = config.train, config.eval.every
   start = int(np.max(group.state.members.step))
   bar = metrics.Progress(group.steps, "step", start)
   failed = {}
@@ -301,8 +301,8 @@ def fit(group: Group, outs: Sequence[metrics.Metrics], saved: checkpoint.Checkpo
     text = "" if loss is None else f"mean loss {loss:.3f}  {tokens_per_second:,.0f} tokens/s"
     bar.update(step, text)
 
-  steps = [exp.config["train"]["steps"] for exp in group.members.values()]
-  log = step_log.Log(outs, group.step, steps, run["log_every"], diverged, progress)
+  steps = [exp.config.train.steps for exp in group.members.values()]
+  log = step_log.Log(outs, group.step, steps, run.log_every, diverged, progress)
   for i in np.flatnonzero(~np.asarray(group.state.alive))[: len(outs)]:
     if i < len(outs):
       failed[int(i)] = f"its loss was not finite before step {start}. {step_log.ADVICE}"
@@ -320,7 +320,7 @@ def fit(group: Group, outs: Sequence[metrics.Metrics], saved: checkpoint.Checkpo
       if step % period == 0 and step < group.steps:
         group.state = change(group.hyper, group.state)
     log.add(step, values)
-    if step == group.steps or step % run["checkpoint_every"] == 0:
+    if step == group.steps or step % run.checkpoint_every == 0:
       log.flush(write=True)
       save(saved, step, group.state, len(group.members), [b.get_state() for b in group.batches])
   bar.close()

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from lora_jax import errors, methods, tree, weights
+from lora_jax import errors, methods, tree, values, weights
 
 # What a method may need besides its node; none of it happens in the training loop of somebody else.
 HOOKS = ("penalty", "direction", "optimiser", "between")
@@ -156,7 +156,7 @@ def plan(name: str, shape: Sequence[int], method: Mapping[str, Any]) -> Plan:
   where = f"rule for {name}"
   keywords = {k: v for k, v in method.items() if k not in ("in_axes", "stacked")}
   if keywords["name"] == "ia3":
-    errors.check_keywords(lambda: None, set(keywords) - {"name"}, where)
+    values.keywords(lambda: None, {k: v for k, v in keywords.items() if k != "name"}, where)
   else:
     module, given = methods.parts(keywords)[0]
     if needed := [h for h in HOOKS if hasattr(module, h)]:
@@ -164,7 +164,7 @@ def plan(name: str, shape: Sequence[int], method: Mapping[str, Any]) -> Plan:
     whole = getattr(module, "WHOLE", False) or getattr(module, "MODEL", False)
     if whole or "targets" not in inspect.signature(module.init).parameters:
       raise errors.UserError(f"{where}: the method {keywords['name']!r} is not one of a single weight; there is 'full'")
-    errors.check_keywords(module.init, given, f"{where} ({keywords['name']})", ("key", "params", "targets"))
+    values.keywords(module.init, given, f"{where} ({keywords['name']})", ("key", "params", "targets"))
   stack, axes = ((), tuple(shape)) if not method.get("stacked") else (tuple(shape[:1]), tuple(shape[1:]))
   if len(axes) < 2:
     raise errors.UserError(f"{where}: its shape {tuple(shape)} is no matrix; 'full' trains it, or name kernels alone")

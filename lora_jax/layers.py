@@ -153,9 +153,6 @@ def relative_buckets(distance: jax.Array, buckets: int, furthest: int, causal: b
   return offset + jnp.where(n < exact, n, far)
 
 
-IMPLEMENTATIONS = ("auto", "xla", "cudnn")
-
-
 @functools.cache
 def _fused_head_size() -> int:
   """The largest head that cuDNN's attention takes on this machine; 0 without a GPU that has it."""

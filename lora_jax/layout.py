@@ -27,7 +27,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from lora_jax import compare, errors, report, subspace
+from lora_jax import compare, errors, report, subspace, values as values_lib
 
 PLAIN = (*report.NO_PERCENT, "bleu", "nist", "cider")  # metrics that are no share of a whole, whatever their size
 SIZES = re.compile(r"_(params|bytes)$")
@@ -120,7 +120,7 @@ def _check_analyses(summary: Mapping[str, Any], how: Layout, members: Sequence[M
       )
   if how.subspace is not None:
     given = _pairs(how.subspace, "config.table.subspace")
-    errors.check_keywords(subspace.analyse, given, "config.table.subspace", ("members", "base"))
+    values_lib.keywords(subspace.analyse, given, "config.table.subspace", ("members", "base"))
     names = dict.fromkeys(m["name"] for m in members)
     for name in [n for pair in given.get("pairs") or () for n in pair] if names else ():
       errors.choose(name, names, "member in config.table.subspace.pairs:")

@@ -13,7 +13,7 @@ import pathlib
 import re
 from collections.abc import Callable, Iterator
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 import einops
 import jax
@@ -24,14 +24,15 @@ from lora_jax import (
   checkpoint,
   errors,
   families,
-  layers,
   sharding as sharding_lib,
   tokenizer as tokenizer_lib,
   transformer,
   tree,
+  values,
   weights,
 )
 from lora_jax.formats import archive, gguf, hf, hub
+from lora_jax.values import Count, Name
 
 apply = transformer.apply
 DTYPES = ("bfloat16", "float32", "float16")
@@ -110,11 +111,11 @@ class Model:
 
 
 def load(
-  name: str,
-  dtype: str | None = "bfloat16",
+  name: Name,
+  dtype: Literal[DTYPES] | None = "bfloat16",
   sharding: Callable[[str, tuple[int, ...]], jax.sharding.Sharding | None] = lambda path, shape: None,
-  head: str | None = None,
-  n_labels: int | None = None,
+  head: Literal["lm", "mlm", "classification", "none"] | None = None,
+  n_labels: Count | None = None,
   **choices: Any,
 ) -> Model:
   """Loads a model.
@@ -132,13 +133,8 @@ def load(
   Raises:
     UserError: if nothing is found, or the files are not what they should be.
   """
-  if dtype is not None:
-    errors.choose(dtype, dict.fromkeys(DTYPES), "dtype")
-  for k in choices:
-    errors.choose(k, dict.fromkeys(transformer.RUNTIME), "key config.model.")
-  errors.choose(choices.get("attention", "auto"), dict.fromkeys(layers.IMPLEMENTATIONS), "config.model.attention")
-  if n_labels is not None and (not isinstance(n_labels, int) or n_labels < 1):
-    raise errors.UserError(f"n_labels={n_labels!r} must be a whole number, at least 1")
+  given = {"name": os.fspath(name), "dtype": dtype, "head": head, "n_labels": n_labels, **choices}
+  values.resolve(FIELDS, given, "config.model")
   path = resolve(name)
   generation = {}
   if path.is_dir():
@@ -167,6 +163,10 @@ def load(
     config = dataclasses.replace(config, dtype=dtype, head=head, n_labels=n_labels or config.n_labels, **choices)
     config, params, fresh = _build(config, family, tensors, sharding, str(path), chosen)
   return Model(name, config, params, tok, hf_config, str(path), fresh, generation)
+
+
+# What a config may say of a model.
+FIELDS = values.fields(load, without=("sharding",)) | values.fields(transformer.Config, only=transformer.RUNTIME)
 
 
 def resolve(name: str) -> pathlib.Path:
@@ -275,10 +275,8 @@ def _stored_dtype(tensors: Any) -> str:
 
 def _restore(path: pathlib.Path, sharding) -> tuple[transformer.Config, dict]:
   """The config and the tree of a directory that `save(form="orbax")` wrote."""
-  tuples = lambda x: tuple(map(tuples, x)) if isinstance(x, list) else x
   given = hf.read_json(path / OWN)
-  errors.check_keywords(transformer.Config, given, str(path / OWN))
-  config = transformer.Config(**{k: tuples(v) for k, v in given.items()})
+  config = transformer.Config(**values.keywords(transformer.Config, given, str(path / OWN)))
   place = lambda k, s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding(k, s.shape))
   if not (path / "params" / "0").is_dir():
     raise errors.UserError(f"{path} has {OWN} but no params/0")

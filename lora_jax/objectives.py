@@ -12,10 +12,17 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax import errors, transformer
+from lora_jax.values import Count, Probability
 
 
 def causal_lm(
-  forward, params: Any, batch: dict, *, chunk: int = 2048, label_smoothing: float = 0.0, most: jax.Array | None = None
+  forward,
+  params: Any,
+  batch: dict,
+  *,
+  chunk: Count = 2048,
+  label_smoothing: Probability = 0.0,
+  most: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array, dict]:
   """Next-token cross-entropy, weighted.
 

@@ -2,15 +2,14 @@
 
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from lora_jax import errors, tree
-
-Scalar = float | jax.Array
+from lora_jax.values import NonNegative, Probability, Size
 
 # Gradient transformations to a direction, before weight decay and learning rate.
 OPTIMISERS = {
@@ -26,7 +25,7 @@ SCHEDULES = ("constant", "linear", "cosine", "cosine_restarts")
 
 
 def make_schedule(
-  name: str,
+  schedule: str,
   learning_rate: float,
   steps: int,
   warmup: float = 0,
@@ -37,12 +36,15 @@ def make_schedule(
   """From step to learning rate: linear warmup from 0, then the named decay to `final * learning_rate` at `steps`.
 
   Args:
-    name: "constant", "linear", "cosine" (Loshchilov & Hutter 2017, https://arxiv.org/abs/1608.03983, equation 5), or
-      "cosine_restarts": the cosine, but after every `cycle` steps it is reached in a linear warmup from 0 of
+    schedule: "constant", "linear", "cosine" (Loshchilov & Hutter 2017, https://arxiv.org/abs/1608.03983, equation 5),
+      or "cosine_restarts": the cosine, but after every `cycle` steps it is reached in a linear warmup from 0 of
       `restart_warmup` steps (Lialin et al. 2023, https://arxiv.org/abs/2307.05695, section 3).
+    learning_rate: the highest, after the warmup.
     warmup: a number of steps, or, below 1, a fraction of `steps`.
+    final: the last learning rate as a share of the highest.
+    cycle, restart_warmup: of "cosine_restarts", in steps.
   """
-  errors.choose(name, dict.fromkeys(SCHEDULES), "config.optim.schedule")
+  errors.choose(schedule, dict.fromkeys(SCHEDULES), "config.optim.schedule")
   warm = round(warmup * steps) if warmup < 1 else int(warmup)
   if not 0 <= warm <= steps:
     raise errors.UserError(f"config.optim.warmup={warmup} is not within the {steps} steps of the run")
@@ -51,9 +53,9 @@ def make_schedule(
   decay = {
     "constant": optax.constant_schedule(learning_rate),
     "linear": optax.linear_schedule(learning_rate, final * learning_rate, rest),
-  }.get(name, cosine)
+  }.get(schedule, cosine)
   rate = optax.join_schedules([optax.linear_schedule(0.0, learning_rate, warm), decay], [warm]) if warm else decay
-  if name != "cosine_restarts":
+  if schedule != "cosine_restarts":
     return rate
   if not (warm <= cycle and 0 <= restart_warmup <= cycle and cycle > 0):
     raise errors.UserError(
@@ -72,12 +74,12 @@ def make_schedule(
 def make(
   *,
   steps: int,
-  schedule: str = "linear",
-  learning_rate: float = 2e-4,
-  warmup: float = 0.06,
-  final: float = 0.0,
-  cycle: int = 0,
-  restart_warmup: int = 100,
+  schedule: Literal[SCHEDULES] = "linear",
+  learning_rate: NonNegative = 2e-4,
+  warmup: NonNegative = 0.06,
+  final: NonNegative = 0.0,
+  cycle: Size = 0,
+  restart_warmup: Size = 100,
   **kw: Any,
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
   """An optimiser for a trainable tree, and its learning-rate schedule.
@@ -99,13 +101,13 @@ SCHEDULE = ("schedule", "learning_rate", "warmup", "final", "cycle", "restart_wa
 def transformation(
   rate: optax.Schedule,
   *,
-  name: str = "adamw",
-  weight_decay: Scalar = 0.0,
+  name: Literal[*OPTIMISERS] = "adamw",
+  weight_decay: NonNegative | jax.Array = 0.0,
   no_decay: Sequence[str] = ("scale$", "bias$", r"bias/\w+$"),
-  clip_norm: Scalar = 1.0,
-  b1: Scalar = 0.9,
-  b2: Scalar = 0.999,
-  eps: Scalar = 1e-8,
+  clip_norm: NonNegative | jax.Array = 1.0,
+  b1: Probability | jax.Array = 0.9,
+  b2: Probability | jax.Array = 0.999,
+  eps: NonNegative | jax.Array = 1e-8,
   direction: Sequence[Callable] = (),
   wrap: Sequence[Callable] = (),
 ) -> optax.GradientTransformation:
@@ -113,6 +115,9 @@ def transformation(
 
   Args:
     rate: from the step to the learning rate.
+    name: "adamw", "lion", "sgd" with momentum b1, or "adafactor".
+    weight_decay: decoupled from the gradient, but for SGD.
+    b1, b2, eps: decay rates of the moments, and what is added to the denominator.
     no_decay: regexes; leaves whose name one is found in are not decayed.
     clip_norm: bound on the global norm over the trainable tree; 0 is none, and an array that is infinite.
     direction, wrap: what the method makes of the transformation before weight decay and learning rate, and of all but

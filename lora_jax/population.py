@@ -31,7 +31,7 @@ class Hyper:
   Fields:
     learning_rates: float32 [S], by step; after the last of a member its last one.
     steps: int32 [], after which the member rests.
-    seed: int32 []; of dropout.
+    seed: uint32 []; of dropout.
     optim: {keyword of `optim.transformation`: float32 []} where members differ.
     dropout: {name of a node: float32 []} where members differ.
     batch: int32 []; which of the batches of a step is the member's.
@@ -202,21 +202,21 @@ def unstack(stacked: Any, i: int, like: Any) -> Any:
   return tree.map_named(lambda k, x: flat[k][(i, *(slice(n) for n in x.shape))], like)
 
 
-def hyper(configs: Sequence[Mapping], batches: Sequence[int], dropout: Mapping[str, list[float]]) -> Hyper:
-  """The hyperparameters of members from their configs; see `Hyper`."""
-  steps = [c["train"]["steps"] for c in configs]
+def hyper(configs: Sequence[Any], batches: Sequence[int], dropout: Mapping[str, list[float]]) -> Hyper:
+  """The hyperparameters of members from their resolved configs; see `Hyper`."""
+  steps = [c.train.steps for c in configs]
   table, made = [], {}
   for c, n in zip(configs, steps, strict=True):
-    schedule = str((n, sorted(c["optim"].items())))
+    schedule = n, c.optim
     if schedule not in made:
-      rate = optim.make(steps=n, **c["optim"])[1]
+      rate = optim.make(steps=n, **dataclasses.asdict(c.optim))[1]
       rates = jax.jit(jax.vmap(lambda t, rate=rate: jnp.asarray(rate(t), jnp.float32)))(np.arange(n))
       made[schedule] = np.pad(np.asarray(rates), (0, max(steps) - n), mode="edge")
     table.append(made[schedule])
   return Hyper(
     learning_rates=np.stack(table),
     steps=np.array(steps, np.int32),
-    seed=np.array([c["train"].get("seed", 0) for c in configs], np.int32),
+    seed=np.array([c.train.seed for c in configs], np.uint32),
     optim={k: np.array(v, np.float32) for k, v in _different(configs).items()},
     dropout={k: np.array(v, np.float32) for k, v in dropout.items()},
     batch=np.array(batches, np.int32),
@@ -229,23 +229,22 @@ RANKS = ("rank", "rank_pattern")
 NUMBERS = ("weight_decay", "clip_norm", "b1", "b2", "eps")  # keywords of an optimiser that may differ in a population
 
 
-def _different(configs: Sequence[Mapping]) -> dict[str, list[float]]:
+def _different(configs: Sequence[Any]) -> dict[str, list[float]]:
   """The numbers of the optimiser in which members differ; no clipping is an infinite bound."""
-  default = lambda k: optim.make.__signature__.parameters[k].default
-  values = {k: [c["optim"].get(k, default(k)) for c in configs] for k in NUMBERS}
+  values = {k: [getattr(c.optim, k) for c in configs] for k in NUMBERS}
   values["clip_norm"] = [x or np.inf for x in values["clip_norm"]]
   return {k: v for k, v in values.items() if len(set(v)) > 1}
 
 
-def _optimiser(config: Mapping, hyper: Hyper) -> tuple[optax.GradientTransformation, optax.Schedule]:
+def _optimiser(config: Any, hyper: Hyper) -> tuple[optax.GradientTransformation, optax.Schedule]:
   """The optimiser of one member, whose numbers are traced, and its schedule."""
-  common = {k: v for k, v in config["optim"].items() if k not in optim.SCHEDULE}
-  common |= methods.wrappers(config["method"], config["train"]["steps"])
+  common = {k: v for k, v in dataclasses.asdict(config.optim).items() if k not in optim.SCHEDULE}
+  common |= methods.wrappers(config.method, config.train.steps)
   rate = lambda step: hyper.learning_rates[jnp.minimum(step, hyper.learning_rates.size - 1)]
   return optim.transformation(rate, **common | hyper.optim), rate
 
 
-def init_state(config: Mapping, trees: Trees, hyper: Hyper) -> State:
+def init_state(config: Any, trees: Trees, hyper: Hyper) -> State:
   """The state before the first step; `config` is that of any of the members."""
 
   def member(hyper, trainable, held):
@@ -256,7 +255,7 @@ def init_state(config: Mapping, trees: Trees, hyper: Hyper) -> State:
 
 
 def make_step(
-  forward: Callable, objective: Callable, config: Mapping, *, shared_batch: bool
+  forward: Callable, objective: Callable, config: Any, *, shared_batch: bool
 ) -> Callable[[State, Hyper, Any, Any, dict], tuple[State, dict]]:
   """A step `(state, hyper, own, shared, batch) -> (state, metrics [P])` of a whole population.
 
@@ -278,8 +277,8 @@ def make_step(
       optimiser,
       rate,
       seed=hyper.seed,
-      accumulate=config["train"].get("accumulate", 1),
-      penalty=methods.penalty(config["method"]),
+      accumulate=config.train.accumulate,
+      penalty=methods.penalty(config.method),
       rates=hyper.dropout,
       active=active,
     )

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from lora_jax import classify, data, errors, prompts, tasks
+from lora_jax.values import Count
 
 LEAST = 8  # tokens that responses are padded to: those of a classification are few
 
@@ -62,9 +63,9 @@ def train_iterator(
   tokenizer: Any,
   *,
   start: int,
-  batch_size: int,
-  seq_len: int,
-  target_len: int | None = None,
+  batch_size: Count,
+  seq_len: Count,
+  target_len: Count | None = None,
   pack: bool = False,
   share_rows: bool = False,
   eos: bool = True,
@@ -107,8 +108,8 @@ def eval_batches(
   examples: Sequence[dict],
   tokenizer: Any,
   *,
-  batch_size: int,
-  seq_len: int,
+  batch_size: Count,
+  seq_len: Count,
   same_length: bool = False,
   soft: prompts.Soft | None = None,
 ) -> list[data.Batch]:

@@ -5,7 +5,7 @@ One device is the trivial mesh; the code is the same.
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +13,12 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 from lora_jax import errors, tree
+from lora_jax.values import Count
 
 AXES = ("data", "fsdp", "tensor")
 MESH = ("population", *AXES)  # the first spreads members that are trained together, who tell each other nothing
 BATCH = P(("data", "fsdp"))
+Axis = Literal[-1] | Count
 
 # Megatron's split of heads and hidden units over `tensor`, the other matrix axis over `fsdp`; the leading None is L.
 # The same rules place optimiser moments, whose names end alike.
@@ -45,8 +47,15 @@ RULES = (
 )
 
 
-def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, population: int = 1) -> jax.sharding.Mesh:
-  """A mesh of `population * data * fsdp * tensor` devices; one of them may be -1: all that remain."""
+def make_mesh(data: Axis = -1, fsdp: Axis = 1, tensor: Axis = 1, population: Axis = 1) -> jax.sharding.Mesh:
+  """A mesh of `population * data * fsdp * tensor` devices; one of them may be -1: all that remain.
+
+  Args:
+    data: copies of the model, which share out the rows of a batch.
+    fsdp: devices that the weights are spread over; they share out rows too.
+    tensor: devices that heads and hidden units are spread over.
+    population: devices that the members of a sweep are spread over.
+  """
   sizes, n = dict(zip(MESH, (population, data, fsdp, tensor), strict=True)), jax.device_count()
   known = math.prod(s for s in sizes.values() if s > 0)
   if list(sizes.values()).count(-1) > 1 or any(s == 0 or s < -1 for s in sizes.values()):

@@ -6,6 +6,7 @@ Hosts take shards of the members, in one directory that all see or each in its o
 """
 
 import concurrent.futures
+import dataclasses
 import functools
 import gc
 import itertools
@@ -38,11 +39,13 @@ from lora_jax import (
   tasks,
   variants,
   warm_start,
+  workdir as workdir_lib,
 )
+from lora_jax.config import Config
 from lora_jax.formats import adapter, hf
 
 
-def groups(configs: Mapping[str, Mapping], most: int = 0) -> list[list[str]]:
+def groups(configs: Mapping[str, Config], most: int = 0) -> list[list[str]]:
   """Names of members that train together, each group of at most `most` (0: any number).
 
   In order, but groups over one pretrained model come one after the other, and last those that start from adapters,
@@ -56,17 +59,10 @@ def groups(configs: Mapping[str, Mapping], most: int = 0) -> list[list[str]]:
   return [part for names in every for part in cut(names, -(-len(names) // most) if most else 1)]
 
 
-def _base(config: Mapping) -> tuple[bool, str]:
+def _base(config: Config) -> tuple[bool, str]:
   """(whether a member starts from an adapter, what its pretrained model is): that of a classifier has a head."""
-  classifies = config["objective"]["name"] == "classification"
-  outputs = tasks.get(**config["task"]).n_outputs if classifies else 0
-  model = json.dumps([dict(config["model"]), outputs], sort_keys=True)
-  return bool(_starts_from(config)), model
-
-
-def _starts_from(config: Mapping) -> str:
-  """The adapter that a member starts from, or nothing."""
-  return config_lib.train_settings(**config["train"])["init_from"]
+  outputs = tasks.get(**config.task).n_outputs if config.objective["name"] == "classification" else 0
+  return bool(config.train.init_from), json.dumps([dataclasses.asdict(config.model), outputs], sort_keys=True)
 
 
 def cut(names: Sequence[str], n: int) -> list[list[str]]:
@@ -75,7 +71,7 @@ def cut(names: Sequence[str], n: int) -> list[list[str]]:
   return [list(names[a:b]) for a, b in zip(ends, ends[1:], strict=False) if b > a]
 
 
-def shard_of(configs: Mapping[str, Mapping], index: int, count: int) -> list[str]:
+def shard_of(configs: Mapping[str, Config], index: int, count: int) -> list[str]:
   """The members that shard `index` of `count` takes: whole groups, or where those are too few a share of each."""
   if not 0 <= index < count:
     raise errors.UserError(f"--shard {index}/{count}: expected i/n with 0 <= i < n")
@@ -93,28 +89,24 @@ def run(config: Mapping, workdir: str | os.PathLike, command: str = "", shard: t
   Args:
     shard: (i, n): run the i-th of n shares; the summary then is of what is there.
   """
-  workdir = pathlib.Path(workdir)
+  workdir = workdir_lib.check(workdir)
   files.WRITER = f".{shard[0]}-of-{shard[1]}" if shard[1] > 1 else ""
   tick = _clock(workdir / "seconds" / f"{shard[0]}-of-{shard[1]}.json")
   found = variants.members(config)
   configs = {name: c for name, (_, c) in found.items()}
-  options = variants.settings(**{k: v for k, v in config["sweep"].items() if k not in variants.PARTS})
+  options = variants.options(config["sweep"])
   mine = shard_of(configs, *shard)
   if config.get("table"):
     parts = {k: v for k, v in config.items() if k not in config_lib.SWEEP}
     rows = [{"name": n, "overrides": o} for n, (o, _) in found.items()]
     layout.of({"config": parts, "table": config["table"], "members": rows})  # a wrong layout fails now
-  if config_lib.finished(config, workdir):
+  if _finished(config, found, workdir):
     metrics.say(f"{workdir} is complete: see {workdir / 'report.md'}, or give another --workdir")
     return hf.read_json(workdir / "summary.json")
-  for c in configs.values():
-    config_lib.check(c)
-  mesh, plan = (
-    sharding.make_mesh(**config["mesh"]),
-    _plan({n: configs[n] for n in mine}, workdir, options["max_members"]),
-  )
+  mesh = experiment.make_mesh(next(iter(configs.values())))
+  plan = _plan({n: configs[n] for n in mine}, workdir, options["max_members"])
   # While the data are prepared and found to be right; processes have to place arrays in one order.
-  ahead = plan and jax.process_count() == 1 and not all(_starts_from(configs[n]) for n in plan[0])
+  ahead = plan and jax.process_count() == 1 and not all(configs[n].train.init_from for n in plan[0])
   loading = experiment.BACKGROUND.submit(_load, configs[plan[0][0]], mesh) if ahead else None
   for c in {group_lib.key(configs[n]): configs[n] for n in mine}.values():
     experiment.check(c)
@@ -130,6 +122,22 @@ def run(config: Mapping, workdir: str | os.PathLike, command: str = "", shard: t
   multihost_utils.sync_global_devices("finish")
   _clear(mine, workdir)  # those too that an earlier call was killed before
   return _finish(config, found, workdir, command)
+
+
+def _finished(config: Mapping, found: Mapping, workdir: pathlib.Path) -> bool:
+  """Whether `workdir` holds this sweep complete; UserError if it holds anything else than members of this one."""
+  theirs = config_lib.started(workdir)
+  if theirs is None:
+    return False
+  if "sweep" not in theirs:
+    raise errors.UserError(f"{workdir} holds a single run; give another --workdir")
+  try:
+    members = variants.members(theirs)
+  except errors.UserError as e:
+    raise errors.UserError(f"{workdir / 'config.json'}: {e}") from None
+  resolved = lambda found: {name: c.to_dict() for name, (_, c) in found.items()}
+  config_lib.differ(resolved(members), resolved(found), workdir)
+  return (workdir / "summary.json").exists()
 
 
 def _clock(path: pathlib.Path) -> Callable[[], None]:
@@ -150,7 +158,7 @@ def _seconds(workdir: pathlib.Path) -> float:
   return sum(shards) if shards or not whole.exists() else hf.read_json(whole)["wall_seconds"]
 
 
-def _plan(configs: Mapping[str, Mapping], workdir: pathlib.Path, most: int) -> list[list[str]]:
+def _plan(configs: Mapping[str, Config], workdir: pathlib.Path, most: int) -> list[list[str]]:
   """The groups of what is not finished: as they were where an earlier call has begun, whose checkpoints go on."""
   left = {n for n in configs if not group_lib.finished(workdir / "members" / n)}
   known = [hf.read_json(p)["members"] for p in sorted(workdir.glob("groups/*/members.json"))]
@@ -170,9 +178,9 @@ def _told(plan: Sequence[Sequence[str]], n: int, shard: tuple[int, int]) -> str:
   return "\n".join(lines)
 
 
-def _load(config: Mapping, mesh: jax.sharding.Mesh) -> Any:
+def _load(config: Config, mesh: jax.sharding.Mesh) -> Any:
   """The pretrained model of a member."""
-  return experiment.load(config, tasks.get(**config["task"]), mesh)
+  return experiment.load(config, tasks.get(**config.task), mesh)
 
 
 def _over_one_model(plan: list, configs, workdir: pathlib.Path, mesh, loading, command: str, memory_gib, tick) -> None:
@@ -189,9 +197,9 @@ def _over_one_model(plan: list, configs, workdir: pathlib.Path, mesh, loading, c
       continue
     chosen = {n: configs[n] for n in names}
     first = chosen[names[0]]
-    task = tasks.get(**first["task"])
+    task = tasks.get(**first.task)
     model = model or (loading.result() if loading else _load(first, mesh))
-    scored = json.dumps([dict(first[k]) for k in ("task", "eval")], sort_keys=True)
+    scored = json.dumps([first.task, dataclasses.asdict(first.eval)], sort_keys=True)
     if scored not in known:
       known[scored] = _pretrained(first, model, task, mesh)
     if len(names) == 1:
@@ -201,18 +209,18 @@ def _over_one_model(plan: list, configs, workdir: pathlib.Path, mesh, loading, c
     tick()
 
 
-def _waits(name: str, config: Mapping) -> bool:
+def _waits(name: str, config: Config) -> bool:
   """Whether the adapter that a member starts from is not there, which is said: it may be another's to leave."""
   try:
-    if source := _starts_from(config):
-      warm_start.find(source)
+    if config.train.init_from:
+      warm_start.find(config.train.init_from)
   except errors.UserError as e:
     metrics.say(f"{name}: {e}; it is left to a later call")
     return True
   return False
 
 
-def _pretrained(config: Mapping, model: Any, task: tasks.Task, mesh: jax.sharding.Mesh) -> Callable[[], Mapping]:
+def _pretrained(config: Config, model: Any, task: tasks.Task, mesh: jax.sharding.Mesh) -> Callable[[], Mapping]:
   """A function that gives the scores of a model that is not trained; what it runs is compiled meanwhile."""
   arguments = config, model, task, evaluate.one(model.params), mesh, "before", "test"
   compiling = experiment.compile_scores(*arguments)
@@ -228,7 +236,7 @@ def _pretrained(config: Mapping, model: Any, task: tasks.Task, mesh: jax.shardin
   return scores
 
 
-def _alone(name: str, config: Mapping, workdir: pathlib.Path, model, before) -> None:
+def _alone(name: str, config: Config, workdir: pathlib.Path, model, before) -> None:
   """A member that is a run of its own."""
   metrics.say(f"member {name}")
   try:
@@ -357,7 +365,7 @@ def _subspaces(asked: Mapping, found: Mapping, workdirs: Sequence[pathlib.Path])
   config = found[next(iter(places), next(iter(found)))][1]
   metrics.say(f"analysing the adapters of {len(places)} members")
   try:
-    model = experiment.load(config, tasks.get(**config["task"]), sharding.make_mesh(1))
+    model = experiment.load(config, tasks.get(**config.task), sharding.make_mesh(1))
     members = {n: adapter.load(model, places[n]) for n in found if n in places}
     return subspace.analyse(members, model.params, **asked)
   except errors.UserError as e:
@@ -380,7 +388,7 @@ def join(workdirs: Sequence[str | os.PathLike], out: str | os.PathLike, command:
   Raises:
     UserError: the directories are of different configs or hold no sweep.
   """
-  paths = [pathlib.Path(w) for w in workdirs]
+  paths, out = [pathlib.Path(w) for w in workdirs], workdir_lib.check(out, "--out")
   configs = []
   for p in paths:
     if not (p / "config.json").exists():
@@ -394,7 +402,7 @@ def join(workdirs: Sequence[str | os.PathLike], out: str | os.PathLike, command:
   joined = summary(configs[0], found, paths)
   if not joined["members"]:
     raise errors.UserError(f"no member is finished in {', '.join(map(str, paths))}")
-  out, missing = pathlib.Path(out), joined["missing"]
+  missing = joined["missing"]
   if not missing:
     metrics.write_json(out / "config.json", configs[0])
   # Where a run may go on it would take the summary for that of all.

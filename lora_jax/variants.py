@@ -21,7 +21,9 @@ from typing import Any
 
 import numpy as np
 
-from lora_jax import config as config_lib, errors
+from lora_jax import config as config_lib, errors, values
+from lora_jax.config import Config
+from lora_jax.values import Count, NonNegative, Seed, Size, shown
 
 NAMED = ("method", "task", "objective")  # sections whose keys are those of what they name
 PARTS = ("list", "zip", "product", "random")  # the first changes slowest
@@ -29,26 +31,28 @@ PARTS = ("list", "zip", "product", "random")  # the first changes slowest
 Overrides = dict[str, dict[str, Any]]
 
 
-def settings(*, max_members: int = 0, memory_gib: float = 0.0) -> dict:
+def settings(*, max_members: Size = 0, memory_gib: NonNegative = 0.0) -> None:
   """How many members are trained at once: at most `max_members`, and as fit in `memory_gib`; 0 is what there is."""
-  if max_members < 0 or memory_gib < 0:
-    raise errors.UserError("config.sweep: max_members and memory_gib are at least 0")
-  return dict(locals())
 
 
-def members(config: Mapping) -> dict[str, tuple[Overrides, dict]]:
-  """{member: (its overrides, its whole config)} in order.
+def options(sweep: Mapping) -> dict[str, Any]:
+  """The keywords of `settings` that a sweep has, or their defaults."""
+  return values.keywords(settings, {k: v for k, v in sweep.items() if k not in PARTS}, "config.sweep")
+
+
+def members(config: Mapping) -> dict[str, tuple[Overrides, Config]]:
+  """{member: (its overrides, its resolved config)} in order.
 
   Raises:
     UserError: the sweep is none, or a member's config is wrong.
   """
   sweep, base = config["sweep"], {k: v for k, v in config.items() if k not in config_lib.SWEEP}
   if not isinstance(sweep, Mapping) or not any(sweep.get(k) for k in PARTS):
-    raise errors.UserError(f"config.sweep needs overrides in one of {', '.join(PARTS)}, not {sweep!r:.100}")
+    raise errors.UserError(f"config.sweep needs overrides in one of {', '.join(PARTS)}, not {shown(sweep)}")
+  for k in PARTS:
+    _check_mapping(sweep.get(k, {}), f"config.sweep.{k}")
   parts = {"list": _list, "zip": _zip, "product": _product, "random": _random}
-  options = {k: v for k, v in sweep.items() if k not in PARTS}
-  errors.check_keywords(settings, options, "config.sweep")
-  settings(**options)
+  options(sweep)
   found = {}
   for combination in itertools.product(*(list(parts[k](sweep[k])) for k in PARTS if sweep.get(k))):
     name, overrides = "-".join(n for n, _ in combination), {}
@@ -58,12 +62,11 @@ def members(config: Mapping) -> dict[str, tuple[Overrides, dict]]:
       raise errors.UserError(f"config.sweep has {name} twice")
     whole = _merge(base, overrides)
     try:
-      config_lib.check(whole)
+      found[name] = overrides, config_lib.resolve(whole)
     except errors.UserError as e:
       raise errors.UserError(f"config.sweep, member {name}: {e}") from None
-    if whole["mesh"] != base["mesh"]:
+    if whole.get("mesh") != base.get("mesh"):
       raise errors.UserError(f"config.sweep, member {name}: mesh; members share the mesh")
-    found[name] = (overrides, whole)
   return found
 
 
@@ -75,6 +78,8 @@ def _merge(config: Mapping, overrides: Overrides) -> dict:
     old = out.get(section, {})
     if not whole and not isinstance(old, Mapping):
       raise errors.UserError(f"config.sweep: config.{section} is a list; override it as a whole")
+    if not whole:
+      _check_mapping(change, f"config.sweep: what overrides config.{section}")
     out[section] = change if whole else dict(old) | dict(change)
   return out
 
@@ -85,22 +90,27 @@ def _axes(part: Mapping, where: str) -> list[tuple[str, str | None, Sequence]]:
   for section, keys in part.items():
     _check_section(section, where)
     pairs = keys.items() if isinstance(keys, Mapping) else [(None, keys)]
-    for key, values in pairs:
-      if not isinstance(values, Sequence) or isinstance(values, str) or not values:
+    for key, options in pairs:
+      if not isinstance(options, Sequence) or isinstance(options, str) or not options:
         place = f"{where}.{section}" + (f".{key}" if key else "")
-        raise errors.UserError(f"{place} is a sequence of values, not {values!r:.100}")
-      axes.append((section, key, values))
+        raise errors.UserError(f"{place} is a sequence of values, not {shown(options)}")
+      axes.append((section, key, options))
   return axes
+
+
+def _check_mapping(value: Any, where: str) -> None:
+  if not isinstance(value, Mapping):
+    raise errors.UserError(f"{where} is a mapping, not {shown(value)}")
 
 
 def _check_section(section: str, where: str) -> None:
   errors.choose(section, dict.fromkeys(config_lib.SECTIONS), f"section {where}.")
 
 
-def _change(axes: Sequence[tuple[str, str | None, Any]], values: Sequence) -> tuple[str, Overrides]:
+def _change(axes: Sequence[tuple[str, str | None, Any]], chosen: Sequence) -> tuple[str, Overrides]:
   """(name, overrides) of one value for each axis."""
   overrides, names = {}, []
-  for (section, key, _), value in zip(axes, values, strict=True):
+  for (section, key, _), value in zip(axes, chosen, strict=True):
     overrides = _merge(overrides, {section: value if key is None else {key: value}})
     names.append(_name(value) if key is None else f"{key}_{_name(value)}")
   return "-".join(names), overrides
@@ -118,53 +128,71 @@ def _name(value: Any) -> str:
 
 def _product(part: Mapping) -> Iterator[tuple[str, Overrides]]:
   axes = _axes(part, "config.sweep.product")
-  for values in itertools.product(*(values for *_, values in axes)):
-    yield _change(axes, values)
+  for chosen in itertools.product(*(options for *_, options in axes)):
+    yield _change(axes, chosen)
 
 
 def _zip(part: Mapping) -> Iterator[tuple[str, Overrides]]:
   axes = _axes(part, "config.sweep.zip")
-  if len({len(values) for *_, values in axes}) > 1:
-    lengths = ", ".join(f"{section}.{key}: {len(values)}" for section, key, values in axes)
+  if len({len(options) for *_, options in axes}) > 1:
+    lengths = ", ".join(f"{section}.{key}: {len(options)}" for section, key, options in axes)
     raise errors.UserError(f"config.sweep.zip: sequences of one length are needed, not {lengths}")
-  for values in zip(*(values for *_, values in axes), strict=True):
-    yield _change(axes, values)
+  for chosen in zip(*(options for *_, options in axes), strict=True):
+    yield _change(axes, chosen)
 
 
 def _list(part: Mapping) -> Iterator[tuple[str, Overrides]]:
   for name, overrides in part.items():
-    if not re.fullmatch(r"[\w+-][\w.+-]*", name):
+    if not isinstance(name, str) or not re.fullmatch(r"[\w+-][\w.+-]*", name):
       raise errors.UserError(f"config.sweep.list: a member's name is letters, digits, '_', '-', '+', not {name!r}")
-    if not isinstance(overrides, Mapping):
-      raise errors.UserError(f"config.sweep.list.{name} is {{section: overrides}}, not {overrides!r:.100}")
+    _check_mapping(overrides, f"config.sweep.list.{name}")
     for section in overrides:
       _check_section(section, f"config.sweep.list.{name}")
     yield name, dict(overrides)
 
 
+def draws(*, n: Count = 8, seed: Seed = 0) -> None:
+  """How many samples `random` draws, and from which seed."""
+
+
+KINDS = {
+  "uniform": lambda rng, n, low, high: rng.uniform(low, high, n),
+  "log_uniform": lambda rng, n, low, high: np.exp(rng.uniform(np.log(low), np.log(high), n)),
+  "choice": lambda rng, n, *options: [options[i] for i in rng.integers(0, len(options), n)],
+}
+
+
 def _random(part: Mapping) -> Iterator[tuple[str, Overrides]]:
   """Samples; those of a key do not depend on what other keys there are."""
-  n, seed = part.get("n", 8), part.get("seed", 0)
-  kinds = {
-    "uniform": lambda rng, a: rng.uniform(*a, n),
-    "log_uniform": lambda rng, a: np.exp(rng.uniform(*np.log(a), n)),
-    "choice": lambda rng, a: [a[i] for i in rng.integers(0, len(a), n)],
-  }
-  drawn = []
+  drawn, own = [], ("n", "seed")
+  how = values.keywords(draws, {k: v for k, v in part.items() if k in own}, "config.sweep.random")
   for section, keys in part.items():
-    if section in ("n", "seed"):
+    if section in own:
       continue
     _check_section(section, "config.sweep.random")
-    for key, how in keys.items():
-      where = f"config.sweep.random.{section}.{key}"
-      if not isinstance(how, Mapping) or len(how) != 1:
-        raise errors.UserError(f"{where} is {{'uniform', 'log_uniform' or 'choice': values}}, not {how!r:.100}")
-      ((kind, values),) = how.items()
-      errors.choose(kind, kinds, f"kind of {where}")
-      if kind != "choice" and (len(values) != 2 or values[0] > values[1] or (kind == "log_uniform" and values[0] <= 0)):
-        raise errors.UserError(f"{where}.{kind} is (low, high), not {values!r:.100}")
-      rng = np.random.default_rng([seed, *f"{section}.{key}".encode()])
-      found = kinds[kind](rng, values)
+    _check_mapping(keys, f"config.sweep.random.{section}")
+    for key, options in keys.items():
+      kind, arguments = _distribution(options, f"config.sweep.random.{section}.{key}")
+      rng = np.random.default_rng([how["seed"], *f"{section}.{key}".encode()])
+      found = KINDS[kind](rng, how["n"], *arguments)
       drawn.append((section, key, [x.item() if hasattr(x, "item") else x for x in found]))
-  for i, values in enumerate(zip(*(v for *_, v in drawn), strict=True)):
-    yield f"sample_{i}", _change(drawn, values)[1]
+  if not drawn:
+    raise errors.UserError("config.sweep.random names no keys to draw values for")
+  for i, chosen in enumerate(zip(*(v for *_, v in drawn), strict=True)):
+    yield f"sample_{i}", _change(drawn, chosen)[1]
+
+
+def _distribution(given: Any, where: str) -> tuple[str, Sequence]:
+  """(kind, its arguments) of a key's random values."""
+  if not isinstance(given, Mapping) or len(given) != 1:
+    raise errors.UserError(f"{where} is {{'uniform', 'log_uniform' or 'choice': values}}, not {shown(given)}")
+  ((kind, options),) = given.items()
+  errors.choose(kind, KINDS, f"kind of {where}")
+  if not isinstance(options, Sequence) or isinstance(options, str) or not options:
+    raise errors.UserError(f"{where}.{kind} is a sequence of values, not {shown(options)}")
+  if kind == "choice":
+    return kind, options
+  options = [values.check(float, x, f"{where}.{kind}") for x in options]
+  if len(options) != 2 or options[0] > options[1] or (kind == "log_uniform" and options[0] <= 0):
+    raise errors.UserError(f"{where}.{kind} is (low, high), not {shown(options)}")
+  return kind, options

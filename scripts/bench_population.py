@@ -12,7 +12,7 @@ import jax
 from absl import app, flags
 
 from configs import lora_table5
-from lora_jax import experiment, group, sharding
+from lora_jax import config as config_lib, experiment, group, sharding
 
 SIZES = flags.DEFINE_list("sizes", ["1", "8", "32", "64"], "Populations.")
 MODEL = flags.DEFINE_string("model", "smollm2-135m", "Model.")
@@ -26,14 +26,14 @@ STEPS = flags.DEFINE_integer("steps", 30, "Timed steps.")
 RUNS = flags.DEFINE_integer("runs", 0, "Also so many runs one by one; compilation counts on both sides.")
 
 
-def settings(seed: int) -> dict:
+def settings(seed: int) -> config_lib.Config:
   config = lora_table5.get_config("smol")
   config.model.name, config.model.dtype = MODEL.value, DTYPE.value
   config.method.targets, config.method.rank = TARGETS.value, RANK.value
   config.model.remat, config.data.share_rows = REMAT.value, SHARE_ROWS.value
   config.data.batch_size, config.train.steps, config.train.seed = BATCH.value, STEPS.value, seed
   config = config.to_dict()
-  return {k: v for k, v in config.items() if k not in ("sweep", "table")}
+  return config_lib.resolve({k: v for k, v in config.items() if k not in config_lib.SWEEP})
 
 
 def timed(size: int, task, mesh, model) -> tuple[float, float, int, float]:
@@ -69,7 +69,7 @@ def one_by_one(task, mesh, model) -> float:
 
 def main(_) -> None:
   config = settings(0)
-  task, mesh = experiment.check(config), sharding.make_mesh(**config["mesh"])
+  task, mesh = experiment.check(config), experiment.make_mesh(config)
   model = experiment.load(config, task, mesh)
   print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {MODEL.value}, {DTYPE.value}, {TARGETS.value}")
   print("members  ms/step  member steps/s  step GiB  compile s  wall s")

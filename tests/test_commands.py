@@ -3,21 +3,15 @@
 import json
 import pathlib
 import shutil
-import types
 
 import pytest
-from absl import flags, logging
-from absl.testing import flagsaver
+from absl import logging
 
 from experiments import report, run
 from lora_jax import errors, experiment, plots, sweep
 
 ROOT = pathlib.Path(__file__).parents[1]
 TABLE5 = ROOT / "experiments" / "results" / "lora_table5"
-
-
-def given(value):
-  return types.SimpleNamespace(value=value)
 
 
 @pytest.fixture
@@ -35,16 +29,14 @@ def slurm(monkeypatch):
 
 
 @pytest.mark.parametrize("value, expected", [("", (0, 1)), ("0/4", (0, 4)), ("3/4", (3, 4)), ("0/1", (0, 1))])
-def test_shards(slurm, monkeypatch, value, expected):
-  monkeypatch.setattr(run, "SHARD", given(value))
-  assert run.shard() == expected
+def test_shards(slurm, value, expected):
+  assert run.shard(value) == expected
 
 
 @pytest.mark.parametrize("value", ["4", "/4", "1/", "a/4", "-1/4", "1/2/3", "0.5/4"])
-def test_what_is_no_shard_is_refused(slurm, monkeypatch, value):
-  monkeypatch.setattr(run, "SHARD", given(value))
+def test_what_is_no_shard_is_refused(value):
   with pytest.raises(errors.UserError, match=f"--shard={value}: expected i/n, such as 0/4"):
-    run.shard()
+    run.shard(value)
 
 
 @pytest.mark.parametrize("index, count", [(4, 4), (0, 0)])
@@ -63,12 +55,10 @@ def test_shards_that_there_are_not_are_refused(index, count):
     (dict(ID=2), (0, 1)),
   ],
 )
-def test_tasks_of_an_array_are_shards(slurm, monkeypatch, values, expected):
+def test_tasks_of_an_array_are_shards(slurm, values, expected):
   slurm(**values)
-  monkeypatch.setattr(run, "SHARD", given(""))
-  assert run.shard() == expected
-  monkeypatch.setattr(run, "SHARD", given("1/3"))
-  assert run.shard() == (1, 3)
+  assert run.shard("") == expected
+  assert run.shard("1/3") == (1, 3)
 
 
 @pytest.mark.parametrize(
@@ -79,16 +69,14 @@ def test_tasks_of_an_array_are_shards(slurm, monkeypatch, values, expected):
     dict(ID=5, MIN=0, COUNT=3),
   ],
 )
-def test_arrays_with_gaps_are_refused(slurm, monkeypatch, values):
+def test_arrays_with_gaps_are_refused(slurm, values):
   """By every task, as the shares of those whose ids are missing would never run."""
   slurm(**values)
-  monkeypatch.setattr(run, "SHARD", given(""))
   n = values["COUNT"]
   with pytest.raises(errors.UserError, match=rf"consecutive ids, such as --array=0-{n - 1}, or .* --shard i/{n}"):
-    run.shard()
+    run.shard("")
 
 
-@pytest.mark.filterwarnings("ignore:the load_module")  # of ml_collections
 @pytest.mark.parametrize(
   "config, more, message",
   [
@@ -100,13 +88,11 @@ def test_arrays_with_gaps_are_refused(slurm, monkeypatch, values):
 def test_a_wrong_shard_ends_in_one_message(slurm, monkeypatch, tmp_path, config, more, message):
   slurm(ID=5, MIN=0, MAX=5, COUNT=3)
   monkeypatch.setattr(logging, "set_verbosity", lambda level: None)
-  with flagsaver.flagsaver(), pytest.raises(SystemExit, match=message) as end:
-    run.main(run.parse(["run", "--config", f"{ROOT}/configs/{config}", "--workdir", str(tmp_path / "w"), *more]))
+  with pytest.raises(SystemExit, match=message) as end:
+    run.main(["--config", f"{ROOT}/configs/{config}", "--workdir", str(tmp_path / "w"), *more])
   assert "\n" not in end.value.code and not (tmp_path / "w").exists()
-  assert flags.FLAGS["workdir"].value is None
 
 
-@pytest.mark.filterwarnings("ignore:the load_module")  # of ml_collections
 @pytest.mark.parametrize(
   "error, ends",
   [
@@ -121,9 +107,9 @@ def test_a_full_disk_ends_in_one_message(slurm, monkeypatch, tmp_path, error, en
 
   monkeypatch.setattr(logging, "set_verbosity", lambda level: None)
   monkeypatch.setattr(experiment, "run", full)
-  command = ["run", "--config", f"{ROOT}/configs/quickstart.py", "--workdir", str(tmp_path / "w")]
-  with flagsaver.flagsaver(), pytest.raises(ends, match=r"no space left to write .*/w; |anything else"):
-    run.main(run.parse(command))
+  command = ["--config", f"{ROOT}/configs/quickstart.py", "--workdir", str(tmp_path / "w")]
+  with pytest.raises(ends, match=r"no space left to write .*/w; |anything else"):
+    run.main(command)
 
 
 def test_results_of_directories_are_joined(monkeypatch, tmp_path):
@@ -134,8 +120,7 @@ def test_results_of_directories_are_joined(monkeypatch, tmp_path):
   for file in ("config.json", "summary.json"):
     shutil.copy(TABLE5 / file, kept)
   for out in (None, str(tmp_path / "out")):
-    monkeypatch.setattr(report, "OUT", given(out))
-    report.main(["report", str(kept)])
+    report.main([str(kept), *(["--out", out] if out else [])])
     written = pathlib.Path(out or kept)
     assert (written / "table.md").read_text() == (TABLE5 / "table.md").read_text()
     assert "python -m experiments.report" in (written / "report.md").read_text()
@@ -143,10 +128,9 @@ def test_results_of_directories_are_joined(monkeypatch, tmp_path):
       assert json.loads((written / file).read_text()) == json.loads((TABLE5 / file).read_text())
 
 
-def test_what_cannot_be_joined_ends_in_one_message(monkeypatch, tmp_path):
-  monkeypatch.setattr(report, "OUT", given(None))
-  with pytest.raises(SystemExit, match="error: name the directories of a sweep"):
-    report.main(["report"])
+def test_what_cannot_be_joined_ends_in_one_message(tmp_path):
+  with pytest.raises(SystemExit, match="error: .* required: DIR; --help lists the flags"):
+    report.main([])
   with pytest.raises(SystemExit, match="error: .* has no config.json: it holds no run"):
-    report.main(["report", str(tmp_path)])
+    report.main([str(tmp_path)])
   assert not list(tmp_path.iterdir())

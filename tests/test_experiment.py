@@ -20,6 +20,7 @@ import tokenizers
 from configs import common
 from lora_jax import (
   checkpoint,
+  config as config_lib,
   errors,
   evaluate,
   experiment,
@@ -181,7 +182,7 @@ def test_artifacts(config, done):
     *("config.json", "metrics.jsonl", "summary.json", "report.md"),
     *("checkpoints", "adapter", "plots", "tensorboard"),
   }
-  assert json.loads((workdir / "config.json").read_text()) == config
+  assert config_lib.resolve(json.loads((workdir / "config.json").read_text())) == config_lib.resolve(config)
   assert json.loads((workdir / "summary.json").read_text()) == summary
   assert {p.name for p in (workdir / "adapter").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
   assert {p.name for p in (workdir / "checkpoints").iterdir()} == {"4", "6"}
@@ -366,14 +367,14 @@ def test_full_writes_a_model(config, tmp_path):
 
 
 BAD = {
-  "section": (dict(modle={"name": "x"}), r"unknown section config\. 'modle'.*'model'"),
-  "no section": (dict(optim=...), r"no section 'optim'"),
+  "section": (dict(modle={"name": "x"}), r"unknown section config\.modle;.*'model'"),
+  "no section": (dict(task=...), r"no section task"),
   "no name": (dict(task__name=""), r"config\.task needs a name"),
-  "model key": (dict(model__dtpye="float32"), r"config\.model\. 'dtpye'.*'dtype'"),
-  "dtype": (dict(model__dtype="float31"), r"dtype 'float31'.*'float32'"),
+  "model key": (dict(model__dtpye="float32"), r"config\.model\.dtpye;.*'dtype'"),
+  "dtype": (dict(model__dtype="float31"), r"config\.model\.dtype='float31'.*did you mean 'float32'"),
   "method": (dict(method={"name": "lroa"}), r"unknown method 'lroa'.*'lora'"),
   "method key": (dict(method__ranks=3), r"config\.method\.ranks.*'rank'"),
-  "method init": (dict(method__init="peff"), r"config\.method\.init 'peff'.*'peft'"),
+  "method init": (dict(method__init="peff"), r"config\.method\.init='peff'.*did you mean 'peft'"),
   "target": (dict(method__targets="querry"), r"config\.method\.targets 'querry' matches nothing"),
   "target regex": (dict(method__targets="mlp/gait/.*"), r"config\.method\.targets 'mlp/gait/\.\*' matches nothing"),
   "no regex": (dict(method__targets="attn/(q"), r"'attn/\(q' is no regular expression"),
@@ -383,12 +384,12 @@ BAD = {
   "objective": (dict(objective__name="casual_lm"), r"unknown objective 'casual_lm'.*'causal_lm'"),
   "objective key": (dict(objective__chunks=2), r"config\.objective\.chunks.*'chunk'"),
   "data key": (dict(data__batchsize=8), r"config\.data\.batchsize.*'batch_size'"),
-  "optimiser": (dict(optim__name="adamww"), r"config\.optim\.name 'adamww'.*'adamw'"),
+  "optimiser": (dict(optim__name="adamww"), r"config\.optim\.name='adamww'.*did you mean 'adamw'"),
   "optimiser key": (dict(optim__lr=1.0), r"config\.optim\.lr;.*learning_rate"),
-  "schedule": (dict(optim__schedule="linaer"), r"config\.optim\.schedule 'linaer'.*'linear'"),
+  "schedule": (dict(optim__schedule="linaer"), r"config\.optim\.schedule='linaer'.*did you mean 'linear'"),
   "warmup": (dict(optim__warmup=99), r"config\.optim\.warmup=99.*6 steps"),
   "train key": (dict(train__step=1), r"config\.train\.step;.*'steps'"),
-  "steps": (dict(train__steps=0), r"config\.train: steps.*at least 1"),
+  "steps": (dict(train__steps=0), r"config\.train\.steps=0: expected a whole number, at least 1"),
   "eval key": (dict(eval__example=1), r"config\.eval\.example;.*'examples'"),
   "mesh key": (dict(mesh__tensors=1), r"config\.mesh\.tensors.*'tensor'"),
   "mesh": (dict(mesh__data=16), r"config\.mesh asks for 16 devices.*there are 8"),
@@ -452,8 +453,8 @@ def test_model_without_tokenizer(config, files, tmp_path):
   "values, message",
   [
     (dict(method__rank=2), r"method\.rank was 4, now 2\)"),
-    (dict(train__accumulate=...), r"train\.accumulate was 1, now None\)"),
-    (dict(optim__b1=0.8), r"optim\.b1 was None, now 0\.8\)"),
+    (dict(train__accumulate=2), r"train\.accumulate was 1, now 2\)"),
+    (dict(optim__b1=0.8), r"optim\.b1 was 0\.9, now 0\.8\)"),
   ],
 )
 def test_directory_of_another_config(config, done, values, message):
@@ -461,6 +462,11 @@ def test_directory_of_another_config(config, done, values, message):
   with pytest.raises(errors.UserError, match=rf"belongs to another config \({message}.*--workdir"):
     experiment.run(changed(config, **values), done[0])
   assert sorted(done[0].rglob("*")) == before
+
+
+def test_a_default_that_is_written_out_is_the_same_config(config, done):
+  same = changed(config, train__accumulate=1, optim__b1=0.9, method__alpha=16, eval__beams=1)
+  assert experiment.run(same, done[0]) == json.loads((done[0] / "summary.json").read_text())
 
 
 def test_directory_of_something_else(config, tmp_path):

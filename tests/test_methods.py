@@ -444,6 +444,6 @@ def test_lists_are_saved_whole(others, tmp_path):
   ],
 )
 def test_variants_take_the_keywords_of_lora_but_those_they_set(name, taken, refused):
-  methods.check({"name": name, "rank": 2, taken: None})
+  assert taken in methods.fields(name)
   with pytest.raises(errors.UserError, match=rf"unknown key config\.method\.{refused}"):
-    methods.check({"name": name, refused: None})
+    methods.resolve({"name": name, refused: None})

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from lora_jax import (
+  config as config_lib,
   errors,
   fused,
   group,
@@ -44,6 +45,12 @@ def configs(*changes):
       c[section] = values if "name" in values else c[section] | values
     out.append(c)
   return out
+
+
+def resolved(members, optimiser="adamw"):
+  """The members' configs with what else a run has."""
+  rest = {"model": {"name": "x"}, "task": {"name": "rotten_tomatoes"}, "data": {"batch_size": 4, "seq_len": 8}}
+  return [config_lib.resolve(rest | c | {"optim": c["optim"] | {"name": optimiser}}) for c in members]
 
 
 @pytest.fixture(scope="module")
@@ -82,9 +89,10 @@ def together(base, members, data, index=None):
   made = [member(base, c) for c in members]
   held = [methods.held(c["method"], p) for c, (p, _) in zip(members, made, strict=True)]
   trees = population.stack(made, None if held[0] is None else held)
-  hyper = population.hyper(members, [0] * len(members) if index is None else index, trees.dropout)
-  state = population.init_state(members[0], trees, hyper)
-  step = population.make_step(forward(CONFIG), objectives.causal_lm, members[0], shared_batch=index is None)
+  given = resolved(members)
+  hyper = population.hyper(given, [0] * len(members) if index is None else index, trees.dropout)
+  state = population.init_state(given[0], trees, hyper)
+  step = population.make_step(forward(CONFIG), objectives.causal_lm, given[0], shared_batch=index is None)
   step, losses = jax.jit(step), []
   between = [(n, jax.jit(population.between(fn))) for n, fn in methods.between(members[0]["method"])]
   steps = max(c["train"]["steps"] for c in members)
@@ -169,9 +177,10 @@ def test_no_member_has_a_copy_of_a_matrix_of_the_base(base):
   """Products with the base are one matmul over all members: nothing in the step has the shape of a copy for each."""
   members = configs(*({"train": {"seed": i}} for i in range(7)))
   trees = population.stack([member(base, c) for c in members])
-  hyper = population.hyper(members, [0] * 7, trees.dropout)
-  state = population.init_state(members[0], trees, hyper)
-  step = population.make_step(forward(CONFIG), objectives.causal_lm, members[0], shared_batch=True)
+  given = resolved(members)
+  hyper = population.hyper(given, [0] * 7, trees.dropout)
+  state = population.init_state(given[0], trees, hyper)
+  step = population.make_step(forward(CONFIG), objectives.causal_lm, given[0], shared_batch=True)
   text = str(jax.make_jaxpr(step)(state, hyper, trees.own, trees.shared, batch()))
   shape = lambda *n: f"f32[{','.join(map(str, n))}]"
   kernels = [x.shape for k, x in tree.flatten(base).items() if k.startswith("layers/") and k.endswith("kernel")]
@@ -185,12 +194,13 @@ def test_devices_of_a_population_do_not_communicate(base, shared):
   """With batches of their own neither: one number says when all have gone through their targets."""
   members, mesh = configs(*({"train": {"seed": i}} for i in range(4))), sharding.make_mesh(1, population=4)
   trees = population.stack([member(base, c) for c in members])
-  hyper, place = population.hyper(members, [0, 1, 1, 0], trees.dropout), sharding.placer(mesh)
+  given, place = resolved(members), sharding.placer(mesh)
+  hyper = population.hyper(given, [0, 1, 1, 0], trees.dropout)
   with jax.set_mesh(mesh):
     put = lambda x: sharding.put(x, sharding.stacked(place))
-    state = put(population.init_state(members[0], trees, hyper))
+    state = put(population.init_state(given[0], trees, hyper))
     data = batch() if shared else jax.tree.map(lambda *x: np.stack(x), batch(), batch(seed=1))
-    step = population.make_step(forward(CONFIG), objectives.causal_lm, members[0], shared_batch=shared)
+    step = population.make_step(forward(CONFIG), objectives.causal_lm, given[0], shared_batch=shared)
     arguments = state, put(hyper), put(trees.own), sharding.put(trees.shared, place)
     lowered = jax.jit(step).lower(*arguments, sharding.put_batch(data, mesh, stack=int(not shared)))
     text = lowered.compile().as_text()
@@ -260,9 +270,8 @@ def test_a_member_that_is_not_finite_is_frozen_and_the_others_go_on(base):
 @pytest.mark.parametrize("optimiser, together", [("adamw", True), ("adafactor", False)])
 def test_ranks_are_not_padded_under_optimisers_that_would_see_it(optimiser, together):
   """Adafactor divides by means over a leaf."""
-  rest = dict.fromkeys(("model", "task", "objective", "mesh", "eval", "data"), {})
   members = configs({"method": {"rank": 1}}, {"method": {"rank": 4}}, {"method": {"rank": 1, "alpha": 1.0}})
-  one, four, other = (group.key(rest | c | {"optim": c["optim"] | {"name": optimiser}}) for c in members)
+  one, four, other = (group.key(c) for c in resolved(members, optimiser))
   assert (one == four) == together and one == other
 
 

@@ -9,7 +9,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lora_jax import errors, experiment, methods, models, optim, sharding, tasks, train, transformer, tree, weights
+from lora_jax import (
+  config as config_lib,
+  errors,
+  experiment,
+  methods,
+  models,
+  optim,
+  tasks,
+  train,
+  transformer,
+  tree,
+  weights,
+)
 from lora_jax.methods import relora
 from tests.test_experiment import changed, compiled, config, files, interrupt, timeless  # noqa: F401, fixtures
 from tests.test_full import batch, make, model
@@ -252,8 +264,8 @@ def test_an_interrupted_run_ends_bit_identical(cycles, whole, tmp_path, monkeypa
 @pytest.mark.slow
 def test_a_shared_base_outlives_the_merges(cycles, tmp_path):
   c = changed(cycles, mesh__data=1, mesh__fsdp=1, train__steps=3)
-  mesh = sharding.make_mesh(**c["mesh"])
-  shared = experiment.load(c, tasks.get(**c["task"]), mesh)
+  given = config_lib.resolve(c)
+  shared = experiment.load(given, tasks.get(**given.task), experiment.make_mesh(given))
   before = jax.tree.map(np.array, shared.params)
   experiment.run(c, tmp_path, model=shared)
   jax.tree.map(np.testing.assert_array_equal, shared.params, before)

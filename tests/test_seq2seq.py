@@ -12,6 +12,7 @@ import tokenizers
 
 from configs import common
 from lora_jax import (
+  config as config_lib,
   errors,
   evaluate,
   experiment,
@@ -53,7 +54,7 @@ HF_CONFIG = dict(
   eos_token_id=1,
 )
 START, END, STEPS = 0, 1, 90
-TASK = tasks.get("jsonl", path="", labels=LABELS)
+TASK = tasks.get("jsonl", path="x", labels=LABELS)
 
 
 def unigram():
@@ -394,12 +395,15 @@ def test_bad_settings_are_refused(files, tmp_path, values, message):
 
 def test_target_len_is_of_encoder_decoders_alone():
   decoder = dataclasses.replace(families.get("llama").config(test_experiment.HF_CONFIG))
-  settings = {
-    "data": {"batch_size": 2, "seq_len": 8, "target_len": 4},
-    "objective": {},
-    "train": {"steps": 1},
-    "mesh": {},
-  }
+  settings = config_lib.resolve(
+    {
+      "model": {"name": "x"},
+      "method": {"name": "lora"},
+      "task": {"name": "rotten_tomatoes"},
+      "data": {"batch_size": 2, "seq_len": 8, "target_len": 4},
+      "train": {"steps": 1},
+    }
+  )
   with pytest.raises(errors.UserError, match=r"config\.data\.target_len"):
     experiment.batches(settings, models.Model("x", decoder, {}, unigram(), {}), TASK, examples=[])
 

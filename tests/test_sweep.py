@@ -15,10 +15,12 @@ from experiments import run
 from lora_jax import (
   checkpoint,
   compare,
+  config_file,
   errors,
   evaluate,
   experiment,
   group,
+  methods,
   metrics,
   models,
   population,
@@ -81,7 +83,7 @@ def test_the_base_is_left_as_it_is(swept, tmp_path):
   """Full finetuning of float32 weights donates what it trains; the model that it was given must outlive that."""
   c = variants.members(swept)["full"][1]
   mesh = sharding.make_mesh(1)
-  model = experiment.load(c, tasks.get(**c["task"]), mesh)
+  model = experiment.load(c, tasks.get(**c.task), mesh)
   before = jax.tree.map(np.array, model.params)
   experiment.run(c, tmp_path, model=model)
   jax.tree.map(np.testing.assert_array_equal, model.params, before)
@@ -132,7 +134,7 @@ def test_finished_members_are_not_run_again(swept, done, tmp_path, monkeypatch):
   (tmp_path / "s" / "summary.json").unlink()
   shutil.rmtree(tmp_path / "s" / "members" / "full")
   ran, build = [], experiment.build
-  monkeypatch.setattr(experiment, "build", lambda c, m: ran.append(c["method"]["name"]) or build(c, m))
+  monkeypatch.setattr(experiment, "build", lambda c, m: ran.append(c.method[0]["name"]) or build(c, m))
   monkeypatch.setattr(group, "build", None)
   again = sweep.run(swept, tmp_path / "s")
   assert ran == ["full"]
@@ -169,26 +171,26 @@ def test_parts_of_a_sweep_combine(swept):
   found = variants.members({**swept, "sweep": parts})
   assert len(found) == 12 and list(found)[1] == "targets_q-rank_8-seed_0-sample_1"
   overrides, whole = found["targets_q+v-rank_4-seed_2-sample_0"]
-  assert overrides["method"] == {"targets": "q,v", "rank": 4} and whole["train"]["seed"] == 2
-  assert whole["method"] == {**swept["method"], "targets": "q,v", "rank": 4}
-  rates = [c["optim"]["learning_rate"] for _, c in found.values()]
+  assert overrides["method"] == {"targets": "q,v", "rank": 4} and whole.train.seed == 2
+  assert whole.method == methods.resolve({**swept["method"], "targets": "q,v", "rank": 4})
+  rates = [c.optim.learning_rate for _, c in found.values()]
   assert len(set(rates)) == 2 and all(1e-4 <= r <= 1e-2 for r in rates)
   assert sweep.groups({n: c for n, (_, c) in found.items()}) == [list(found)]
   assert [len(g) for g in sweep.groups({n: c for n, (_, c) in found.items()}, 5)] == [4, 4, 4]
 
 
 def test_the_command_line_changes_a_sweep():
-  argv = ["run", "--config=x.py", "--config.sweep.product.optim.learning_rate=(1e-3, 1e-4)", "--config.train.steps=3"]
+  argv = ["--config=x.py", "--config.sweep.product.optim.learning_rate=(1e-3, 1e-4)", "--workdir", "w"]
   argv += ["--config.sweep.zip.method.targets", "('q', 'v')", "--config.sweep.random.n=4"]
-  rest, changes = run.sweep_flags(argv)
-  assert rest == ["run", "--config=x.py", "--config.train.steps=3"]
+  rest, changes = run.split_changes(argv)
+  assert rest == ["--config=x.py", "--workdir", "w"]
   given = {"sweep": {"product": {"train": {"seed": (0, 1)}}, "zip": {"method": {"targets": ("k",)}}}}
   product = {"train": {"seed": (0, 1)}, "optim": {"learning_rate": (1e-3, 1e-4)}}
   want = {"product": product, "zip": {"method": {"targets": ("q", "v")}}, "random": {"n": 4}}
-  assert run.with_sweep(given, changes) == {"sweep": want}
-  assert run.with_sweep({"optim": {}}, {"max_members": 2}) == {"optim": {}, "sweep": {"max_members": 2}}
+  assert config_file.change(given, changes) == {"sweep": want}
+  assert config_file.change({"optim": {}}, {"sweep.max_members": "2"}) == {"optim": {}, "sweep": {"max_members": 2}}
   with pytest.raises(errors.UserError, match="method has no keys"):
-    run.with_sweep({"sweep": {"product": {"method": ({"name": "lora"},)}}}, {"product.method.rank": (1, 2)})
+    config_file.change({"sweep": {"product": {"method": ({"name": "lora"},)}}}, {"sweep.product.method.rank": "(1, 2)"})
 
 
 def test_shards_take_all_members_once(swept):

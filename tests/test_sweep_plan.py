@@ -31,7 +31,7 @@ def pretended(monkeypatch):
 
   def start(configs):
     for c in configs.values():
-      source = c["train"].get("init_from")
+      source = c.train.init_from
       if source and not os.path.exists(source):
         raise errors.UserError("no adapter_config.json there")
 
@@ -70,7 +70,7 @@ def test_a_file_may_be_written_by_several_at_once(swept, tmp_path, monkeypatch):
   def other(fd):
     monkeypatch.setattr(os, "fsync", fsync)
     monkeypatch.setattr(files_lib, "WRITER", ".1-of-2")
-    assert not config_lib.finished(swept, path.parent), "half a file is no other run"
+    assert config_lib.started(path.parent) is None, "half a file is no other run"
     files_lib.write(path, b"{}")
     monkeypatch.setattr(files_lib, "WRITER", ".0-of-2")
     fsync(fd)

@@ -216,7 +216,7 @@ def test_get_refuses_what_it_does_not_know():
     tasks.get("jsonl")
   with pytest.raises(errors.UserError, match="unknown split 'dev'"):
     tasks.get("jsonl", path="x").load("dev")
-  with pytest.raises(errors.UserError, match="unknown source"):
+  with pytest.raises(errors.UserError, match="config.task.source='imbd'.*did you mean 'imdb'"):
     tasks.get("rotten_tomatoes", source="imbd").load("test")
 
 
@@ -385,7 +385,7 @@ def test_glue_errors(monkeypatch, tmp_path):
   assert list((tmp_path / "tfds").iterdir()) == []
   with pytest.raises(errors.UserError, match="no glue/cola"):
     tasks.get("glue", subset="cola", data_dir=str(tmp_path)).load("train")
-  with pytest.raises(errors.UserError, match="unknown glue subset 'sst-2'; did you mean 'sst2'"):
+  with pytest.raises(errors.UserError, match=r"config\.task\.subset='sst-2': .*; did you mean 'sst2'"):
     tasks.get("glue", subset="sst-2")
   with pytest.raises(errors.UserError, match="train on 'mnli'"):
     tasks.get("glue", subset="ax").load("train")
@@ -430,7 +430,7 @@ def test_jsonl_labels(tmp_path):
   assert [task.target(e) for e in task.load("test")] == [1, 0, -1]
   assert task.texts(task.load("test")[0]) == ("p",) and task.metrics([1, 0], [1, 1]) == {"accuracy": 0.5}
   for labels in ("yes", ["yes"], ["yes", "yes"]):
-    with pytest.raises(errors.UserError, match="config.task.labels=.*two or more different responses"):
+    with pytest.raises(errors.UserError, match="config.task.labels=.*(two or more different|a list)"):
       tasks.get("jsonl", path=path, labels=labels)
   text = tasks.get("jsonl", path=path)
   assert text.n_outputs == 0 and text.target is None and text.metrics([1], [1]) == {}

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from lora_jax import (
+  config as config_lib,
   errors,
   experiment,
   families,
@@ -71,9 +72,10 @@ def labelled(files, config, n):  # noqa: F811
 
 def adapted(config):  # noqa: F811
   """(model, params, mask, method) of a config."""
-  task = tasks.get(**config["task"])
+  config = config_lib.resolve(config)
+  task = tasks.get(**config.task)
   model = experiment.load(config, task, sharding.make_mesh(1))
-  return model, *experiment.adapt(config, task, model)[:2], config["method"]
+  return model, *experiment.adapt(config, task, model)[:2], config.method
 
 
 def moved(params, mask):

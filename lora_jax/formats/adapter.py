@@ -65,7 +65,7 @@ def load(model: models.Model, directory: str | os.PathLike) -> Any:
   if not isinstance(config.get("method"), list):
     raise errors.UserError(f"{directory / 'adapter_config.json'}: 'method' is no list")
   try:
-    methods.check(config["method"])
+    methods.resolve(config["method"])
     shapes, mask = _shapes(model, config["method"])
     base = tree.flatten(fused.like(model.params, shapes))
     want = {k: s for k, s in tree.flatten(shapes).items() if _plain(k) not in base}

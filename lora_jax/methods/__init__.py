@@ -24,7 +24,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lora_jax import errors, fused, tree, weights
+from lora_jax import errors, fused, tree, values, weights
 
 Method = Mapping[str, Any] | Sequence[Mapping[str, Any]]  # {"name": ..., keywords}, or several
 
@@ -36,27 +36,42 @@ def names() -> list[str]:
 
 def get(name: str) -> ModuleType:
   """The module of a method."""
-  return importlib.import_module(f"{__name__}.{errors.choose(name, dict.fromkeys(names()), 'method') or name}")
+  return importlib.import_module(f"{__name__}.{errors.choose(name, {k: k for k in names()}, 'method')}")
 
 
 def parts(method: Method) -> list[tuple[ModuleType, dict[str, Any]]]:
   """(module, keywords) of each method in `method`."""
-  each = [method] if isinstance(method, Mapping) else list(method)
+  each = list(method) if isinstance(method, Sequence) and not isinstance(method, str) else [method]
   if not each or not all(isinstance(m, Mapping) and m.get("name") for m in each):
-    raise errors.UserError(f"config.method needs a name, or is a list of methods that have one, not {method!r:.200}")
+    what = f"not {values.shown(method)}"
+    raise errors.UserError(f"config.method is a method {{'name': ..., keywords}} or a list of such methods, {what}")
   return [(get(m["name"]), {k: v for k, v in m.items() if k != "name"}) for m in each]
 
 
 def title(method: Method) -> str:
   """The names of the methods, joined by a plus."""
-  return "+".join(module.__name__.rpartition(".")[2] for module, _ in parts(method))
+  return "+".join(_name(module) for module, _ in parts(method))
 
 
-def check(method: Method) -> None:
-  """Raises UserError for a method or keyword that there is not."""
+def _name(module: ModuleType) -> str:
+  return module.__name__.rpartition(".")[2]
+
+
+def fields(name: str) -> dict[str, values.Field]:
+  """The keywords of a method."""
+  return values.fields(get(name).init, without=("key", "params"))
+
+
+def resolve(method: Method) -> tuple[dict[str, Any], ...]:
+  """The methods with all their keywords; UserError for a method, keyword or value that there is not."""
+  found, wrong = [], []
   for i, (module, kw) in enumerate(parts(method)):
-    where = "config.method" if isinstance(method, Mapping) else f"config.method[{i}]"
-    errors.check_keywords(module.init, kw, where, ("key", "params"))
+    where, name = "config.method" + ("" if isinstance(method, Mapping) else f"[{i}]"), _name(module)
+    with errors.listed(wrong):
+      found.append({"name": name, **values.resolve(fields(name), kw, where)})
+  if wrong:
+    raise errors.UserError("; ".join(wrong))
+  return tuple(found)
 
 
 def prepare(method: Method, tokenizer: Any = None, labels: Sequence[str] = ()) -> list[dict[str, Any]]:
@@ -64,7 +79,7 @@ def prepare(method: Method, tokenizer: Any = None, labels: Sequence[str] = ()) -
   out = []
   for module, kw in parts(method):
     kw = module.prepare(kw, tokenizer, labels) if hasattr(module, "prepare") else kw
-    out.append({"name": module.__name__.rpartition(".")[2], **kw})
+    out.append({"name": _name(module), **kw})
   return out
 
 

@@ -4,7 +4,7 @@ import functools
 import math
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,7 @@ INITS = {
   "paper": (lambda key, shape: _truncated(key, shape, 1e-2),) * 2,
   "repo": (lambda key, shape: _truncated(key, shape, 1e-3),) * 2,
 }
+Init, Activation = Literal[*INITS], Literal[*layers.ACTIVATIONS]
 
 
 @struct.dataclass

@@ -4,16 +4,18 @@ import functools
 import math
 import re
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pydantic
 
 from lora_jax import errors, tree, weights
 
 # Names as in PEFT, but for "peft", which it calls True, and "paper", which is its "gaussian".
 INITS = ("peft", "paper", "gaussian", "orthogonal", "pissa", "olora")
+Init = Literal[INITS] | Annotated[str, pydantic.StringConstraints(pattern=r"^pissa_niter_\d+$")]
 OVERSAMPLING = 8  # columns of a random projection beyond the rank (Halko et al. 2011, section 1.3)
 
 

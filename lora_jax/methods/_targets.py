@@ -24,12 +24,13 @@ def split(params: Any, targets: str | Sequence[str]) -> Any:
 
 
 def signature(init: Callable, of: Callable, without: Collection[str] = ()) -> inspect.Signature:
-  """The signature of an `init` that hands its other keywords on to the `init` of another method.
+  """The signature of an `init` that hands its other keywords on to the `init` of another method, `init.inherits`.
 
   Args:
     of: the other one.
     without: keywords of it that the first sets itself.
   """
+  init.inherits = of
   named = {k: p for k, p in inspect.signature(init).parameters.items() if p.kind is not p.VAR_KEYWORD}
   more = {k: p for k, p in inspect.signature(of).parameters.items() if k not in named and k not in without}
   return inspect.Signature([*named.values(), *more.values()])

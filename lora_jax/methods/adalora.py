@@ -13,6 +13,7 @@ import numpy as np
 
 from lora_jax import architecture, errors, families, transformer, tree, weights
 from lora_jax.methods import _adalora, _lora_peft, _peft, _targets
+from lora_jax.values import Count, NonNegative, Probability, Size
 
 optimiser = _adalora.optimiser
 SCHEDULE = ("target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight")  # PEFT's names too
@@ -22,16 +23,16 @@ def init(
   key: jax.Array,
   params: Any,
   *,
-  init_r: int = 12,
-  target_r: int = 8,
-  tinit: int = 0,
-  tfinal: int = 0,
-  deltaT: int = 1,
-  beta1: float = 0.85,
-  beta2: float = 0.85,
-  orth_reg_weight: float = 0.5,
+  init_r: Count = 12,
+  target_r: Size = 8,
+  tinit: Size = 0,
+  tfinal: Size = 0,
+  deltaT: Count = 1,
+  beta1: Probability = 0.85,
+  beta2: Probability = 0.85,
+  orth_reg_weight: NonNegative = 0.5,
   alpha: float = 16.0,
-  dropout: float = 0.0,
+  dropout: Probability = 0.0,
   targets: str | Sequence[str] = "q,v",
 ) -> tuple[Any, Any]:
   """Wraps the target matrices in `AdaLoRA`; e starts at zero, so the model does not change.
@@ -94,7 +95,7 @@ def _check(init_r, target_r, tinit, tfinal, deltaT, beta1, beta2, orth_reg_weigh
     raise errors.UserError(f"AdaLoRA needs {'; '.join(bad)}")
 
 
-def penalty(params: Any, *, orth_reg_weight: float = 0.5, **others: Any) -> jax.Array:
+def penalty(params: Any, *, orth_reg_weight: NonNegative = 0.5, **others: Any) -> jax.Array:
   """`orth_reg_weight` times the mean of ||A^T A - I||_F and ||B B^T - I||_F over all A and B (equation 4, as in PEFT,
   whose norms are not squared)."""
   del others

@@ -1,7 +1,7 @@
 """Full and partial finetuning: the pretrained weights themselves are trained."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -12,14 +12,16 @@ WHOLE = True  # trains leaves of the pretrained model
 MODEL = True  # so many of them that the whole model is what a run leaves
 
 DTYPES = ("float32", "bfloat16")
+Dtype = Literal[DTYPES]
 
 
 def init(
-  key: jax.Array, params: Any, *, targets: str | Sequence[str] = ".*", dtype: str = "float32"
+  key: jax.Array, params: Any, *, targets: str | Sequence[str] = ".*", dtype: Dtype = "float32"
 ) -> tuple[Any, Any]:
   """Trains every leaf whose name one of the regexes `targets` is found in.
 
   Args:
+    targets: one regex or several.
     dtype: of what is trained: "float32" masters, or "bfloat16", half as large, to which updates are rounded
       stochastically (`train.round_stochastically`); the optimiser's moments are float32 either way, and the model
       computes in its own dtype.

@@ -19,6 +19,7 @@ import optax
 
 from lora_jax import architecture, errors, tree, weights
 from lora_jax.methods import _targets, full
+from lora_jax.values import Count, Positive
 
 WHOLE = True
 MODEL = True
@@ -29,11 +30,11 @@ def init(
   params: Any,
   *,
   targets: str | Sequence[str] = "all-linear",
-  rank: int = 128,
-  gap: int = 200,
-  scale: float = 0.25,
+  rank: Count = 128,
+  gap: Count = 200,
+  scale: Positive = 0.25,
   train: str | Sequence[str] = ".*",
-  dtype: str = "float32",
+  dtype: full.Dtype = "float32",
 ) -> tuple[Any, Any]:
   """Trains the model as full.py does; `direction` makes of an optimiser what the other keywords say.
 
@@ -76,9 +77,9 @@ def direction(
   inner: optax.GradientTransformation,
   *,
   targets: str | Sequence[str] = "all-linear",
-  rank: int = 128,
-  gap: int = 200,
-  scale: float = 0.25,
+  rank: Count = 128,
+  gap: Count = 200,
+  scale: Positive = 0.25,
   **_,
 ) -> optax.GradientTransformation:
   """`inner` in the subspaces of the leading singular vectors of the gradients; `inner` may not need the parameters."""

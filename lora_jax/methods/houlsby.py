@@ -11,6 +11,7 @@ from typing import Any
 import jax
 
 from lora_jax.methods import _bottleneck
+from lora_jax.values import Count
 
 WHOLE = True  # the norms
 MERGES = False  # it is not linear
@@ -20,9 +21,9 @@ def init(
   key: jax.Array,
   params: Any,
   *,
-  size: int = 64,
-  activation: str = "gelu",
-  init: str = "zero",
+  size: Count = 64,
+  activation: _bottleneck.Activation = "gelu",
+  init: _bottleneck.Init = "zero",
   targets: str | Sequence[str] = (_bottleneck.ATTENTION, _bottleneck.FEED_FORWARD),
   train_norms: bool = True,
 ) -> tuple[Any, Any]:

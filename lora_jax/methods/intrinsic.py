@@ -18,6 +18,7 @@ from flax import struct
 
 from lora_jax import architecture, errors, tree, weights
 from lora_jax.methods import _fastfood, _targets
+from lora_jax.values import Count
 
 
 @struct.dataclass
@@ -76,7 +77,7 @@ def init(
   key: jax.Array,
   params: Any,
   *,
-  dimension: int = 200,
+  dimension: Count = 200,
   targets: str | Sequence[str] = "all-linear",
   layer_scales: bool = False,
 ) -> tuple[Any, Any]:

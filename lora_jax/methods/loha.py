@@ -6,7 +6,7 @@ LyCORIS (Yeh et al. 2024, https://arxiv.org/abs/2309.14859, section 3.2) and PEF
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ from flax import struct
 
 from lora_jax import errors, families, transformer, tree, weights
 from lora_jax.methods import _lycoris, _peft, _targets
+from lora_jax.values import Probability, Size
 
 INITS = ("peft", "lycoris")
 FACTORS = ("a1", "b1", "a2", "b2")
@@ -90,13 +91,13 @@ def init(
   key: jax.Array,
   params: Any,
   *,
-  rank: int = 8,
+  rank: Size = 8,
   alpha: float = 8.0,
-  dropout: float = 0.0,
+  dropout: Probability = 0.0,
   targets: str | Sequence[str] = "q,v",
-  rank_pattern: Mapping[str, int] | None = None,
+  rank_pattern: Mapping[str, Size] | None = None,
   alpha_pattern: Mapping[str, float] | None = None,
-  init: str = "peft",
+  init: Literal[INITS] = "peft",
 ) -> tuple[Any, Any]:
   """Wraps the target matrices in `LoHa`; one factor starts at zero, so the model does not change.
 

@@ -7,7 +7,7 @@ section 3.3; after Edalati et al. 2022, https://arxiv.org/abs/2212.10650).
 import math
 import re
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ from flax import struct
 
 from lora_jax import errors, families, transformer, tree, weights
 from lora_jax.methods import _lycoris, _targets
+from lora_jax.values import Count, Probability, Size
 
 INITS = ("peft", "lycoris")
 Factor = Any  # jax.Array, or (a, b) of low rank
@@ -130,23 +131,24 @@ def init(
   key: jax.Array,
   params: Any,
   *,
-  rank: int = 8,
+  rank: Size = 8,
   alpha: float = 8.0,
-  dropout: float = 0.0,
+  dropout: Probability = 0.0,
   rescale: bool = False,
   targets: str | Sequence[str] = "q,v",
-  rank_pattern: Mapping[str, int] | None = None,
+  rank_pattern: Mapping[str, Size] | None = None,
   alpha_pattern: Mapping[str, float] | None = None,
-  decompose_factor: int = -1,
+  decompose_factor: Literal[-1] | Count = -1,
   decompose_both: bool = False,
-  init: str = "peft",
+  init: Literal[INITS] = "peft",
 ) -> tuple[Any, Any]:
   """Wraps the target matrices in `LoKr`; one factor starts at zero, so the model does not change.
 
   Args:
     rank, alpha, targets, rank_pattern, alpha_pattern: as of `lora.init`; the scale is alpha / rank also where a factor
       is so small that it is kept whole.
-    dropout: probability of dropping an output's part of the change in training; the rest is scaled up if `rescale`.
+    dropout: probability of dropping an output's part of the change in training.
+    rescale: whether what dropout leaves is scaled up.
     decompose_factor: rows and columns of the left factor, or the next smaller divisors; -1: about the square roots.
     decompose_both: whether the left factor is of low rank too.
     init: "peft": the left factor starts at zero. "lycoris": the right one. All else uniform in +-1/sqrt(columns), as

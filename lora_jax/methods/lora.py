@@ -5,7 +5,7 @@ https://arxiv.org/abs/2312.03732).
 """
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ import numpy as np
 
 from lora_jax import architecture, errors, families, methods, transformer, tree, weights
 from lora_jax.methods import _lora_peft, _lora_values, _targets
+from lora_jax.values import Probability, Size
 
 INITS = _lora_values.INITS
 EMBED, HEAD = "embed/kernel", "head/kernel"
@@ -24,16 +25,16 @@ def init(
   key: jax.Array,
   params: Any,
   *,
-  rank: int = 8,
+  rank: Size = 8,
   alpha: float = 16.0,
-  dropout: float = 0.0,
+  dropout: Probability = 0.0,
   targets: str | Sequence[str] = "q,v",
-  rank_pattern: Mapping[str, int] | None = None,
+  rank_pattern: Mapping[str, Size] | None = None,
   alpha_pattern: Mapping[str, float] | None = None,
-  layers_to_transform: int | Sequence[int] | None = None,
+  layers_to_transform: Size | Sequence[Size] | None = None,
   rslora: bool = False,
-  init: str = "peft",
-  bias: str = "none",
+  init: _lora_values.Init = "peft",
+  bias: Literal["none", "all", "lora_only"] = "none",
   lora_bias: bool = False,
   tied: bool = True,
 ) -> tuple[Any, Any]:

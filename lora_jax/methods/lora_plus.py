@@ -7,14 +7,21 @@ import optax
 
 from lora_jax import fused, tree
 from lora_jax.methods import _targets, lora
+from lora_jax.values import Positive
 
 VARIES = lora.VARIES
 
 
 def init(
-  key: jax.Array, params: Any, *, lr_ratio: float = 16.0, embedding_lr_ratio: float = 0.005, **kw: Any
+  key: jax.Array, params: Any, *, lr_ratio: Positive = 16.0, embedding_lr_ratio: Positive = 0.005, **kw: Any
 ) -> tuple[Any, Any]:
-  """As `lora.init`; see `optimiser` for the ratios."""
+  """As `lora.init`.
+
+  Args:
+    lr_ratio: learning rate of B, and of biases, over that of A.
+    embedding_lr_ratio: that of both factors of an embedding. The authors' code has 1e-6 there whatever the other is;
+      the default is that at 2e-4.
+  """
   del lr_ratio, embedding_lr_ratio
   return lora.init(key, params, **kw)
 
@@ -25,13 +32,7 @@ init.__signature__ = _targets.signature(init, lora.init, without=("lora_bias", "
 def optimiser(
   inner: optax.GradientTransformation, *, steps: int, lr_ratio: float = 16.0, embedding_lr_ratio: float = 0.005, **_
 ) -> optax.GradientTransformation:
-  """`inner` with updates as if some leaves had other learning rates.
-
-  Args:
-    lr_ratio: learning rate of B, and of biases, over that of A.
-    embedding_lr_ratio: that of both factors of an embedding. The authors' code has 1e-6 there whatever the other is;
-      the default is that at 2e-4.
-  """
+  """`inner` with updates as if some leaves had other learning rates; see `init` for the ratios."""
   del steps
 
   def scale(updates: Any, _: Any = None) -> Any:

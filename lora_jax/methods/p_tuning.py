@@ -5,15 +5,16 @@ The network ties the tokens of the prompt together; only its output is needed af
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from lora_jax import errors, layers, tree
+from lora_jax import errors, layers, prompts, tree
 from lora_jax.methods import prompt_tuning
+from lora_jax.values import Count
 
 STARTS = prompt_tuning.STARTS
 MERGES = False
@@ -81,10 +82,10 @@ def init(
   key: jax.Array,
   params: Any,
   *,
-  length: int = 20,
-  encoder: str = "mlp",
-  hidden: int | None = None,
-  placement: str = "prefix",
+  length: Count = 20,
+  encoder: Literal[ENCODERS] = "mlp",
+  hidden: Count | None = None,
+  placement: Literal[prompts.PLACEMENTS] = "prefix",
 ) -> tuple[Any, Any]:
   """Adds an `Encoder`, with the initial values of PEFT's: embeddings normal, the others uniform in +-1/sqrt(fan).
 

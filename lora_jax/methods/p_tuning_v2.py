@@ -11,9 +11,10 @@ import jax
 
 from lora_jax.methods import _targets, prefix_tuning
 from lora_jax.methods.prefix_tuning import MERGES, PEFT_TYPE, STARTS, from_peft, to_peft  # noqa: F401, its own too
+from lora_jax.values import Count
 
 
-def init(key: jax.Array, params: Any, *, hidden: int | None = None, **kw: Any) -> tuple[Any, Any]:
+def init(key: jax.Array, params: Any, *, hidden: Count | None = None, **kw: Any) -> tuple[Any, Any]:
   """Adds a prefix, see `prefix_tuning.init`.
 
   Args:

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 
 from lora_jax.methods import _bottleneck
+from lora_jax.values import Count
 
 MERGES = False  # it is not linear
 
@@ -18,10 +19,10 @@ def init(
   key: jax.Array,
   params: Any,
   *,
-  size: int = 64,
+  size: Count = 64,
   scale: float = 4.0,
-  activation: str = "relu",
-  init: str = "lora",
+  activation: _bottleneck.Activation = "relu",
+  init: _bottleneck.Init = "lora",
   targets: str | Sequence[str] = _bottleneck.FEED_FORWARD,
 ) -> tuple[Any, Any]:
   """Puts a bottleneck beside feed-forward layers.

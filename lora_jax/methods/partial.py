@@ -13,6 +13,7 @@ from flax import struct
 
 from lora_jax import errors, tree, weights
 from lora_jax.methods import full
+from lora_jax.values import Size
 
 WHOLE = True
 MODEL = True
@@ -61,10 +62,10 @@ def init(
   key: jax.Array,
   params: Any,
   *,
-  layers: int = 2,
+  layers: Size = 2,
   targets: str | Sequence[str] = ".*",
   also: str | Sequence[str] = AFTER,
-  dtype: str = "float32",
+  dtype: full.Dtype = "float32",
 ) -> tuple[Any, Any]:
   """Trains the last layers, norms and biases included, and leaves outside of the layers.
 

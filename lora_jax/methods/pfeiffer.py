@@ -11,6 +11,7 @@ from typing import Any
 import jax
 
 from lora_jax.methods import _bottleneck
+from lora_jax.values import Count
 
 MERGES = False  # it is not linear
 
@@ -19,12 +20,15 @@ def init(
   key: jax.Array,
   params: Any,
   *,
-  size: int = 64,
-  activation: str = "relu",
-  init: str = "zero",
+  size: Count = 64,
+  activation: _bottleneck.Activation = "relu",
+  init: _bottleneck.Init = "zero",
   targets: str | Sequence[str] = _bottleneck.FEED_FORWARD,
 ) -> tuple[Any, Any]:
-  """Puts a bottleneck after the target matrices; keywords are those of `houlsby.init`.
+  """Puts a bottleneck after the target matrices.
+
+  Args:
+    size, activation, init, targets: as of `houlsby.init`.
 
   Returns:
     (params, mask).

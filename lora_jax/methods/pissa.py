@@ -10,12 +10,13 @@ import jax
 
 from lora_jax import errors
 from lora_jax.methods import _targets, lora
+from lora_jax.values import Size
 
 VARIES = lora.VARIES
 
 
 def init(
-  key: jax.Array, params: Any, *, alpha: float = 8.0, iterations: int | None = None, **kw: Any
+  key: jax.Array, params: Any, *, alpha: float = 8.0, iterations: Size | None = None, **kw: Any
 ) -> tuple[Any, Any]:
   """As `lora.init` with init="pissa".
 

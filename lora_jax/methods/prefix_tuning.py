@@ -19,6 +19,7 @@ from flax import struct
 
 from lora_jax import errors, layers, tree
 from lora_jax.methods import _peft, p_tuning, prompt_tuning
+from lora_jax.values import Count, NonNegative
 
 STARTS = "every layer attends to keys that the model has not seen"
 MERGES = False
@@ -77,10 +78,10 @@ def init(
   key: jax.Array,
   params: Any,
   *,
-  length: int = 20,
+  length: Count = 20,
   mlp: bool = False,
-  hidden: int = 512,
-  std: float = 0.02,
+  hidden: Count = 512,
+  std: NonNegative = 0.02,
   cross: bool = False,
   encoder: bool = False,
 ) -> tuple[Any, Any]:
@@ -88,9 +89,10 @@ def init(
 
   Args:
     length: P.
-    mlp: compute keys and values from embeddings [P, D] with a network of width `hidden`, which trains more stably and
-      is dropped when the adapter is saved. Its initial values are those of PEFT: embeddings normal, the others uniform
-      in +-1/sqrt(fan).
+    mlp: compute keys and values from embeddings [P, D] with a network, which trains more stably and is dropped when
+      the adapter is saved. Its initial values are those of PEFT: embeddings normal, the others uniform in
+      +-1/sqrt(fan).
+    hidden: width of that network.
     std: standard deviation of keys and values without `mlp`. PEFT takes 1, which drowns the text at first.
     cross: of an encoder-decoder: also keys and values before those of the encoder's states, in every layer.
     encoder: of an encoder-decoder: also a prefix of the encoder, with a network of its own where `mlp`.

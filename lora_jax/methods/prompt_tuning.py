@@ -4,7 +4,7 @@ The model reads [P; X] instead of X, and only P is trained. It goes with a task'
 """
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ from flax import struct
 
 from lora_jax import errors, prompts, tree, weights
 from lora_jax.methods import _peft
+from lora_jax.values import Count, Size
 
 STARTS = "the text begins with vectors that the model has not seen"
 MERGES = False
@@ -48,12 +49,12 @@ def init(
   key: jax.Array,
   params: Any,
   *,
-  length: int = 20,
-  init: str = "random",
-  text: str | Sequence[int] | None = None,
-  labels: Sequence[Sequence[int]] | None = None,
-  top: int = 5000,
-  placement: str = "prefix",
+  length: Count = 20,
+  init: Literal[INITS] = "random",
+  text: str | Sequence[Size] | None = None,
+  labels: Sequence[Sequence[Size]] | None = None,
+  top: Count = 5000,
+  placement: Literal[prompts.PLACEMENTS] = "prefix",
 ) -> tuple[Any, Any]:
   """Adds a `Prompt`.
 
@@ -62,6 +63,7 @@ def init(
     init: "random" is uniform in +-0.5; "vocab" rows of the embedding, drawn from the `top` first, which are the
       commonest tokens of many vocabularies; "text" the rows of a text's tokens, repeated or cut to P as PEFT does, but
       without special tokens; "labels" a row for each label, the mean of its tokens' rows, and "vocab" for the rest.
+    top: how many rows of the embedding `init="vocab"` draws from.
     text, labels: token ids; `prepare` makes them of a text and of the task's labels.
     placement: "prefix" (before everything, as in PEFT), "after_bos" (after the token that begins a text) or "suffix"
       (between prompt and response; a classifier's end).

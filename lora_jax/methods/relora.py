@@ -7,13 +7,14 @@ the optimiser's moments of A and B are pruned, and the learning rate should star
 
 import math
 from collections.abc import Collection, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
 from lora_jax import architecture, errors, train, tree, weights
 from lora_jax.methods import _targets, lora
+from lora_jax.values import Count, Share
 
 MODEL = True  # the run leaves the merged model
 
@@ -24,12 +25,12 @@ def init(
   key: jax.Array,
   params: Any,
   *,
-  cycle: int = 1000,
+  cycle: Count = 1000,
   alpha: float = 2.0,
   targets: str | Sequence[str] = "all-linear",
   also: str | Sequence[str] = (),
-  prune: str = "random",
-  keep: float | None = None,
+  prune: Literal[*KEEP] = "random",
+  keep: Share | None = None,
   **kw: Any,
 ) -> tuple[Any, Any]:
   """Wraps the target matrices in `weights.LoRA`, as lora.py does.
@@ -65,7 +66,7 @@ init.__signature__ = _targets.signature(
 )
 
 
-def period(*, cycle: int = 1000, **_) -> int:
+def period(*, cycle: Count = 1000, **_) -> int:
   """Steps from one `between` to the next."""
   return cycle
 
@@ -76,7 +77,7 @@ def held(params: Any, **_) -> Any:
 
 
 def between(
-  key: jax.Array, state: train.State, *, prune: str = "random", keep: float | None = None, **_
+  key: jax.Array, state: train.State, *, prune: str = "random", keep: Share | None = None, **_
 ) -> train.State:
   """The state with scale * A B merged into the weights, A drawn anew, B zero, and the moments of both pruned.
 

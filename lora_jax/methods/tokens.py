@@ -14,6 +14,7 @@ from flax import struct
 
 from lora_jax import errors, families, tree, weights
 from lora_jax.methods import _lora_tables, _peft, _targets
+from lora_jax.values import Size
 
 EMBED = "embed/kernel"
 DEFAULT = 4  # rows from the end of the table
@@ -53,7 +54,7 @@ class Rows(weights.Adapter):
 
 
 def init(
-  key: jax.Array, params: Any, *, ids: Sequence[int] | None = None, tokens: str | Sequence[str] | None = None
+  key: jax.Array, params: Any, *, ids: Sequence[Size] | None = None, tokens: str | Sequence[str] | None = None
 ) -> tuple[Any, Any]:
   """Trains rows of the embedding, which start as they are.
 

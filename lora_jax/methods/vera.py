@@ -15,6 +15,7 @@ from flax import struct
 
 from lora_jax import architecture, errors, families, transformer, tree, weights
 from lora_jax.methods import _peft, _targets
+from lora_jax.values import Count, Probability
 
 
 @struct.dataclass
@@ -82,8 +83,8 @@ def init(
   key: jax.Array,
   params: Any,
   *,
-  rank: int = 256,
-  dropout: float = 0.0,
+  rank: Count = 256,
+  dropout: Probability = 0.0,
   targets: str | Sequence[str] = "q,v",
   d_init: float = 0.1,
 ) -> tuple[Any, Any]:

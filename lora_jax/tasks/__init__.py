@@ -28,10 +28,11 @@ import inspect
 import math
 import pkgutil
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import ModuleType
 from typing import Any
 
-from lora_jax import errors
+from lora_jax import errors, values
 
 SPLITS = ("train", "validation", "test")
 FUNCTIONS = ("load", "format", "score", "labels", "texts", "target", "metrics", "corpus")
@@ -90,10 +91,8 @@ def names() -> list[str]:
 
 def get(name: str, **keywords: Any) -> Task:
   """The task `name`; UserError for an unknown name, an unknown keyword or a missing one."""
-  name = errors.choose(name, {k: k for k in names()}, "task")
-  module = importlib.import_module(f"{__name__}.{name}")
-  functions = {k: getattr(module, k) for k in FUNCTIONS if hasattr(module, k)}
-  errors.check_keywords(_union(functions.values()), keywords, "config.task")
+  keywords = values.resolve(fields(name), keywords, "config.task")
+  module, functions = _module(name)
   bound = {k: _bind(f, keywords) for k, f in functions.items()}
   load, format = bound.pop("load"), bound["format"]
   labels = bound.pop("labels")() if "labels" in bound else module.LABELS
@@ -105,6 +104,18 @@ def get(name: str, **keywords: Any) -> Task:
     prompt_loss_weight=module.PROMPT_LOSS_WEIGHT,
     **(_defaults(format, labels) | bound),
   )
+
+
+def fields(name: str) -> dict[str, values.Field]:
+  """The keywords of a task."""
+  _, functions = _module(name)
+  return {k: f for fn in functions.values() for k, f in values.fields(fn, only=("", *_keyword_only(fn))).items()}
+
+
+def _module(name: str) -> tuple[ModuleType, dict[str, Callable]]:
+  """The module of a task, and those of `FUNCTIONS` that it has."""
+  module = importlib.import_module(f"{__name__}.{errors.choose(name, {k: k for k in names()}, 'task')}")
+  return module, {k: getattr(module, k) for k in FUNCTIONS if hasattr(module, k)}
 
 
 def accuracy(predictions: Sequence[int], references: Sequence[int]) -> dict[str, float]:
@@ -141,17 +152,6 @@ def _defaults(format: Callable, labels: tuple[str, ...] | None) -> dict[str, Cal
 def _keyword_only(function: Callable) -> dict[str, inspect.Parameter]:
   parameters = inspect.signature(function).parameters
   return {k: p for k, p in parameters.items() if p.kind is p.KEYWORD_ONLY}
-
-
-def _union(functions: Iterable[Callable]) -> Callable:
-  """A function whose signature has the keywords of all."""
-
-  def union():
-    pass
-
-  parameters = {k: p for f in functions for k, p in _keyword_only(f).items()}
-  union.__signature__ = inspect.Signature(list(parameters.values()))
-  return union
 
 
 def _bind(function: Callable, keywords: Mapping[str, Any]) -> Callable:

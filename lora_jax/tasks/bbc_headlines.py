@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 
 from lora_jax import nlg, tasks
 from lora_jax.tasks import _packaged, bbc_news
+from lora_jax.values import Count
 
 LABELS = None
 PROMPT_LOSS_WEIGHT = 0.0
@@ -27,8 +28,12 @@ def load(split: str) -> Sequence[dict]:
   )
 
 
-def format(example: dict, *, max_words: int | None = 100) -> tasks.Formatted:
-  """`Article: <the first max_words words>`, then the headline; None keeps all words."""
+def format(example: dict, *, max_words: Count | None = 100) -> tasks.Formatted:
+  """`Article: <the first words>`, then the headline.
+
+  Args:
+    max_words: how many words; None keeps all.
+  """
   article = " ".join(example["article"].split()[:max_words])
   return tasks.Formatted(f"Article: {article}\nHeadline:", f" {example['headline']}")
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 
 from lora_jax import tasks
 from lora_jax.tasks import _packaged
+from lora_jax.values import Count
 
 LABELS = (" business", " entertainment", " politics", " sports", " tech")
 PROMPT_LOSS_WEIGHT = 0.0
@@ -37,13 +38,17 @@ def articles(files: Sequence[pathlib.Path]) -> Iterator[tuple[str, str]]:
     yield file.read_text(encoding="utf-8", errors="ignore").strip(), file.parent.name
 
 
-def format(example: dict, *, max_words: int | None = 150) -> tasks.Formatted:
-  """`Article: <the first max_words words>`, then the topic; None keeps all words."""
+def format(example: dict, *, max_words: Count | None = 150) -> tasks.Formatted:
+  """`Article: <the first words>`, then the topic.
+
+  Args:
+    max_words: how many words; None keeps all.
+  """
   (text,) = texts(example, max_words=max_words)
   return tasks.Formatted(f"Article: {text}\nTopic:", LABELS[example["label"]])
 
 
-def texts(example: dict, *, max_words: int | None = 150) -> tuple[str]:
+def texts(example: dict, *, max_words: Count | None = 150) -> tuple[str]:
   """The first `max_words` words."""
   return (" ".join(example["text"].split()[:max_words]),)
 

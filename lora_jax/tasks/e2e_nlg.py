@@ -43,7 +43,8 @@ def load(split: str, *, path: str = "") -> Sequence[dict]:
 def format(example: dict, *, separator: str = "\n") -> tasks.Formatted:
   """`name : The Vaults | Type : pub` and the separator, then the first reference.
 
-  LoRA separates by GPT-2's `<|endoftext|>`; its texts are tokenised besides: `£ 30 .` for `£30.`
+  Args:
+    separator: text between the two. LoRA has GPT-2's `<|endoftext|>`, and tokenised texts: `£ 30 .` for `£30.`
   """
   described = " | ".join(f"{NAMES.get(k, k)} : {v}" for k, v in attributes(example["mr"]))
   return tasks.Formatted(described + separator, " " + example["references"][0])

@@ -10,11 +10,13 @@ responses and scores are empty. Metrics are those of the paper's table 1.
 import pathlib
 import string
 from collections.abc import Iterator, Sequence
+from typing import Literal
 
 import numpy as np
 
 from lora_jax import errors, files, tasks
 from lora_jax.tasks import _packaged
+from lora_jax.values import Name
 
 PROMPT_LOSS_WEIGHT = 0.0
 
@@ -37,8 +39,10 @@ SUBSETS = {
   "ax": (_NLI, _NLI_LABELS),
 }
 
+Subset = Literal[*SUBSETS]
 
-def load(split: str, *, subset: str, data_dir: str | None = None) -> Sequence[dict]:
+
+def load(split: str, *, subset: Subset, data_dir: Name | None = None) -> Sequence[dict]:
   """Examples of a split: the text features of `tfds.text.Glue` as str, and `label`, int (float for STS-B).
 
   Args:
@@ -64,28 +68,28 @@ def load(split: str, *, subset: str, data_dir: str | None = None) -> Sequence[di
   )
 
 
-def format(example: dict, *, subset: str) -> tasks.Formatted:
+def format(example: dict, *, subset: Subset) -> tasks.Formatted:
   """The texts by name, then the label; STS-B's to the nearest 0.2 (Raffel et al. 2020, section 2.4)."""
   prompt, _ = _subset(subset)
   return tasks.Formatted(prompt.format(**example), _response(example["label"], subset))
 
 
-def texts(example: dict, *, subset: str) -> tuple[str, ...]:
+def texts(example: dict, *, subset: Subset) -> tuple[str, ...]:
   """The sentence or the two sentences, in GLUE's order."""
   return tuple(example[k] for k in _fields(_subset(subset)[0]))
 
 
-def target(example: dict, *, subset: str) -> int | float:
+def target(example: dict, *, subset: Subset) -> int | float:
   """The label's index, -1 if it is hidden; STS-B's number from 0 to 5."""
   return example["label"]
 
 
-def labels(*, subset: str) -> tuple[str, ...] | None:
+def labels(*, subset: Subset) -> tuple[str, ...] | None:
   """Responses in label order; None for STS-B."""
   return _subset(subset)[1]
 
 
-def score(example: dict, text: str, *, subset: str) -> dict[str, float]:
+def score(example: dict, text: str, *, subset: Subset) -> dict[str, float]:
   """`exact_match`; for STS-B also `absolute_error`, 5 for no number. Empty if the label is hidden."""
   label = example["label"]
   if label < 0:
@@ -97,7 +101,7 @@ def score(example: dict, text: str, *, subset: str) -> dict[str, float]:
   return values
 
 
-def metrics(predictions: Sequence, references: Sequence, *, subset: str) -> dict[str, float]:
+def metrics(predictions: Sequence, references: Sequence, *, subset: Subset) -> dict[str, float]:
   """`matthews` for CoLA, `accuracy` and `f1` for MRPC and QQP, `pearson` and `spearman` for STS-B, else `accuracy`.
 
   Predictions that are all the same have a correlation of 0. In STS-B one that is no number counts as the middle, 2.5.
@@ -143,7 +147,7 @@ def _correlations(predictions: np.ndarray, references: Sequence[float]) -> dict[
   return {k: float(f(predictions, references).statistic) for k, f in found.items()}
 
 
-def _response(label: int | float, subset: str) -> str:
+def _response(label: int | float, subset: Subset) -> str:
   choices = SUBSETS[subset][1]
   if label < 0:
     return ""
@@ -172,7 +176,7 @@ def _download(config: str, directory: pathlib.Path) -> None:
     raise errors.UserError(f"glue/{config} could not be downloaded ({reason}); {_HOW.format(config)}") from e
 
 
-def _rows(subset: str, config: str, root: pathlib.Path, fields: Sequence[str]) -> Iterator[_packaged.Row]:
+def _rows(subset: Subset, config: str, root: pathlib.Path, fields: Sequence[str]) -> Iterator[_packaged.Row]:
   import tensorflow_datasets as tfds
 
   def read(split, to):

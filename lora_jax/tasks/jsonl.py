@@ -12,16 +12,23 @@ from collections.abc import Sequence
 
 from lora_jax import errors, tasks
 from lora_jax.tasks import _packaged
+from lora_jax.values import Name
 
 PROMPT_LOSS_WEIGHT = None
 ROLES = ("system", "user", "assistant", "tool")
 
 
-def load(split: str, *, path: str, validation_path: str | None = None, test_path: str | None = None) -> Sequence[dict]:
+def load(
+  split: str, *, path: Name, validation_path: Name | None = None, test_path: Name | None = None
+) -> Sequence[dict]:
   """Examples of a split, as they are in the file.
 
   Splits without a file of their own are taken from `path` by a hash of the prompt, so that one prompt is never in
   two of them, and repeated lines are dropped. A file given for validation or test is used whole.
+
+  Args:
+    path: the file.
+    validation_path, test_path: files of their own for these splits; None takes a tenth of `path`.
   """
   own = {"validation": validation_path, "test": test_path}
   if own.get(split):
@@ -49,7 +56,11 @@ def format(example: dict) -> tasks.Formatted | tasks.Chat:
 
 
 def labels(*, labels: Sequence[str] | None = None) -> Sequence[str] | None:
-  """The responses to choose from, as they are in the file; None for free text."""
+  """The responses to choose from; None for free text.
+
+  Args:
+    labels: all responses, as they are in the file, for a classification task.
+  """
   if labels is not None and (isinstance(labels, str) or len(set(labels)) != len(labels) or len(labels) < 2):
     raise errors.UserError(f"config.task.labels={labels!r}: expected a list of two or more different responses")
   return labels

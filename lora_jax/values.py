@@ -1,0 +1,180 @@
+"""The values of keywords: what a function's annotations allow, checked where a user's values come in.
+
+A signature is the one place that says of a keyword what type and range it has and what its default is. Annotations are
+those of `typing` and the ones below; pydantic checks them strictly: True is no number, 2.5 and "8" are no whole ones,
+and nan and inf are no values at all.
+"""
+
+import ast
+import contextlib
+import dataclasses
+import functools
+import inspect
+import types
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import pydantic
+from annotated_types import Ge, Gt, Le, Lt
+
+from lora_jax import errors
+
+Count = Annotated[int, Ge(1)]
+Size = Annotated[int, Ge(0)]
+Seed = Annotated[int, Ge(0), Lt(2**32)]
+Positive = Annotated[float, Gt(0)]
+NonNegative = Annotated[float, Ge(0)]
+Probability = Annotated[float, Ge(0), Lt(1)]
+Share = Annotated[float, Ge(0), Le(1)]
+Name = Annotated[str, pydantic.StringConstraints(min_length=1)]
+
+REQUIRED = inspect.Parameter.empty
+LIMITS = {Ge: ("ge", "at least"), Gt: ("gt", "more than"), Le: ("le", "at most"), Lt: ("lt", "less than")}
+
+
+@dataclasses.dataclass(frozen=True)
+class Field:
+  """What a keyword may be: its annotation, and its default or REQUIRED."""
+
+  hint: Any
+  default: Any = REQUIRED
+
+
+def fields(fn: Callable, only: Collection[str] = (), without: Collection[str] = ()) -> dict[str, Field]:
+  """{keyword: Field} of a function or a dataclass; those of `only`, or all but `without` and `**kw`."""
+  named = [p for p in inspect.signature(fn).parameters.values() if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)]
+  chosen = [p for p in named if p.name not in without and (not only or p.name in only)]
+  return {p.name: Field(_plain(p.annotation), _frozen(p.default)) for p in chosen}
+
+
+def resolve(table: Mapping[str, Field], given: Mapping[str, Any], where: str) -> dict[str, Any]:
+  """Every keyword of `table` with the value that is given or its default; sequences become tuples.
+
+  Args:
+    where: what messages call the place, such as "config.method".
+
+  Raises:
+    UserError: lists the keys that there are not, those that are missing, and every value of a wrong type or range.
+  """
+  if not isinstance(given, Mapping):
+    raise errors.UserError(f"{where} is a section with keys, not {shown(given)}")
+  wrong = [f"unknown key {where}.{k}; {errors.nearest(k, table)}" for k in given if k not in table]
+  if missing := [k for k, f in table.items() if f.default is REQUIRED and k not in given]:
+    wrong.append(f"{where} needs {', '.join(missing)}")
+  found = {}
+  for k, f in table.items():
+    if k in given:
+      with errors.listed(wrong):
+        found[k] = check(f.hint, given[k], f"{where}.{k}")
+    else:
+      found[k] = f.default
+  if wrong:
+    raise errors.UserError("; ".join(wrong))
+  return found
+
+
+def keywords(fn: Callable, given: Mapping[str, Any], where: str, without: Collection[str] = ()) -> dict[str, Any]:
+  """`resolve` of what `fn` takes, but for parameters that its caller fills in itself: `without`."""
+  return resolve(fields(fn, without=without), given, where)
+
+
+def check(hint: Any, value: Any, where: str) -> Any:
+  """`value` as the annotation has it, numbers of a float as floats and sequences as tuples; UserError for others."""
+  try:
+    return _frozen(_adapter(hint).validate_python(_frozen(value)))
+  except pydantic.ValidationError:
+    pass
+  choices = [c for h in _options(hint) if get_origin(h) is Literal for c in get_args(h)]
+  near = errors.nearest(value, choices) if isinstance(value, str) else ""
+  near = f"; {near}" if near.startswith("did you mean") else ""
+  raise errors.UserError(f"{where}={shown(value)}: expected {describe(hint)}{near}")
+
+
+def parse(hint: Any, text: str, where: str) -> Any:
+  """The value that `text`, as on a command line, stands for: a Python literal, or itself where that is no value."""
+  candidates = [literal(text), text]
+  if text.lower() in ("true", "false"):
+    candidates.append(text.lower() == "true")
+  for x in candidates:
+    with contextlib.suppress(errors.UserError):
+      return check(hint, x, where)
+  return check(hint, candidates[0], where)
+
+
+def literal(text: str) -> Any:
+  """The Python literal that `text` is, or `text`."""
+  try:
+    return ast.literal_eval(text)
+  except (ValueError, SyntaxError, MemoryError, RecursionError, TypeError):
+    return text
+
+
+def shown(value: Any) -> str:
+  """A value in a message, shortened."""
+  try:
+    text = repr(value)
+  except Exception as e:  # a whole number of too many digits, an object of somebody's
+    text = f"a {type(value).__name__} that cannot be shown ({type(e).__name__})"
+  return text if len(text) <= 100 else f"{text[:100]}..."
+
+
+def describe(hint: Any) -> str:
+  """An annotation in English: "a whole number, at least 1, or None"."""
+  hint = _plain(hint)
+  options = [_describe(h) for h in _options(hint)]
+  if len(options) == 1:
+    return options[0]
+  comma = "," if any("," in o for o in options) else ""
+  return f"{', '.join(options[:-1])}{comma} or {options[-1]}"
+
+
+def _describe(hint: Any) -> str:
+  origin, args = get_origin(hint), get_args(hint)
+  if origin is Annotated:
+    limits = [f"{LIMITS[type(m)][1]} {_limit(m)}" for m in args[1:] if type(m) in LIMITS]
+    text = [m for m in args[1:] if isinstance(m, pydantic.StringConstraints)]
+    name = describe(args[0])
+    name += "".join(" that is not empty" if m.min_length else f" like {m.pattern.strip('^$')}" for m in text)
+    return ", ".join([name, " and ".join(limits)]) if limits else name
+  if origin is Literal:
+    return " or ".join(filter(None, (", ".join(map(repr, args[:-1])), repr(args[-1]))))
+  if isinstance(origin, type) and issubclass(origin, Mapping):
+    return "a mapping" if Any in args else f"a mapping to {describe(args[1])}"
+  if isinstance(origin, type) and issubclass(origin, Iterable):
+    return f"a list, each {describe(args[0])}"
+  if hint is Mapping:
+    return "a mapping"
+  names = {bool: "True or False", int: "a whole number", float: "a number", str: "text", types.NoneType: "None"}
+  return names.get(hint, "anything")
+
+
+def _limit(limit: Any) -> str:
+  value = getattr(limit, LIMITS[type(limit)][0])
+  return f"{value:,}" if isinstance(value, int) else f"{value:g}"
+
+
+def _options(hint: Any) -> list[Any]:
+  """The annotations of a union, or the one."""
+  return list(get_args(hint)) if get_origin(hint) in (Union, types.UnionType) else [hint]
+
+
+def _plain(hint: Any) -> Any:
+  """An annotation without what no config can hold, such as the arrays that a number may be inside a program."""
+  if get_origin(hint) not in (Union, types.UnionType):
+    return hint
+  kept = [h for h in get_args(hint) if not getattr(h, "__module__", "").startswith("jax")]
+  return functools.reduce(lambda a, b: a | b, kept)
+
+
+@functools.cache
+def _adapter(hint: Any) -> pydantic.TypeAdapter:
+  return pydantic.TypeAdapter(hint, config=pydantic.ConfigDict(strict=True, allow_inf_nan=False))
+
+
+def _frozen(value: Any) -> Any:
+  """A value whose sequences are tuples."""
+  if isinstance(value, Mapping):
+    return {k: _frozen(v) for k, v in value.items()}
+  if isinstance(value, Sequence) and not isinstance(value, str | bytes):
+    return tuple(map(_frozen, value))
+  return value
