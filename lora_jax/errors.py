@@ -9,8 +9,12 @@ from typing import Any
 class UserError(Exception):
   """A mistake in a config, a name, a file or the environment.
 
-  The message says what is wrong, where, and what was expected; command lines print it without a traceback.
+  The message says what is wrong, where, and what was expected; command lines print it without a traceback. It is one
+  line that any terminal can show: what is quoted of files may be anything.
   """
+
+  def __init__(self, message: str):
+    super().__init__("".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(message)))
 
 
 def is_full(error: BaseException) -> bool:

@@ -26,6 +26,7 @@ from lora_jax import (
   errors,
   evaluate,
   generate,
+  memory,
   methods,
   metrics,
   models,
@@ -208,10 +209,38 @@ def adapt(config: Config, task: tasks.Task, model: models.Model) -> tuple[Any, A
   return params, mask, methods.held(method, params)
 
 
+def least_memory(config: Config, task: tasks.Task, model: models.Model, members: int = 1) -> dict[str, int]:
+  """{what of the config asks for it: bytes} of memory that `members` runs on a model need, beside the model."""
+  c, rows, length = model.config, config.data.batch_size // config.train.accumulate, memory.SHORTEST
+  if config.data.pack:
+    length = config.data.seq_len
+  elif config.data.share_rows:  # how many rows they share only their lengths tell
+    rows, length = 1, config.data.seq_len
+  method, masks = methods.prepare(config.method, model.tokenizer, task.labels or ()), []
+
+  def trained(params):
+    params, mask = methods.init(jax.random.key(0), params, method)
+    masks.append(mask)
+    return params
+
+  shapes = jax.eval_shape(trained, model.params)
+  scored = max(config.eval.batch_size // members, 1)
+  need = {
+    "what config.method trains": memory.size(tree.split(shapes, masks[0])[0]),
+    "the states of a layer, of config.data.batch_size rows": memory.states(c, rows, length),
+    "the states of a layer, of config.eval.batch_size rows": memory.states(c, scored),
+  }
+  if c.causal and config.eval.max_new_tokens:
+    what = "the keys and values of config.eval.batch_size texts of max_new_tokens"
+    need[what] = memory.cache(c, scored, config.eval.max_new_tokens)
+  return {k: members * n for k, n in need.items()}
+
+
 def _adapted(config: Config, task: tasks.Task, mesh: jax.sharding.Mesh, given: models.Model | None = None) -> tuple:
   """(model, state before the first step, frozen tree, mask, optimiser, its learning rate) of a config."""
   place = sharding.placer(mesh)
   model = given or load(config, task, mesh)
+  memory.check(least_memory(config, task, model), mesh.size)
   params, mask, held = adapt(config, task, model)
   trainable, frozen = tree.split(sharding.put(params, place), mask)
   if held is not None:

@@ -198,20 +198,6 @@ def _batches(configs: Sequence[Config], model: models.Model, task: tasks.Task, s
   return out
 
 
-def memory_limit(mesh: jax.sharding.Mesh) -> int | None:
-  """Bytes that a device of the mesh has for a program; None where it does not say."""
-  device = mesh.local_devices[0]
-  stats = device.memory_stats() or {}
-  if "bytes_limit" in stats:
-    return stats["bytes_limit"]
-  info = pathlib.Path("/proc/meminfo")
-  if device.platform != "cpu" or not info.exists():
-    return None
-  # The devices of a CPU share its memory.
-  available = next(line for line in info.read_text().splitlines() if line.startswith("MemAvailable"))
-  return int(available.split()[1]) * 1024 // len(mesh.local_devices)
-
-
 def run(
   group: Group,
   workdir: pathlib.Path,

@@ -31,6 +31,7 @@ from lora_jax import (
   files,
   group as group_lib,
   layout,
+  memory,
   metrics,
   report,
   sharding,
@@ -274,16 +275,19 @@ def _fitting(configs, workdir, directory, task, mesh, model, before, command, me
   names = list(configs)
   metrics.say(f"{len(names)} members train together")
   try:
-    built = group_lib.build(configs, task, mesh, model)
-    limit = int(memory_gib * 2**30) or group_lib.memory_limit(mesh)
-    fits = group_lib.fits(built, limit)
+    limit = int(memory_gib * 2**30) or memory.available()
+    least = experiment.least_memory(configs[names[0]], task, model, len(names))
+    need = sum(least.values()) // mesh.size
+    if limit is None or need <= limit:
+      built = group_lib.build(configs, task, mesh, model)
+      need = 0 if group_lib.fits(built, limit) else built.step.memory_bytes
   except errors.UserError as e:
     _failed(names, workdir, e)
     return []
-  if not fits:
-    parts = cut(names, min(-(-built.step.memory_bytes // limit), len(names)))
-    need = f"{built.step.memory_bytes / 2**30:.2f} GiB of {limit / 2**30:.2f}"
-    metrics.say(f"they need {need}: cut into {len(parts)} groups of {max(map(len, parts))} or fewer")
+  if limit is not None and need > limit:
+    parts = cut(names, min(-(-need // limit), len(names)))
+    there = f"{need / memory.GIB:.2f} GiB of {limit / memory.GIB:.2f}"
+    metrics.say(f"they need {there}: cut into {len(parts)} groups of {max(map(len, parts))} or fewer")
     return parts
   if jax.process_index() == 0:
     metrics.write_json(directory / "members.json", {"members": names})

@@ -12,7 +12,7 @@ import jax
 from absl import app, flags
 
 from configs import lora_table5
-from lora_jax import config as config_lib, experiment, group, sharding
+from lora_jax import config as config_lib, experiment, group, memory, sharding
 
 SIZES = flags.DEFINE_list("sizes", ["1", "8", "32", "64"], "Populations.")
 MODEL = flags.DEFINE_string("model", "smollm2-135m", "Model.")
@@ -40,7 +40,7 @@ def timed(size: int, task, mesh, model) -> tuple[float, float, int, float]:
   """(seconds a step, to compile, bytes, of all) of a population; nan for a step that does not fit in memory."""
   began = time.perf_counter()
   built = group.build({str(i): settings(i) for i in range(size)}, task, mesh, model)
-  if not group.fits(built, group.memory_limit(mesh)):
+  if not group.fits(built, memory.available()):
     return math.nan, built.step.compile_seconds, built.step.memory_bytes, time.perf_counter() - began
   with jax.set_mesh(mesh):
     batch = built.next_batch()

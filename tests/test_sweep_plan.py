@@ -51,6 +51,7 @@ def pretended(monkeypatch):
 
   monkeypatch.setattr(experiment, "load", lambda *a: object())
   monkeypatch.setattr(sweep, "_pretrained", lambda *a: dict)
+  monkeypatch.setattr(experiment, "least_memory", lambda *a: {})
   monkeypatch.setattr(experiment, "run", alone)
   monkeypatch.setattr(group, "build", build)
   monkeypatch.setattr(group, "fits", lambda *a: True)

@@ -1,0 +1,52 @@
+"""What cannot fit is refused before it is allocated, with what it needs and what there is."""
+
+import pytest
+
+from lora_jax import config as config_lib, errors, experiment, memory, metrics, sweep
+from tests.test_experiment import changed, compiled, config, files  # noqa: F401, fixtures
+
+
+@pytest.mark.parametrize(
+  "values, message",
+  [
+    (dict(method__rank=10**9), r"GiB for what config\.method trains; there are"),
+    (dict(data__batch_size=8 * 10**9), r"GiB for the states of a layer, of config\.data\.batch_size rows; there are"),
+    (dict(eval__batch_size=10**10), r"of config\.eval\.batch_size rows"),
+    (dict(eval__max_new_tokens=10**9), r"the keys and values of config\.eval\.batch_size texts of max_new_tokens"),
+    (dict(data__pack=True, data__seq_len=10**10), r"of config\.data\.batch_size rows"),
+  ],
+)
+def test_what_cannot_fit_is_refused(config, tmp_path, values, message):  # noqa: F811
+  with pytest.raises(errors.UserError, match=f"this cannot fit into memory: it needs at least .*{message}"):
+    experiment.run(changed(config, **values), tmp_path / "run")
+  assert not (tmp_path / "run").exists()
+
+
+def test_what_is_needed_is_what_is_trained(config):  # noqa: F811
+  """Four bytes for each number; members have their own."""
+  exp = experiment.build(changed(config, mesh__data=1))
+  model = experiment.load(exp.config, exp.task, exp.mesh)
+  trained = "what config.method trains"
+  least = experiment.least_memory(exp.config, exp.task, model)
+  assert least[trained] == memory.size(exp.state.trainable) > 0
+  assert experiment.least_memory(exp.config, exp.task, model, 3)[trained] == 3 * least[trained]
+
+
+def test_long_texts_are_no_matter_of_what_a_config_allows(config, monkeypatch):  # noqa: F811
+  """Rows are as long as their texts, not as `seq_len`."""
+  exp = experiment.build(changed(config, data__seq_len=100, mesh__data=1))
+  model = experiment.load(exp.config, exp.task, exp.mesh)
+  longer = config_lib.resolve(changed(config, data__seq_len=10**9, mesh__data=1))
+  assert experiment.least_memory(longer, exp.task, model) == experiment.least_memory(exp.config, exp.task, model)
+
+
+@pytest.mark.slow
+def test_a_group_that_cannot_fit_is_cut_before_it_is_built(config, tmp_path, capsys, monkeypatch):  # noqa: F811
+  monkeypatch.setattr(memory, "available", lambda: 4 * 10**6)
+  c = changed(config, train__steps=1, train__checkpoint_every=1) | {
+    "sweep": {"product": {"train": {"seed": tuple(range(3))}}}
+  }
+  c["method"] |= {"rank": 4000}
+  summary = sweep.run(c, tmp_path / "s")
+  assert len(summary["members"]) == 3 and "cut into 3 groups of 1 or fewer" in capsys.readouterr().err
+  assert metrics.read_metrics(tmp_path / "s" / "members" / "seed_0" / "metrics.jsonl")
