@@ -15,12 +15,12 @@ A target is always of the same example as its token, so that no loss crosses exa
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-from lora_jax import errors, prompts, tasks
+from lora_jax import encoding, errors, prompts, tasks
 from lora_jax.values import Count
 
 Batch = dict[str, np.ndarray]
@@ -37,30 +37,6 @@ def bucket(length: int, seq_len: int, least: int = 32) -> int:
   return next(n for n in buckets(seq_len, least) if n >= length)
 
 
-def turns(tokenizer: Any, formatted: tasks.Formatted | tasks.Chat) -> list[tuple[str, bool]]:
-  """Pieces of text that are tokenised apart, each with whether it is a response; the last one is.
-
-  A conversation is rendered up to each assistant message, so that what precedes a response is the very text that
-  the model is given when it has to generate it.
-  """
-  if isinstance(formatted, tasks.Formatted):
-    return [(formatted.prompt, False), (formatted.response, True)]
-  messages, done, pieces = list(formatted.messages), "", []
-  for i, message in enumerate(messages):
-    if message["role"] != "assistant":
-      continue
-    asked = tokenizer.chat(messages[:i], add_generation_prompt=True)
-    answered = tokenizer.chat(messages[: i + 1], add_generation_prompt=False)
-    if not (asked.startswith(done) and answered.startswith(asked)):
-      raise errors.UserError(
-        f"the model's chat template rewrites earlier turns (before messages[{i}], {message['content'][:40]!r}); "
-        "give it one assistant message a conversation"
-      )
-    pieces += [(asked[len(done) :], False), (answered[len(asked) :], True)]
-    done = answered
-  return pieces
-
-
 def encode(
   tokenizer: Any,
   formatted: tasks.Formatted | tasks.Chat,
@@ -68,8 +44,11 @@ def encode(
   prompt_loss_weight: float = 0.1,
   eos: bool = True,
 ) -> Batch:
-  """One example: `tokens`, `targets` int32 [n] and `weights` float32 [n], n <= seq_len. See `encode_all`."""
-  return encode_all(tokenizer, [formatted], seq_len, prompt_loss_weight, eos)[0][0]
+  """One example: `tokens`, `targets` int32 [n] and `weights` float32 [n], n <= seq_len. See `encode_all`.
+
+  Of a conversation whose earlier turns the chat template rewrites it is the last answer's.
+  """
+  return encode_all(tokenizer, [formatted], seq_len, prompt_loss_weight, eos)[0][-1]
 
 
 def encode_all(
@@ -83,21 +62,21 @@ def encode_all(
   """All examples as `encode` gives one, and how many were too long.
 
   Of a long example the left of the prompt is cut, and of the response only what exceeds `seq_len` by itself. With
-  `eos` the token that ends a text follows a response, unless the chat template ends it already. `soft` tokens are put
-  into the prompt, and never cut.
+  `eos` the token that ends a text follows a response that has none at its end. `soft` tokens are put into the prompt,
+  and never cut. A conversation whose earlier turns the chat template rewrites is several examples; see
+  `encoding.pieces`.
   """
-  add_bos, end, most = tokenizer.add_bos, tokenizer.eos_id, prompts.room(soft, seq_len) + 1
-  encoded, truncated = [], 0
-  for prompt, learned, response in _ids(tokenizer, formatted, add_bos):
-    if eos and end is not None and response[-1:] != [end]:
-      response = [*response, end]
-    truncated += len(prompt) + len(response) > most
-    kept, response = _cut(prompt, response, most, add_bos)
-    ids = np.array([*kept, *response], np.int32)
-    weights = np.ones(len(ids), np.float32)
-    weights[: len(kept)] = np.where(learned[len(prompt) - len(kept) :], 1, prompt_loss_weight)
-    weights[: len(kept[:1])] = prompt_loss_weight  # not that of a token that was cut in favour of the first
-    encoded.append(row(ids, weights, soft, len(kept), kept[:1] == [tokenizer.bos_id]))
+  end, most = tokenizer.eos_id, prompts.room(soft, seq_len) + 1
+  notes, encoded, truncated = encoding.Notes(), [], 0
+  for text in encoding.encode(tokenizer, formatted, notes):
+    ids, weights = text.ids, np.where(np.isnan(text.weights), np.float32(prompt_loss_weight), text.weights)
+    if eos and end is not None and not (ids[-1:].tolist() and int(ids[-1]) in tokenizer.end_ids):
+      ids, weights = np.append(ids, np.int32(end)), np.append(weights, np.float32(text.weight))
+    truncated += len(ids) > most
+    kept = _kept(text.prompt, len(ids), most, text.first)
+    prompt = int((kept < text.prompt).sum())
+    encoded.append(row(ids[kept], weights[kept], soft, prompt, ids[:1].tolist() == [tokenizer.bos_id]))
+  notes.say()
   return encoded, truncated
 
 
@@ -112,38 +91,16 @@ def row(ids: np.ndarray, weights: np.ndarray, soft: prompts.Soft | None, prompt:
   return {"tokens": ids[:-1], "targets": np.maximum(ids[1:], 0), "weights": weights[1:]}
 
 
-def _ids(
-  tokenizer: Any, formatted: Sequence[tasks.Formatted | tasks.Chat], add_bos: bool
-) -> Iterator[tuple[list[int], list[bool], list[int]]]:
-  """Ids of what precedes the response, whether each of them is in an earlier response, and ids of the response.
+def _kept(prompt: int, n: int, length: int, first: int) -> np.ndarray:
+  """Indices of what is kept of `n` tokens, `length` at most.
 
-  A response ends with its first end-of-text token; what a template puts after that is no response. An empty prompt
-  is a single token, so that all of the response is predicted from something.
+  That is the left of the response, and before it the right of the `prompt` tokens with the `first` of them.
   """
-  pieces = [turns(tokenizer, f) for f in formatted]
-  flat = iter(tokenizer.encode_batch([text for example in pieces for text, _ in example]))
-  start = tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id
-  for example in pieces:
-    prompt, learned = [], []
-    for (_, is_response), ids in zip(example, flat, strict=False):
-      n = ids.index(tokenizer.eos_id) + 1 if is_response and tokenizer.eos_id in ids else len(ids)
-      prompt += ids
-      learned += [is_response] * n + [False] * (len(ids) - n)
-    response, cut = ids[:n], len(prompt) - len(ids)
-    prompt, learned = prompt[:cut], learned[:cut]
-    if (add_bos and prompt[:1] != [tokenizer.bos_id]) or (not prompt and start is not None):
-      prompt, learned = [start, *prompt], [False, *learned]
-    yield prompt, learned, response
-
-
-def _cut(prompt: list[int], response: list[int], length: int, keep_first: bool) -> tuple[list[int], list[int]]:
-  """The right of the prompt (and its first token) and the left of the response, `length` tokens at most."""
-  if len(prompt) + len(response) <= length:
-    return prompt, response
-  room = max(length - len(response), 1)
-  first = prompt[: keep_first and 1]
-  kept = first + prompt[len(prompt) - (room - len(first)) :]
-  return kept, response[: length - len(kept)]
+  if n <= length:
+    return np.arange(n)
+  room = min(max(length - (n - prompt), 1), prompt)
+  first = min(first, room)
+  return np.r_[:first, prompt - (room - first) : prompt, prompt : prompt + length - room]
 
 
 def pad(examples: Sequence[Batch], length: int, pad_id: int) -> Batch:
@@ -366,14 +323,33 @@ def eval_batches(
 
   Each batch has `tokens` int32 [B, T], right-padded to a power of two or `seq_len` (of a longer prompt the left is
   cut), `lengths` int32 [B] and `index` int32 [B], which example a row is. Rows that fill up the last batch have
-  index -1 and length 1. With `same_length` all batches have one T, the bucket of the longest.
+  index -1 and length 1. With `same_length` all batches have one T, the bucket of the longest. `labels` int32 [B, C, U]
+  and `label_lengths` int32 [B, C] are the task's labels after each prompt, see `encoding.questions`.
   """
-  add_bos, most = tokenizer.add_bos, prompts.room(soft, seq_len)
-  parts = _ids(tokenizer, [task.format(example) for example in examples], add_bos)
-  encoded = [_cut(prompt, [], most, add_bos)[0] for prompt, _, _ in parts]
-  encoded = [{"tokens": prompts.insert(soft, ids, ids[:1] == [tokenizer.bos_id])} for ids in encoded]
-  batches = longest_first(encoded, padding_id(tokenizer), batch_size, seq_len, same_length)
-  return [{k: batch[k] for k in ("tokens", "lengths", "index")} for batch in batches]
+  most, formatted = prompts.room(soft, seq_len), [task.format(example) for example in examples]
+  asked, firsts, answers = encoding.questions(tokenizer, formatted, task.labels or ())
+  rows = []
+  for ids, first in zip(asked, firsts, strict=True):
+    kept = np.array(ids, np.int32)[_kept(len(ids), len(ids), most, first)]
+    rows.append({"tokens": prompts.insert(soft, kept, ids[:1] == [tokenizer.bos_id])})
+  batches = longest_first(rows, padding_id(tokenizer), batch_size, seq_len, same_length)
+  return with_labels(batches, answers, padding_id(tokenizer))
+
+
+def with_labels(batches: Iterable[Batch], answers: Sequence[Sequence[Sequence[int]]], pad_id: int) -> list[Batch]:
+  """What of the batches of `longest_first` an evaluation needs, and the `labels` of each row.
+
+  Args:
+    answers: ids of the labels of each example; all batches have the U of the longest.
+  """
+  lengths = np.array([[len(ids) for ids in labels] for labels in answers], np.int32).reshape(len(answers), -1)
+  labels = np.full((*lengths.shape, lengths.max(initial=1)), pad_id, np.int32)
+  labels[np.arange(labels.shape[-1]) < lengths[..., None]] = [i for example in answers for ids in example for i in ids]
+  names = ("tokens", "lengths", "index")
+  return [
+    {k: batch[k] for k in names} | {"labels": labels[batch["index"]], "label_lengths": lengths[batch["index"]]}
+    for batch in batches
+  ]
 
 
 def longest_first(
@@ -391,16 +367,6 @@ def longest_first(
       T = bucket(len(encoded[order[0]]["tokens"]), seq_len)
     batch = pad(rows, T, pad_id)
     yield batch | {"lengths": batch["segment_ids"].sum(1, dtype=np.int32), "index": index}
-
-
-def label_ids(task: tasks.Task, tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:
-  """The task's labels as int32 ids [C, U], right-padded, and their lengths [C]; [0, 1] and [0] without labels."""
-  ids = tokenizer.encode_batch(list(task.labels or ()))
-  lengths = np.array([len(x) for x in ids], np.int32)
-  padded = np.full((len(ids), max(lengths, default=1)), padding_id(tokenizer), np.int32)
-  for row, x in enumerate(ids):
-    padded[row, : len(x)] = x
-  return padded, lengths
 
 
 def padding_id(tokenizer: Any) -> int:

@@ -121,32 +121,28 @@ def score(
 
   Args:
     tokens, lengths: prompts int32 [B, T], right-padded, and [B].
-    labels, label_lengths: token ids int32 [C, U] of the answers to compare, right-padded, and [C]; C may be 0.
+    labels, label_lengths: token ids int32 [B, C, U] of the answers to compare, right-padded, and [B, C]; C may be 0.
     new: how many tokens to generate; none with 0.
     start: the first token of an encoder-decoder's text, which is then scored and continued; its prompts are encoded.
 
   Returns:
     (float32 [B, C] sums over each label's tokens, int32 [B, new]).
   """
-  (B, T), (C, U), params = tokens.shape, labels.shape, prompts.bake(params)
+  (B, T), (_, C, U), params = tokens.shape, labels.shape, prompts.bake(params)
   slots = (1 if config.encoder_layers else T) + max(new, U)
   logits, cache, ids, lengths = decode.run_prompts(config, params, tokens, lengths, slots=slots, start=start)
-  first, params = jax.nn.log_softmax(logits)[:, labels[:, 0]], prompts.without(params)
+  total, params = jnp.take_along_axis(jax.nn.log_softmax(logits), labels[..., 0], axis=1), prompts.without(params)
 
   def rest(label):
-    """Log-likelihoods [B, U - 1] of a label's later tokens, which are run over the prompt's cache."""
-    ids = jnp.broadcast_to(label[:-1], (B, U - 1))
-    x, _ = transformer.hidden(config, params, ids, positions=lengths[:, None] + jnp.arange(U - 1), cache=cache)
-    return jnp.take_along_axis(
-      jax.nn.log_softmax(transformer.logits(config, params, x)),
-      jnp.broadcast_to(label[1:], (B, U - 1))[..., None],
-      axis=-1,
-    )[..., 0]
+    """Log-likelihoods [B, U - 1] of the later tokens of a label [B, U], which are run over the prompt's cache."""
+    at = lengths[:, None] + jnp.arange(U - 1)
+    x, _ = transformer.hidden(config, params, label[:, :-1], positions=at, cache=cache)
+    table = jax.nn.log_softmax(transformer.logits(config, params, x))
+    return jnp.take_along_axis(table, label[:, 1:, None], axis=-1)[..., 0]
 
-  total = first
   if U > 1 and C:
-    later = jnp.stack([rest(label) for label in labels], axis=1)
-    total += (later * (jnp.arange(1, U) < label_lengths[:, None])).sum(-1)
+    later = jnp.stack([rest(labels[:, c]) for c in range(C)], axis=1)
+    total += (later * (jnp.arange(1, U) < label_lengths[..., None])).sum(-1)
   if not new:
     return total, jnp.zeros((B, 0), jnp.int32)
   if search.beams == 1 and not search.no_repeat_ngram:
@@ -207,21 +203,20 @@ def run_members(
     ahead: only compile what would run, and return nothing.
   """
   config = dataclasses.replace(config, scan=True)  # each prompt length compiles anew: fast compiling is worth more
-  labels, label_lengths = data.label_ids(task, tokenizer)
-  new = max_new_tokens
-  if new is None:
-    new = int(label_lengths.max()) + 2 if len(labels) else 64
-  if not new and not len(labels):
+  if max_new_tokens == 0 and not task.labels:
     raise errors.UserError(f"config.eval.max_new_tokens=0 scores labels alone, and task {task.name!r} has none")
   end = generate.end_id(tokenizer)
   texts, predictions = [{} for _ in range(members.n)], [{} for _ in range(members.n)]
-  batches, how = (
-    (seq2seq if config.encoder_layers else data).eval_batches,
-    dict(batch_size=batch_size, seq_len=seq_len, same_length=same_length),
+  kind, how = (
+    seq2seq if config.encoder_layers else data,
+    dict(batch_size=batch_size, seq_len=seq_len, same_length=same_length, soft=members.soft),
   )
-  for batch in batches(task, examples, tokenizer, **how, soft=members.soft):
-    inputs = place({k: batch[k] for k in ("tokens", "lengths")})
-    call = score, config, inputs["tokens"], inputs["lengths"], labels, label_lengths
+  batches, new = kind.eval_batches(task, examples, tokenizer, **how), max_new_tokens
+  if new is None:
+    new = max((int(b["label_lengths"].max()) for b in batches), default=0) + 2 if task.labels else 64
+  for batch in batches:
+    inputs = place({k: v for k, v in batch.items() if k != "index"})
+    call = score, config, *(inputs[k] for k in ("tokens", "lengths", "labels", "label_lengths"))
     if ahead:
       members.compile(*call, static=(new, end, start, search))
       continue

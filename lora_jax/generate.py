@@ -85,7 +85,10 @@ def _batch(model: models.Model, params: dict, prompts: Sequence[str | Sequence[i
     raise errors.UserError(f"stop={stop!r} must be a sequence of strings that are not empty")
   tok = model.tokenizer
   first = tok.bos_id if tok.bos_id is not None else tok.eos_id
-  rows = [tok.encode(p, add_special_tokens=True) if isinstance(p, str) else np.asarray(p).tolist() for p in prompts]
+  # What the tokenizer puts after a text is for an encoder: a decoder goes on with the text.
+  begin, framed = tok.begin, bool(model.config.encoder_layers)
+  ids = lambda text: tok.encode(text, True) if framed else [*begin, *tok.encode(text)]
+  rows = [ids(p) if isinstance(p, str) else np.asarray(p).tolist() for p in prompts]
   vocabulary = range(model.config.vocab_size)
   for i, row in enumerate(rows):
     if wrong := [t for t in row if t not in vocabulary]:

@@ -18,16 +18,19 @@ from typing import Any
 
 import numpy as np
 
-from lora_jax import classify, data, errors, prompts, tasks
+from lora_jax import classify, data, encoding, errors, prompts, tasks
 from lora_jax.values import Count
 
 LEAST = 8  # tokens that responses are padded to: those of a classification are few
 
 
-def texts(tokenizer: Any, formatted: tasks.Formatted | tasks.Chat) -> tuple[str, str]:
-  """What is encoded and what is written. Of a conversation the last message is the response, the others the prompt."""
-  *before, (response, _) = data.turns(tokenizer, formatted)
-  return "".join(text for text, _ in before), response
+def texts(tokenizer: Any, formatted: tasks.Formatted | tasks.Chat, response: str | None = None) -> tuple[str, str]:
+  """What is encoded and what is written, the response or another in its place.
+
+  Of a conversation the last message is the response, the others are the prompt.
+  """
+  asked, whole = encoding.prompt(tokenizer, formatted), encoding.answered(tokenizer, formatted, response)
+  return asked, whole[encoding.common(asked, whole) :]
 
 
 def encode_all(
@@ -42,17 +45,22 @@ def encode_all(
   """All examples as rows of a batch without their padding, and how many prompts and responses were too long.
 
   Both lose their end, the prompt as with `truncation=True` in transformers: what frames it stays. With `eos` the token
-  that ends a text follows a response that is whole. `soft` tokens are put into the prompt.
+  that ends a text follows a response that has none at its end. `soft` tokens are put into the prompt.
   """
   asked, responses = zip(*(texts(tokenizer, f) for f in formatted), strict=True)
   sources, truncated = classify.encode(tokenizer, [(p,) for p in asked], seq_len, soft)
   encoded, end = [], tokenizer.eos_id
-  for source, ids in zip(sources, tokenizer.encode_batch(responses), strict=True):
-    ids = ids[: ids.index(end) + 1] if end in ids else [*ids, end] if eos and end is not None else ids
+  for f, source, ids in zip(formatted, sources, tokenizer.encode_batch(responses), strict=True):
+    if not f.weight:
+      raise errors.UserError("an encoder-decoder learns the last message of a conversation alone, and one has weight 0")
+    if isinstance(f, tasks.Chat):
+      ids = ids[: encoding.turn_end(tokenizer, ids)]
+    if eos and end is not None and (not ids or ids[-1] not in tokenizer.end_ids):
+      ids = [*ids, end]
     truncated += len(ids) > target_len
     targets = np.array(ids[:target_len], np.int32)
     tokens = np.array([start, *targets[:-1]], np.int32)[: len(targets)]
-    weights = np.ones(len(targets), np.float32)
+    weights = np.full(len(targets), f.weight, np.float32)
     encoded.append({"inputs": source["tokens"], "tokens": tokens, "targets": targets, "weights": weights})
   return encoded, truncated
 
@@ -113,7 +121,19 @@ def eval_batches(
   same_length: bool = False,
   soft: prompts.Soft | None = None,
 ) -> list[data.Batch]:
-  """Prompts to encode, framed and cut as in training; otherwise as in `data.eval_batches`."""
-  asked = [texts(tokenizer, task.format(example))[:1] for example in examples]
-  encoded = [{"tokens": e["tokens"]} for e in classify.encode(tokenizer, asked, seq_len, soft)[0]]
-  return list(data.longest_first(encoded, data.padding_id(tokenizer), batch_size, seq_len, same_length))
+  """Prompts to encode, framed and cut as in training, and labels, which are texts of their own.
+
+  Otherwise as in `data.eval_batches`.
+  """
+  formatted, labels = [task.format(example) for example in examples], task.labels or ()
+  asked = [(encoding.prompt(tokenizer, f),) for f in formatted]
+  written = iter(tokenizer.encode_batch([texts(tokenizer, f, label)[1] for f in formatted for label in labels]))
+  answers = []
+  for f in formatted:
+    chat = isinstance(f, tasks.Chat)
+    answers.append(
+      [encoding.without_end(tokenizer, ids) if chat else ids for _, ids in zip(labels, written, strict=False)]
+    )
+  rows = [{"tokens": e["tokens"]} for e in classify.encode(tokenizer, asked, seq_len, soft)[0]]
+  pad_id = data.padding_id(tokenizer)
+  return data.with_labels(data.longest_first(rows, pad_id, batch_size, seq_len, same_length), answers, pad_id)

@@ -7,22 +7,26 @@ are those of `transformers.AutoTokenizer` on the same files, without importing t
 import dataclasses
 import datetime
 import functools
+import itertools
 import json
 import os
 import pathlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jinja2
 import jinja2.ext
 import jinja2.nodes
 import jinja2.sandbox
+import numpy as np
 import tokenizers
 
 from lora_jax import errors, files
 from lora_jax.formats import _gguf_tokenizer, hf
 
+CHUNK = 4096  # texts that are encoded at once, as what `tokenizers` gives takes much memory
 SPECIAL = ("bos", "eos", "pad", "cls", "sep", "mask")
+THOUGHTS = ("reasoning_content", "thinking", "reasoning")  # templates read the first, or the second
 # Names that a directory may leave to its tokenizer_class, in lower case, or to the model_type of its config.json.
 BERT = {"pad": "[PAD]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
 ROBERTA = {"bos": "<s>", "eos": "</s>", "pad": "<pad>", "cls": "<s>", "sep": "</s>", "mask": "<mask>"}
@@ -56,9 +60,16 @@ class Tokenizer:
     return self.backend.get_vocab_size()
 
   @property
-  def add_bos(self) -> bool:
-    """Whether `add_special_tokens` begins a text with `bos_id`."""
-    return self.bos_id is not None and self.encode("", add_special_tokens=True)[:1] == [self.bos_id]
+  def begin(self) -> tuple[int, ...]:
+    """What `add_special_tokens` puts before a text, such as BOS."""
+    probe = self.backend.encode("a")
+    rows = zip(probe.ids, probe.sequence_ids, strict=True)
+    return tuple(i for i, _ in itertools.takewhile(lambda row: row[1] is None, rows))
+
+  @property
+  def end_ids(self) -> tuple[int, ...]:
+    """All tokens that end a text."""
+    return () if self.eos_id is None else (self.eos_id,)
 
   def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
     """Ids of a text, in which special tokens count as such; True adds those that frame the model's inputs."""
@@ -68,12 +79,38 @@ class Tokenizer:
     """`encode` of each text, on all cores."""
     return [x.ids for x in self.backend.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)]
 
+  def encode_offsets(self, texts: Sequence[str]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """`encode` of each text, on all cores: ids int32 [n] and offsets int32 [n, 2].
+
+    Offsets are the first character of each token and the one after its last. A character may be of several tokens.
+    Blanks that are of none, as tokenizers may drop them or not count them, go to the token that follows.
+    """
+    greedy = {i: t.content for i, t in self.backend.get_added_tokens_decoder().items() if t.lstrip or t.rstrip}
+    for start in range(0, len(texts), CHUNK):
+      chunk = texts[start : start + CHUNK]
+      for text, x in zip(chunk, self.backend.encode_batch(chunk, add_special_tokens=False), strict=True):
+        ids, offsets = np.array(x.ids, np.int32), np.array(x.offsets, np.int32).reshape(-1, 2)
+        ends = np.maximum.accumulate(offsets[:, 1])
+        offsets = np.stack([np.minimum(offsets[:, 0], np.append(0, ends[:-1])), ends], axis=1)
+        for k in np.flatnonzero(np.isin(ids, list(greedy))) if greedy else ():
+          # Such a token swallows the blanks around it, which may be of another piece of the text.
+          a, b = offsets[k]
+          if (at := text.find(content := greedy[int(ids[k])], a, b)) >= 0:
+            offsets[k] = at, at + len(content)
+        yield ids, offsets
+
   def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
     """Text of ids; bytes that are no UTF-8 become U+FFFD."""
     return self.backend.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
 
-  def chat(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = False) -> str:
+  def chat(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = False, **variables: Any) -> str:
     """The chat template's text for messages such as {"role": "user", "content": "..."}.
+
+    As in transformers, what is None in a message is as if it were not there, and an assistant's thoughts may have any
+    of the names `THOUGHTS`.
+
+    Args:
+      variables: others that the template reads, such as `tools`.
 
     Raises:
       UserError: the model has no template, or its template refuses the messages.
@@ -83,8 +120,9 @@ class Tokenizer:
     ids = {k: getattr(self, f"{k}_id") for k in SPECIAL}
     names = {f"{k}_token": self.backend.id_to_token(i) for k, i in ids.items() if i is not None}
     try:
+      given = {"tools": None, "documents": None} | names | variables
       return _template(self.chat_template).render(
-        messages=messages, tools=None, documents=None, add_generation_prompt=add_generation_prompt, **names
+        given, messages=[_message(m) for m in messages], add_generation_prompt=add_generation_prompt
       )
     except (jinja2.TemplateError, TypeError) as e:
       raise errors.UserError(f"the chat template refuses the messages: {' '.join(str(e).split())}") from e
@@ -166,6 +204,13 @@ def _chat_template(directory: pathlib.Path, value: Any) -> str | None:
     table = {x.get("name"): x.get("template") for x in value if isinstance(x, dict)}
     return errors.choose("default", table, f"chat template in {directory / 'tokenizer_config.json'}:")
   return value
+
+
+def _message(message: Mapping[str, Any]) -> dict[str, Any]:
+  """A message as templates read it."""
+  message = {k: v for k, v in message.items() if v is not None}
+  thoughts = next((message[k] for k in THOUGHTS if k in message), None)
+  return message if thoughts is None else {"thinking": thoughts} | message | {"reasoning_content": thoughts}
 
 
 class _Generation(jinja2.ext.Extension):

@@ -26,6 +26,15 @@ class Bytes:
   pad_id: int | None = PAD
   add_bos: bool = False
   rewrites: bool = False
+  chat_template = ""
+
+  @property
+  def begin(self):
+    return (BOS,) if self.add_bos else ()
+
+  @property
+  def end_ids(self):
+    return () if self.eos_id is None else (self.eos_id,)
 
   def encode(self, text, add_special_tokens=False):
     assert not add_special_tokens
@@ -34,8 +43,14 @@ class Bytes:
   def encode_batch(self, texts):
     return [self.encode(t) for t in texts]
 
-  def decode(self, ids):
-    return bytes(i - 3 for i in ids if i > 2).decode()
+  def encode_offsets(self, texts):
+    for ids in self.encode_batch(texts):
+      at = np.arange(len(ids))
+      yield np.array(ids, np.int32), np.stack([at, at + 1], axis=1)
+
+  def decode(self, ids, skip_special_tokens=True):
+    special = {} if skip_special_tokens else {BOS: "^", EOS: "$"}
+    return "".join(chr(i - 3) if i > 2 else special.get(int(i), "") for i in ids)
 
   def chat(self, messages, add_generation_prompt=False):
     last = len(messages) - 1
@@ -118,10 +133,10 @@ def test_encode():
   [
     (("ab", "c"), {"eos": False}, Bytes(), [100, 101, 102], [0.5, 1]),
     (("ab", "c$"), {}, Bytes(), [100, 101, 102, EOS], [0.5, 1, 1]),
-    (("ab", "c$\n"), {}, Bytes(), [100, 101, 102, EOS], [0.5, 1, 1]),
+    (("ab", "c$d"), {}, Bytes(), [100, 101, 102, EOS, 103, EOS], [0.5, 1, 1, 1, 1]),
     (("ab", "c"), {}, Bytes(eos_id=None), [100, 101, 102], [0.5, 1]),
     (("ab", "c"), {}, Bytes(add_bos=True), [BOS, 100, 101, 102, EOS], [0.5, 0.5, 1, 1]),
-    (("^ab", "c"), {}, Bytes(add_bos=True), [BOS, 100, 101, 102, EOS], [0.5, 0.5, 1, 1]),
+    (("^ab", "c"), {}, Bytes(add_bos=True), [BOS, BOS, 100, 101, 102, EOS], [0.5, 0.5, 0.5, 1, 1]),
     (("", "c"), {}, Bytes(), [BOS, 102, EOS], [1, 1]),
     (("", "c"), {}, Bytes(bos_id=None), [EOS, 102, EOS], [1, 1]),
   ],
@@ -147,10 +162,18 @@ def test_chat_learns_every_assistant_turn():
   assert set(got["weights"]) == {0.0, 1.0}
 
 
-def test_chat_template_that_rewrites_turns_is_refused():
-  assert len(data.encode(Bytes(rewrites=True), chat("q1", "think a1"), 100)["tokens"]) > 10
-  with pytest.raises(errors.UserError, match="rewrites earlier turns.*one assistant message"):
-    data.encode(Bytes(rewrites=True), chat("q1", "think a1", "q2", "think a2"), 100)
+def test_chat_template_that_rewrites_turns_gives_an_example_for_each_answer():
+  (first, second), truncated = data.encode_all(
+    Bytes(rewrites=True), [chat("q1", "think a1", "q2", "think a2")], 100, 0.0
+  )
+  for got, asked, answer in (
+    (first, "<u>q1$\n<a>", "think a1$"),
+    (second, "<u>q1$\n<a> a1$\n<u>q2$\n<a>", "think a2$"),
+  ):
+    assert got["targets"].tolist() == Bytes().encode(asked + answer)
+    assert got["weights"].tolist() == [0.0] * len(asked) + [1.0] * len(answer)
+  it = iterator([chat("q1", "think a1", "q2", "think a2"), chat("q", "a")], Bytes(rewrites=True))
+  assert it.examples == 3 and truncated == 0
 
 
 def test_evaluation_prompt_is_a_prefix_of_the_training_ids():
@@ -364,12 +387,16 @@ def test_eval_batches_hold_every_prompt_once(add_bos):
   assert all(np.array_equal(a["lengths"], b["lengths"]) for a, b in zip(one, other, strict=True))
 
 
-def test_label_ids():
-  ids, lengths = data.label_ids(task([], (" a", " bcd"))[0], Bytes())
-  assert ids.tolist() == [[35, 100, PAD, PAD], [35, 101, 102, 103]] and lengths.tolist() == [2, 4]
-  assert ids.dtype == lengths.dtype == np.int32
-  ids, lengths = data.label_ids(task([])[0], Bytes())
-  assert ids.shape == (0, 1) and lengths.shape == (0,)
+def test_labels_of_each_prompt():
+  formatted = [tasks.Formatted("x", " a"), chat("q", " a")]
+  (batch,) = data.eval_batches(*task(formatted, (" a", " bcd")), Bytes(), batch_size=3, seq_len=64)
+  assert batch["labels"].tolist() == [[[35, 100, PAD, PAD], [35, 101, 102, 103]]] * 3, "that of a chat has no end"
+  assert batch["label_lengths"].tolist() == [[2, 4]] * 3
+  assert batch["labels"].dtype == batch["label_lengths"].dtype == np.int32
+  (batch,) = data.eval_batches(*task(formatted), Bytes(), batch_size=2, seq_len=64)
+  assert batch["labels"].shape == (2, 0, 1) and batch["label_lengths"].shape == (2, 0)
+  with pytest.raises(errors.UserError, match="label '' has no tokens after 'x'"):
+    data.eval_batches(*task(formatted, (" a", "")), Bytes(), batch_size=2, seq_len=64)
 
 
 def test_the_pipeline_does_not_import_jax():

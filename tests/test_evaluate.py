@@ -28,7 +28,7 @@ from tests.test_models import reference
 from tests.test_train import adapted
 
 CONFIG = transformer.Config(47, 16, 2, 4, 2, 4, 24, dtype="float32", tied=True)
-NO_LABELS = (np.zeros((0, 1), np.int32), np.zeros(0, np.int32))
+NO_LABELS = (np.zeros((4, 0, 1), np.int32), np.zeros((4, 0), np.int32))
 LENGTHS = np.array([5, 9, 1, 12], np.int32)
 NEVER = 46  # used as eos where none should end
 
@@ -65,10 +65,13 @@ def naive_greedy(params, prompt, new, eos):
 
 @pytest.mark.slow
 def test_scores_equal_full_forwards(params):
-  labels, label_lengths = np.array([[3, 4, 5], [6, 0, 0], [7, 3, 0]], np.int32), np.array([3, 1, 2], np.int32)
+  """Each prompt has labels of its own."""
+  label_lengths = np.array([[3, 1, 2], [1, 2, 3], [2, 2, 2], [3, 3, 1]], np.int32)
+  labels = np.random.default_rng(2).integers(1, 45, (4, 3, 3), dtype=np.int32)
+  labels = np.where(np.arange(3) < label_lengths[..., None], labels, 0)
   want = np.zeros((4, 3))
   for i, (row, n) in enumerate(zip(prompts(), LENGTHS, strict=True)):
-    for j, (label, u) in enumerate(zip(labels, label_lengths, strict=True)):
+    for j, (label, u) in enumerate(zip(labels[i], label_lengths[i], strict=True)):
       lp = np.asarray(jax.nn.log_softmax(naive_logits(params, [*row[:n], *label[:u]])))
       want[i, j] = sum(lp[n - 1 + k, label[k]] for k in range(u))
   got, _ = evaluate.score(CONFIG, params, prompts(), LENGTHS, labels, label_lengths, 2, NEVER)
@@ -106,7 +109,7 @@ def test_search_equals_beam_search(params, search):
   for end in (NEVER, eos):
     want = decode.beam_search(CONFIG, params, prompts(), mask, max_new_tokens=6, end=(end,), **how)[0][:, 0]
     want = np.pad(want, [(0, 0), (0, 6 - want.shape[1])], constant_values=end)
-    labels = np.array([[3, 4, 5]], np.int32), np.array([3], np.int32)
+    labels = np.array([[[3, 4, 5]]] * 4, np.int32), np.array([[3]] * 4, np.int32)
     for pad in (0, 8):
       args = CONFIG, params, prompts(pad), LENGTHS, *labels, 6, end, None
       totals, got = evaluate.score(*args, search)
@@ -124,7 +127,7 @@ def test_no_ngram_occurs_twice_in_a_text_but_may_be_in_the_prompt(params, beams)
   table = jnp.full((8, 7), -9.0).at[jnp.arange(1, 4), jnp.array([2, 3, 1])].set(9.0).at[1:4, 4].set(1.0)
   params["head"]["kernel"] = table.at[4, 4].set(9.0).at[4, 5].set(1.0)
   prompt = np.array([[1, 2, 3, 1, 2, 3, 1]], np.int32)
-  args = config, params, prompt, np.array([7], np.int32), *NO_LABELS, 8, 0, None
+  args = config, params, prompt, np.array([7], np.int32), *(x[:1] for x in NO_LABELS), 8, 0, None
   assert evaluate.score(*args, evaluate.Search(beams))[1].tolist() == [[2, 3, 1, 2, 3, 1, 2, 3]]
   (text,) = evaluate.score(*args, evaluate.Search(beams, no_repeat_ngram=3))[1].tolist()
   assert text[:6] == [2, 3, 1, 2, 3, 4] and len(set(zip(text, text[1:], text[2:], strict=False))) == 6
@@ -168,7 +171,7 @@ CHAIN = {
   "way": {"<eos>": 5.0},
 }
 EXAMPLES = [("cat", 0), ("dog", 0), ("dog", 1), ("bird", 1), ("cat", 0)]
-LABELS = ("yes", "no way")
+LABELS = (" yes", " no way")
 
 
 def chain():
@@ -314,7 +317,7 @@ def test_run_without_labels_generates_up_to_the_limit():
 def test_hidden_labels_are_left_out():
   """An example whose label is hidden (-1) counts in no accuracy."""
   config, params, tok, _ = chain()
-  hidden = task(("yes", "way"))
+  hidden = task((" yes", " way"))
   got = evaluate.run(config, params, tok, hidden, examples()[:1] + examples()[2:4], batch_size=4, seq_len=16)
   assert got["accuracy"] == 1.0
 

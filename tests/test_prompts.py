@@ -92,7 +92,7 @@ def test_generation_and_scores_are_those_of_the_whole_text():
   beams = (decode.beam_search(c, p, t, mask, beams=3, **how) for p, t in ((adapted, soft), (params, hard)))
   for a, b in zip(*beams, strict=True):
     close(a, b)
-  labels = np.array([[3, 4, 5], [6, 0, 0]], np.int32), np.array([3, 1], np.int32)
+  labels = np.array([[[3, 4, 5], [6, 0, 0]]] * 2, np.int32), np.array([[3, 1]] * 2, np.int32)
   jax.tree.map(
     close,
     evaluate.score(c, adapted, soft, lengths, *labels, 3, 96),

@@ -170,7 +170,10 @@ def test_long_responses_lose_their_end():
   assert [e["targets"].tolist() for e in encoded] == [[very, good], [good, END], [very, very]] and truncated == 2
   encoded, truncated = seq2seq.encode_all(tok, formatted[:2], 16, 9, START, eos=False)
   assert [e["targets"].tolist() for e in encoded] == [[very, good], [good]] and truncated == 0
-  assert seq2seq.encode_all(tok, formatted[2:], 16, 9, START)[0][0]["targets"].tolist() == [very, very, good, END]
+  assert seq2seq.encode_all(tok, formatted[2:], 16, 9, START)[0][0]["targets"].tolist() == [
+    *[very, very, good, END],
+    *[*tok.encode("bad"), END],
+  ]
 
 
 def test_a_conversation():
@@ -273,23 +276,24 @@ def test_scores_equal_full_forwards(model, reference):
   """Label log-likelihoods, and greedy texts as of transformers; padding of prompts and labels does not matter."""
   torch = pytest.importorskip("torch")
   (batch,) = seq2seq.eval_batches(TASK, list(rows(2)), model.tokenizer, batch_size=3, seq_len=32)
-  labels, label_lengths = np.array([[8, 9, 10], [6, 0, 0], [9, 5, 0]], np.int32), np.array([3, 1, 2])
+  labels = np.array([[[8, 9, 10], [6, 0, 0], [9, 5, 0]]] * 3, np.int32)
+  label_lengths = np.array([[3, 1, 2]] * 3)
   tokens, lengths = batch["tokens"], batch["lengths"]
   args = labels, label_lengths, 6, END, START
   ll, new = evaluate.score(model.config, model.params, tokens, lengths, *args)
   encode, run = (jax.jit(f, static_argnums=0) for f in (transformer.encode, transformer.apply))
   for i, n in enumerate(lengths[:2]):
     encoded = encode(model.config, model.params, tokens[i : i + 1, :n])
-    for j, u in enumerate(label_lengths):
-      ids = np.array([[START, *labels[j, :-1]]])
+    for j, u in enumerate(label_lengths[i]):
+      ids = np.array([[START, *labels[i, j, :-1]]])
       table = jax.nn.log_softmax(run(model.config, model.params, ids, encoded=encoded)[0])
-      assert ll[i, j] == pytest.approx(sum(float(table[t, labels[j, t]]) for t in range(u)), abs=1e-4)
+      assert ll[i, j] == pytest.approx(sum(float(table[t, labels[i, j, t]]) for t in range(u)), abs=1e-4)
     ids = torch.tensor(tokens[i : i + 1, :n].astype(np.int64))
     with torch.no_grad():
       theirs = reference.generate(ids, max_new_tokens=6, do_sample=False)[0, 1:].tolist()
     assert generate.until_eos(new[i], END) == generate.until_eos(np.array(theirs), END)
   junk = np.where(np.arange(tokens.shape[1]) < lengths[:, None], tokens, 7)
-  filled = np.where(np.arange(3) < label_lengths[:, None], labels, 7)
+  filled = np.where(np.arange(3) < label_lengths[..., None], labels, 7)
   again = evaluate.score(model.config, model.params, junk, lengths, filled, *args[1:])
   np.testing.assert_array_equal(again[0], ll)
   np.testing.assert_array_equal(again[1], new)

@@ -181,7 +181,7 @@ def test_scores_on_a_mesh_equal_those_of_one_device():
   params = tree.join(*adapted(CONFIG))
   data = batch(8)
   inputs = {"tokens": data["tokens"], "lengths": np.arange(3, 11, dtype=np.int32)}
-  labels, lengths = np.array([[1, 2, 3], [4, 5, 0]], np.int32), np.array([3, 2], np.int32)
+  labels, lengths = np.array([[[1, 2, 3], [4, 5, 0]]] * 8, np.int32), np.array([[3, 2]] * 8, np.int32)
   want = evaluate.score(CONFIG, params, *inputs.values(), labels, lengths, 4, 7)
   mesh = sharding.make_mesh(2, 2, 2)
   with jax.set_mesh(mesh):

@@ -90,7 +90,7 @@ def check_equal(ours, theirs, texts=TEXTS):
 
 def test_smollm2_equals_transformers(ours, theirs):
   check_equal(ours, theirs)
-  assert ours.chat_template and not ours.add_bos
+  assert ours.chat_template and not ours.begin
 
 
 @hypothesis.given(text)
@@ -282,12 +282,12 @@ def test_unigram_equals_transformers(tmp_path):
   assert ours.encode("<extra_id_0>", add_special_tokens=True) == [ours.vocab_size - 11, 1]
 
 
-def test_add_bos():
-  assert tokenizer.from_gguf(sentencepiece()).add_bos
-  assert not tokenizer.from_gguf(sentencepiece(**{"tokenizer.ggml.add_bos_token": False})).add_bos
-  assert tokenizer.from_gguf(byte_level("llama-bpe", **{"tokenizer.ggml.add_bos_token": True})).add_bos
+def test_what_begins_a_text():
+  assert tokenizer.from_gguf(sentencepiece()).begin == (1,)
+  assert not tokenizer.from_gguf(sentencepiece(**{"tokenizer.ggml.add_bos_token": False})).begin
+  assert tokenizer.from_gguf(byte_level("llama-bpe", **{"tokenizer.ggml.add_bos_token": True})).begin
   no_bos = {k: v for k, v in sentencepiece().items() if "bos" not in k}
-  assert not tokenizer.from_gguf(no_bos).add_bos
+  assert not tokenizer.from_gguf(no_bos).begin
 
 
 def test_a_token_outside_the_alphabet_keeps_its_id():
@@ -329,7 +329,7 @@ def test_directory_of_transformers(ours, tmp_path):
   assert (tmp_path / "chat_template.jinja").exists()
   again = transformers.AutoTokenizer.from_pretrained(tmp_path)
   check_equal(tokenizer.from_directory(tmp_path), again)
-  assert tokenizer.from_directory(tmp_path).add_bos
+  assert tokenizer.from_directory(tmp_path).begin
 
 
 def wordpiece():
@@ -415,7 +415,7 @@ def test_tokenizer_json_says_what_frames_a_text(tmp_path):
     file = tmp_path / "tokenizer_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"add_bos_token": in_config}))
     ours = tokenizer.from_directory(tmp_path)
-    assert ours.add_bos == in_json
+    assert bool(ours.begin) == in_json
     check_equal(ours, transformers.AutoTokenizer.from_pretrained(tmp_path))
 
 

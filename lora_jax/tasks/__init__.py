@@ -45,22 +45,46 @@ class Formatted:
   prompt: str
   response: str
 
+  @property
+  def weight(self) -> float:
+    """What the response counts in the loss."""
+    return 1.0
+
 
 @dataclasses.dataclass(frozen=True)
 class Chat:
-  """A conversation `{"role", "content"}`, ending with the assistant's message: the response."""
+  """A conversation, ending with the assistant's message: the response.
 
-  messages: tuple[Mapping[str, str], ...]
+  Fields:
+    messages: `{"role", "content"}` and whatever else the chat template reads of one, such as `tool_calls`. In the loss
+      an assistant message counts its `weight`, by default 1.
+    tools: that the assistant may call, as JSON schemas.
+    template_kwargs: further variables of the chat template.
+  """
+
+  messages: tuple[Mapping[str, Any], ...]
+  tools: Sequence[Mapping[str, Any]] | None = None
+  template_kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
   @property
   def prompt(self) -> str:
     """What is said before the response, a message a line."""
-    return "\n".join(m["content"] for m in self.messages[:-1])
+    return "\n".join(m.get("content") or "" for m in self.messages[:-1])
 
   @property
   def response(self) -> str:
-    """What the assistant says last."""
-    return self.messages[-1]["content"]
+    """What the assistant says last; "" where it only calls tools."""
+    return self.messages[-1].get("content") or ""
+
+  @property
+  def weight(self) -> float:
+    """What the response counts in the loss."""
+    return self.messages[-1].get("weight", 1.0)
+
+  @property
+  def variables(self) -> dict[str, Any]:
+    """What the chat template is given beside the messages."""
+    return ({"tools": list(self.tools)} if self.tools else {}) | dict(self.template_kwargs)
 
 
 @dataclasses.dataclass(frozen=True)

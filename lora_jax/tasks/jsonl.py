@@ -4,22 +4,44 @@ Each line is `{"prompt": str, "response": str}` or `{"messages": [{"role": str, 
 message is the assistant's: the response that is generated and scored. In training every assistant message of a
 conversation carries the loss of a response, the other messages that of a prompt. With `labels`, which lists all
 responses, it is a classification task.
+
+Conversations may have what OpenAI's format and `apply_chat_template` know besides:
+
+  of a line     `tools`, a list of JSON schemas or a string of JSON that is one; `documents`; `chat_template_kwargs`,
+                further variables of the template such as {"enable_thinking": false}
+  of a message  `weight`, of an assistant's: what it counts in the loss, 0 for what is not to be learned; and what the
+                template reads: `tool_calls`, beside which the content may be null, `tool_call_id`, `name`,
+                `reasoning_content`, `reasoning` or `thinking`
+
+What is null counts as not there. A content may be a list of `{"type": "text", "text": str}`: the texts are joined.
+Other keys are refused, unless `ignore` names them.
 """
 
 import json
+import math
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from lora_jax import errors, tasks
 from lora_jax.tasks import _packaged
+from lora_jax.tokenizer import THOUGHTS
 from lora_jax.values import Name
 
 PROMPT_LOSS_WEIGHT = None
 ROLES = ("system", "user", "assistant", "tool")
+PAIR = ("prompt", "response")
+CHAT = ("messages", "tools", "documents", "chat_template_kwargs")
+MESSAGE = ("role", "content", "weight", "name", "tool_calls", "tool_call_id", *THOUGHTS)
+SHAPE = '{"prompt": ..., "response": ...} or {"messages": [{"role": ..., "content": ...}, ...]}'
 
 
 def load(
-  split: str, *, path: Name, validation_path: Name | None = None, test_path: Name | None = None
+  split: str,
+  *,
+  path: Name,
+  validation_path: Name | None = None,
+  test_path: Name | None = None,
+  ignore: Sequence[str] | str = (),
 ) -> Sequence[dict]:
   """Examples of a split, as they are in the file.
 
@@ -29,13 +51,14 @@ def load(
   Args:
     path: the file.
     validation_path, test_path: files of their own for these splits; None takes a tenth of `path`.
+    ignore: keys of lines and messages to leave out, such as ("id", "source") or "id,source".
   """
   own = {"validation": validation_path, "test": test_path}
   if own.get(split):
-    return read(own[split])
+    return read(own[split], ignore)
   free = [s for s in tasks.SPLITS if not own.get(s)]
   chosen, seen = [], set()
-  for example in read(path):
+  for example in read(path, ignore):
     prompt, response = _texts(example)
     line = _packaged.digest(*prompt, response)
     if line not in seen and _packaged.split_of(_packaged.digest(*prompt), free) == split:
@@ -50,9 +73,11 @@ def load(
 
 def format(example: dict) -> tasks.Formatted | tasks.Chat:
   """The line's prompt and response, or its conversation."""
-  if "messages" in example:
-    return tasks.Chat(tuple(example["messages"]))
-  return tasks.Formatted(example["prompt"], example["response"])
+  if "messages" not in example:
+    return tasks.Formatted(example["prompt"], example["response"])
+  messages = tuple(m | {"content": _joined(m["content"])} if "content" in m else m for m in example["messages"])
+  documents = {"documents": example["documents"]} if example.get("documents") else {}
+  return tasks.Chat(messages, _tools(example), documents | (example.get("chat_template_kwargs") or {}))
 
 
 def labels(*, labels: Sequence[str] | None = None) -> Sequence[str] | None:
@@ -67,13 +92,19 @@ def labels(*, labels: Sequence[str] | None = None) -> Sequence[str] | None:
 
 
 def score(example: dict, text: str) -> dict[str, float]:
-  """`exact_match` of the generated response."""
-  return tasks.exact_match(format(example).response, text)
+  """`exact_match` of the generated response; nothing where it calls tools, which each model writes in its own way."""
+  formatted = format(example)
+  calls = isinstance(formatted, tasks.Chat) and formatted.messages[-1].get("tool_calls")
+  return {} if calls else tasks.exact_match(formatted.response, text)
 
 
-def read(path: str | pathlib.Path) -> list[dict]:
-  """All examples of a file; blank lines are skipped. UserError names the line that is wrong, and how."""
+def read(path: str | pathlib.Path, ignore: Sequence[str] | str = ()) -> list[dict]:
+  """All examples of a file, without the keys to `ignore`; blank lines are skipped.
+
+  UserError names the line that is wrong, and how.
+  """
   path = pathlib.Path(path)
+  ignore = {k.strip() for k in (ignore.split(",") if isinstance(ignore, str) else ignore)}
   try:
     lines = path.read_text(encoding="utf-8").split("\n")
   except (OSError, UnicodeDecodeError) as e:
@@ -85,6 +116,7 @@ def read(path: str | pathlib.Path) -> list[dict]:
         example = json.loads(line)
       except json.JSONDecodeError as e:
         raise errors.UserError(f"{path}:{number}: no JSON: {e}") from e
+      example = _cleared(example, ignore)
       if fault := _fault(example):
         raise errors.UserError(f"{path}:{number}: {fault}")
       examples.append(example)
@@ -93,19 +125,36 @@ def read(path: str | pathlib.Path) -> list[dict]:
   return examples
 
 
+def _cleared(example: object, ignore: set[str]) -> object:
+  """A line without what is null in it, as tables write what a row does not have, and without the keys to ignore."""
+  if not isinstance(example, dict):
+    return example
+  example = {k: v for k, v in example.items() if v is not None and k not in ignore}
+  if isinstance(messages := example.get("messages"), list):
+    example["messages"] = [_cleared(m, ignore) for m in messages]
+  return example
+
+
 def _fault(example: object) -> str | None:
   """What is wrong with a line, or None."""
-  shape = '{"prompt": ..., "response": ...} or {"messages": [{"role": ..., "content": ...}, ...]}'
   if not isinstance(example, dict):
-    return f"expected an object {shape}, found {type(example).__name__}"
+    return f"expected an object {SHAPE}, found {type(example).__name__}"
   if "messages" in example:
-    return _messages_fault(example["messages"])
-  for key in ("prompt", "response"):
+    return _unknown(example, CHAT) or _messages_fault(example["messages"]) or _variables_fault(example)
+  for key in PAIR:
     if key not in example:
-      return f"no {key!r}: expected {shape}, found keys {sorted(example)}"
+      return f"no {key!r}: expected {SHAPE}, found keys {sorted(example)}"
     if not isinstance(example[key], str):
       return f"{key!r} must be a string, found {type(example[key]).__name__}"
-  return None if example["response"] else "'response' is empty: there is nothing to learn"
+  return _unknown(example, PAIR) or (None if example["response"] else "'response' is empty: there is nothing to learn")
+
+
+def _unknown(found: Mapping, known: Sequence[str], where: str = "") -> str | None:
+  """A message for a key that is not one of those known."""
+  for key in found:
+    if key not in known:
+      return f"{where}unknown key {key!r}, {errors.nearest(key, known)} (config.task.ignore={key!r} leaves it out)"
+  return None
 
 
 def _messages_fault(messages: object) -> str | None:
@@ -114,21 +163,81 @@ def _messages_fault(messages: object) -> str | None:
   for i, message in enumerate(messages):
     if not isinstance(message, dict):
       return f"messages[{i}] must be an object, found {type(message).__name__}"
-    for key in ("role", "content"):
-      if not isinstance(message.get(key), str):
-        return f"messages[{i}] needs a string {key!r}, found {message.get(key)!r}"
-    if message["role"] not in ROLES:
-      return f"messages[{i}] has unknown role {message['role']!r}; {errors.nearest(message['role'], ROLES)}"
-  if messages[-1]["role"] != "assistant":
-    return f"the last message must be the assistant's, found role {messages[-1]['role']!r}"
-  if not messages[-1]["content"]:
+    if fault := _message_fault(message):
+      return f"messages[{i}]{fault}"
+  last = messages[-1]
+  if last["role"] != "assistant":
+    return f"the last message must be the assistant's, found role {last['role']!r}"
+  if not any(last.get(k) for k in ("content", "tool_calls", *THOUGHTS)):
     return "the last message is empty: there is nothing to learn"
+  if not any(m.get("weight", 1) for m in messages if m["role"] == "assistant"):
+    return "every assistant message has weight 0: there is nothing to learn"
   return "the first message cannot be the assistant's" if messages[0]["role"] == "assistant" else None
 
 
+def _message_fault(message: dict) -> str | None:
+  role, content = message.get("role"), message.get("content")
+  if not isinstance(role, str):
+    return f" needs a string 'role', found {role!r}"
+  if role not in ROLES:
+    return f" has unknown role {role!r}; {errors.nearest(role, ROLES)}"
+  if fault := _unknown(message, MESSAGE, ": "):
+    return fault
+  if isinstance(content, list):
+    for part in content:
+      if not isinstance(part, dict) or part.keys() != {"type", "text"} or not isinstance(part["text"], str):
+        return f' has a content that is no text: {str(part)[:60]}; expected {{"type": "text", "text": ...}}'
+  elif not isinstance(content, str) and not (content is None and role == "assistant" and message.get("tool_calls")):
+    return f" needs a string 'content', found {content!r}"
+  calls = message.get("tool_calls", [])
+  if not isinstance(calls, list) or not all(isinstance(c, dict) for c in calls):
+    return f": 'tool_calls' must be a list of objects, found {str(calls)[:60]}"
+  weight = message.get("weight", 1)
+  if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < math.inf:
+    return f": 'weight' must be a number from 0, found {weight!r}"
+  if role != "assistant" and "weight" in message:
+    return f": 'weight' is of assistant messages, not of role {role!r}"
+  return None
+
+
+def _variables_fault(example: dict) -> str | None:
+  """What is wrong with what a chat template is given beside messages."""
+  try:
+    tools = _tools(example)
+  except (ValueError, RecursionError) as e:
+    return f"'tools' is a string that is no JSON: {e}"
+  for key, value in {"tools": tools, "documents": example.get("documents")}.items():
+    if value is not None and (not isinstance(value, list) or not all(isinstance(x, dict) for x in value)):
+      return f"{key!r} must be a list of objects, found {str(value)[:60]}"
+  given = example.get("chat_template_kwargs")
+  if given is not None and not isinstance(given, dict):
+    return f"'chat_template_kwargs' must be an object, found {str(given)[:60]}"
+  taken = sorted((given or {}).keys() & {*CHAT, "add_generation_prompt"})
+  return f"'chat_template_kwargs' cannot have {taken[0]!r}" if taken else None
+
+
+def _joined(content: str | list[dict] | None) -> str | None:
+  return "".join(part["text"] for part in content) if isinstance(content, list) else content
+
+
+def _tools(example: dict) -> list[dict] | None:
+  """The tools of a line: tables of one type a column have them as a string."""
+  tools = example.get("tools")
+  return json.loads(tools) if isinstance(tools, str) and tools else tools or None
+
+
 def _texts(example: dict) -> tuple[list[str], str]:
-  """What comes before the response, and the response."""
+  """What comes before the response, and the response, such that lines that are not the same have other texts."""
   if "messages" not in example:
     return [example["prompt"]], example["response"]
-  *before, last = example["messages"]
-  return [m["role"] + ": " + m["content"] for m in before], last["content"]
+  said, weights = [], []
+  for m in example["messages"]:
+    rest = {k: v for k, v in m.items() if k not in ("role", "content", "weight")}
+    said.append(
+      m["role"] + ": " + (_joined(m.get("content")) or "") + (json.dumps(rest, sort_keys=True) if rest else "")
+    )
+    weights.append(m.get("weight", 1))
+  *before, last = said
+  given = {k: v for k, v in example.items() if k != "messages" and v}
+  before += [json.dumps(given, sort_keys=True)] if given else []
+  return before, last.removeprefix("assistant: ") + (str(weights) if set(weights) != {1} else "")
