@@ -66,11 +66,11 @@ def encode_all(
   and never cut. A conversation whose earlier turns the chat template rewrites is several examples; see
   `encoding.pieces`.
   """
-  end, most = tokenizer.eos_id, prompts.room(soft, seq_len) + 1
+  end, ends, most = tokenizer.eos_id, tokenizer.end_ids, prompts.room(soft, seq_len) + 1
   notes, encoded, truncated = encoding.Notes(), [], 0
   for text in encoding.encode(tokenizer, formatted, notes):
     ids, weights = text.ids, np.where(np.isnan(text.weights), np.float32(prompt_loss_weight), text.weights)
-    if eos and end is not None and not (ids[-1:].tolist() and int(ids[-1]) in tokenizer.end_ids):
+    if eos and end is not None and not np.isin(ids[-1:], ends).any():
       ids, weights = np.append(ids, np.int32(end)), np.append(weights, np.float32(text.weight))
     truncated += len(ids) > most
     kept = _kept(text.prompt, len(ids), most, text.first)

@@ -81,6 +81,8 @@ def pieces(tokenizer: Any, formatted: Formatted, notes: Notes | None = None) -> 
   """
   if isinstance(formatted, tasks.Formatted):
     return [[Piece(formatted.prompt), Piece(formatted.response, 1.0)]]
+  if notes:
+    note_unread(tokenizer, formatted, notes)
   found, done = [], ""
   for i, message in enumerate(formatted.messages):
     if message["role"] != "assistant":
@@ -131,10 +133,7 @@ def encode(tokenizer: Any, formatted: Sequence[Formatted], notes: Notes | None =
   """The texts to learn of all examples; see `pieces`. A text without a prompt begins with BOS, or the end token."""
   notes = Notes() if notes is None else notes
   parts = [(text, isinstance(f, tasks.Chat)) for f in formatted for text in pieces(tokenizer, f, notes)]
-  for f in formatted:
-    _unread(tokenizer, f, notes)
-  begin = np.array(tokenizer.begin, np.int32)
-  start = tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id
+  begin, ends = tokenizer.begin, tokenizer.end_ids
   encoded = tokenizer.encode_offsets(["".join(p.text for p in text) for text, _ in parts])
   for (text, chat), (ids, offsets) in zip(parts, encoded, strict=True):
     of = _assigned(text, offsets)
@@ -142,17 +141,22 @@ def encode(tokenizer: Any, formatted: Sequence[Formatted], notes: Notes | None =
     at = np.searchsorted(of, np.arange(len(text) + 1))  # where each piece begins, and the end
     if chat:
       for i in range(1, len(text), 2):
-        end = at[i] + turn_end(tokenizer, ids[at[i] : at[i + 1]])
+        end = at[i] + turn_end(tokenizer, ids[at[i] : at[i + 1]].tolist(), ends)
         weights[end : at[i + 1]] = np.nan
       ids, weights = ids[:end], weights[:end]  # the last turn's
     elif at[1] < len(ids) and offsets[at[1], 0] < len(text[0].text):
       notes.add(SPANS, f"{text[0].text[-20:]!r} + {text[1].text[:20]!r}")
-    before = begin if not chat else begin[:0]
-    if not len(before) and not at[-2] and start is not None:
-      before = np.array([start], np.int32)
+    before = _before(tokenizer, () if chat else begin, not at[-2])
     first = len(before) or int(ids[:1].tolist() == [tokenizer.bos_id])
-    ids, weights = np.concatenate([before, ids]), np.concatenate([np.full(len(before), np.nan, np.float32), weights])
+    ids = np.concatenate([np.array(before, np.int32), ids])
+    weights = np.concatenate([np.full(len(before), np.nan, np.float32), weights])
     yield Text(ids, weights, len(before) + int(at[-2]), first, text[-1].weight)
+
+
+def _before(tokenizer: Any, begin: Sequence[int], empty: bool) -> list[int]:
+  """What precedes a text: its `begin`, or if there is no other prompt a token to predict the response from."""
+  start = tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id
+  return list(begin) or ([start] if empty and start is not None else [])
 
 
 def _assigned(text: Sequence[Piece], offsets: np.ndarray) -> np.ndarray:
@@ -164,15 +168,13 @@ def _assigned(text: Sequence[Piece], offsets: np.ndarray) -> np.ndarray:
   return np.where(prompts[of] & (begins < of), of - 1, of)
 
 
-def turn_end(tokenizer: Any, ids: np.ndarray) -> int:
-  """How many tokens of an answer in a conversation are learned: what its template writes after the token that ends it,
-  if it is white space, is not."""
-  ends = np.flatnonzero(np.isin(ids, tokenizer.end_ids))
-  if not len(ends):
-    return len(ids)
-  end = int(ends[-1]) + 1
-  rest = tokenizer.decode(ids[end:], skip_special_tokens=False)
-  return len(ids) if rest.strip() else end
+def turn_end(tokenizer: Any, ids: Sequence[int], ends: Sequence[int]) -> int:
+  """How many tokens of an answer in a conversation are learned.
+
+  That is all but white space that the template writes after one of the tokens that end a text.
+  """
+  end = next((n for n in range(len(ids), 0, -1) if ids[n - 1] in ends), len(ids))
+  return len(ids) if tokenizer.decode(ids[end:], skip_special_tokens=False).strip() else end
 
 
 def questions(
@@ -185,26 +187,24 @@ def questions(
   """
   asked = tokenizer.encode_batch([prompt(tokenizer, f) for f in formatted])
   whole = iter(tokenizer.encode_batch([answered(tokenizer, f, label) for f in formatted for label in labels]))
-  start = tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id
+  begin, ends = tokenizer.begin, tokenizer.end_ids
   prompts, firsts, answers = [], [], []
   for f, ids in zip(formatted, asked, strict=True):
     texts, chat = [next(whole) for _ in labels], isinstance(f, tasks.Chat)
     n = min([len(ids), *(common(ids, text) for text in texts)])
-    texts = [text[n:] for text in texts]
-    answers.append([without_end(tokenizer, text) if chat else text for text in texts])
+    answers.append([without_end(tokenizer, text[n:], ends if chat else ()) for text in texts])
     if empty := [label for label, text in zip(labels, answers[-1], strict=True) if not text]:
       raise errors.UserError(f"the label {empty[0]!r} has no tokens after {prompt(tokenizer, f)[-40:]!r}")
-    before = [] if chat else list(tokenizer.begin)
-    before = before or ([start] if not n and start is not None else [])
+    before = _before(tokenizer, () if chat else begin, not n)
     prompts.append([*before, *ids[:n]])
     firsts.append(len(before) or int(ids[:1] == [tokenizer.bos_id]))
   return prompts, firsts, answers
 
 
-def without_end(tokenizer: Any, ids: Sequence[int]) -> list[int]:
-  """An answer's ids up to the token that ends it."""
-  ids = list(ids[: turn_end(tokenizer, np.array(ids, np.int32))])
-  return ids[:-1] if ids[-1:] and ids[-1] in tokenizer.end_ids else ids
+def without_end(tokenizer: Any, ids: Sequence[int], ends: Sequence[int]) -> list[int]:
+  """An answer's ids up to the one of `ends` that ends it."""
+  ids = list(ids[: turn_end(tokenizer, ids, ends)])
+  return ids[:-1] if ids and ids[-1] in ends else ids
 
 
 def common(a: Sequence, b: Sequence) -> int:
@@ -213,12 +213,10 @@ def common(a: Sequence, b: Sequence) -> int:
   return n if a[:n] == b[:n] else next(i for i in range(n) if a[i] != b[i])
 
 
-def _unread(tokenizer: Any, formatted: Formatted, notes: Notes) -> None:
+def note_unread(tokenizer: Any, chat: tasks.Chat, notes: Notes) -> None:
   """Notes what a conversation has and its template does not ask for."""
-  if isinstance(formatted, tasks.Formatted):
-    return
-  keys = {k for m in formatted.messages for k, v in m.items() if v is not None} - {"role", "content", "weight"}
-  for key in sorted(keys | formatted.variables.keys()):
+  keys = {k for m in chat.messages for k, v in m.items() if v is not None} - {"role", "content", "weight"}
+  for key in sorted(keys | chat.variables.keys()):
     names = THOUGHTS if key in THOUGHTS else (key,)
     if not any(re.search(rf"\b{re.escape(name)}\b", tokenizer.chat_template or "") for name in names):
       notes.add(f"some conversations have {key!r}, which the model's chat template does not read")

@@ -49,19 +49,21 @@ def encode_all(
   """
   asked, responses = zip(*(texts(tokenizer, f) for f in formatted), strict=True)
   sources, truncated = classify.encode(tokenizer, [(p,) for p in asked], seq_len, soft)
-  encoded, end = [], tokenizer.eos_id
+  encoded, end, ends, notes = [], tokenizer.eos_id, tokenizer.end_ids, encoding.Notes()
   for f, source, ids in zip(formatted, sources, tokenizer.encode_batch(responses), strict=True):
     if not f.weight:
       raise errors.UserError("an encoder-decoder learns the last message of a conversation alone, and one has weight 0")
     if isinstance(f, tasks.Chat):
-      ids = ids[: encoding.turn_end(tokenizer, ids)]
-    if eos and end is not None and (not ids or ids[-1] not in tokenizer.end_ids):
+      encoding.note_unread(tokenizer, f, notes)
+      ids = ids[: encoding.turn_end(tokenizer, ids, ends)]
+    if eos and end is not None and (not ids or ids[-1] not in ends):
       ids = [*ids, end]
     truncated += len(ids) > target_len
     targets = np.array(ids[:target_len], np.int32)
     tokens = np.array([start, *targets[:-1]], np.int32)[: len(targets)]
     weights = np.full(len(targets), f.weight, np.float32)
     encoded.append({"inputs": source["tokens"], "tokens": tokens, "targets": targets, "weights": weights})
+  notes.say()
   return encoded, truncated
 
 
@@ -128,12 +130,9 @@ def eval_batches(
   formatted, labels = [task.format(example) for example in examples], task.labels or ()
   asked = [(encoding.prompt(tokenizer, f),) for f in formatted]
   written = iter(tokenizer.encode_batch([texts(tokenizer, f, label)[1] for f in formatted for label in labels]))
-  answers = []
-  for f in formatted:
-    chat = isinstance(f, tasks.Chat)
-    answers.append(
-      [encoding.without_end(tokenizer, ids) if chat else ids for _, ids in zip(labels, written, strict=False)]
-    )
+  answer = functools.partial(encoding.without_end, tokenizer)
+  ends = tokenizer.end_ids
+  answers = [[answer(next(written), ends if isinstance(f, tasks.Chat) else ()) for _ in labels] for f in formatted]
   rows = [{"tokens": e["tokens"]} for e in classify.encode(tokenizer, asked, seq_len, soft)[0]]
   pad_id = data.padding_id(tokenizer)
   return data.with_labels(data.longest_first(rows, pad_id, batch_size, seq_len, same_length), answers, pad_id)

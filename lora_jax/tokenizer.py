@@ -77,7 +77,8 @@ class Tokenizer:
 
   def encode_batch(self, texts: Iterable[str], add_special_tokens: bool = False) -> list[list[int]]:
     """`encode` of each text, on all cores."""
-    return [x.ids for x in self.backend.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)]
+    encode = functools.partial(self.backend.encode_batch_fast, add_special_tokens=add_special_tokens)
+    return [x.ids for chunk in _chunks(list(texts)) for x in encode(chunk)]
 
   def encode_offsets(self, texts: Sequence[str]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """`encode` of each text, on all cores: ids int32 [n] and offsets int32 [n, 2].
@@ -86,8 +87,7 @@ class Tokenizer:
     Blanks that are of none, as tokenizers may drop them or not count them, go to the token that follows.
     """
     greedy = {i: t.content for i, t in self.backend.get_added_tokens_decoder().items() if t.lstrip or t.rstrip}
-    for start in range(0, len(texts), CHUNK):
-      chunk = texts[start : start + CHUNK]
+    for chunk in _chunks(texts):
       for text, x in zip(chunk, self.backend.encode_batch(chunk, add_special_tokens=False), strict=True):
         ids, offsets = np.array(x.ids, np.int32), np.array(x.offsets, np.int32).reshape(-1, 2)
         ends = np.maximum.accumulate(offsets[:, 1])
@@ -211,6 +211,10 @@ def _message(message: Mapping[str, Any]) -> dict[str, Any]:
   message = {k: v for k, v in message.items() if v is not None}
   thoughts = next((message[k] for k in THOUGHTS if k in message), None)
   return message if thoughts is None else {"thinking": thoughts} | message | {"reasoning_content": thoughts}
+
+
+def _chunks(texts: Sequence[str]) -> Iterator[Sequence[str]]:
+  return (texts[i : i + CHUNK] for i in range(0, len(texts), CHUNK))
 
 
 class _Generation(jinja2.ext.Extension):

@@ -318,8 +318,8 @@ def test_variables_reach_the_template_as_in_transformers(capsys):
   chat = dataclasses.replace(chat, tools=tools, template_kwargs=given)
   (batch,) = data.eval_batches(*one(chat), tok, batch_size=1, seq_len=999)
   messages = [{k: v for k, v in m.items() if k != "weight"} for m in chat.messages[:-1]]
-  given |= {"chat_template": template, "add_generation_prompt": True, "return_dict": True}
-  want = theirs("trimmed").apply_chat_template(messages, tools=tools, **given)
+  how = {"chat_template": template, "add_generation_prompt": True, "return_dict": True}
+  want = theirs("trimmed").apply_chat_template(messages, tools=tools, **given, **how)
   assert batch["tokens"][0, : batch["lengths"][0]].tolist() == want["input_ids"]
   data.encode_all(tok, [chat], 999)
   assert not capsys.readouterr().err

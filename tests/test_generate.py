@@ -360,6 +360,13 @@ def test_end_tokens_of_a_model():
   assert generate.generate(turns, ["a"]) == ["x"]
 
 
+def test_a_decoder_goes_on_with_a_text_that_the_tokenizer_ends():
+  model, single = writer("x"), "<s> $A </s>"
+  framed = tokenizers.processors.TemplateProcessing(single=single, special_tokens=[("<s>", BOS), ("</s>", EOS)])
+  model.tokenizer.backend.post_processor = framed
+  assert generate._batch(model, model.params, ["ab"], ())["tokens"].tolist() == [[BOS, *b"ab"]]
+
+
 def test_empty_prompts_begin_with_a_special_token():
   assert generate.generate(writer("x"), [""], max_new_tokens=2) == generate.generate(
     writer("x"), ["<s>"], max_new_tokens=2

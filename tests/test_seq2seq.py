@@ -187,6 +187,13 @@ def test_a_conversation():
     *tok.encode(asked),
     END,
   ]
+  half = dataclasses.replace(chat, messages=(*chat.messages[:-1], chat.messages[-1] | {"weight": 0.5}))
+  (row,), _ = seq2seq.encode_all(tok, [half], 64, 8, START)
+  assert row["weights"].tolist() == [0.5] * len(row["targets"])
+  task = dataclasses.replace(TASK, format=lambda e: chat)
+  (batch,) = seq2seq.eval_batches(task, [{}], tok, batch_size=1, seq_len=64)
+  labels = [ids[:n].tolist() for ids, n in zip(batch["labels"][0], batch["label_lengths"][0], strict=True)]
+  assert labels == [tok.encode(label) for label in LABELS], "texts of their own, without an end"
   with pytest.raises(errors.UserError, match="no chat template"):
     seq2seq.texts(unigram(), chat)
 

@@ -448,6 +448,51 @@ def test_jsonl_chat(tmp_path):
   assert jsonl.score({"messages": messages}, " hello ") == {"exact_match": 1.0}
 
 
+CALL = {"type": "function", "function": {"name": "f", "arguments": "{}"}}
+TOOLS = [{"type": "function", "function": {"name": "f"}}]
+
+
+def test_jsonl_conversations_have_what_templates_read(tmp_path):
+  """Calls beside a null content, tools as a list or a string, contents in parts, and null for what is not there."""
+  parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+  messages = [
+    {"role": "user", "content": parts, "tool_calls": None, "weight": None},
+    {"role": "assistant", "content": None, "tool_calls": [CALL], "weight": 0},
+    {"role": "tool", "content": "c", "tool_call_id": "1", "name": "f"},
+    {"role": "assistant", "content": "d", "reasoning_content": "e"},
+  ]
+  more = {"documents": [{"text": "x"}], "chat_template_kwargs": {"enable_thinking": False}, "prompt": None}
+  lines = [{"messages": messages, "tools": TOOLS} | more, {"messages": messages, "tools": json.dumps(TOOLS)}]
+  a, b = map(jsonl.format, jsonl.read(write(tmp_path / "a.jsonl", lines)))
+  user = {"role": "user", "content": "ab"}
+  assert a.messages == b.messages == (user, {k: v for k, v in messages[1].items() if v is not None}, *messages[2:])
+  assert a.tools == b.tools == TOOLS
+  assert a.variables == {"tools": TOOLS, "documents": [{"text": "x"}], "enable_thinking": False}
+  assert (a.prompt, a.response, a.weight) == ("ab\n\nc", "d", 1)
+  called = {"messages": messages[:2]}
+  assert jsonl.format(called).response == "" and jsonl.score(called, "") == {}
+  assert jsonl.score({"messages": messages}, "d ") == {"exact_match": 1.0}
+
+
+def test_jsonl_lines_that_differ_in_more_than_words_are_not_repeated(tmp_path):
+  calls = [{"role": "assistant", "tool_calls": [CALL | {"id": i}]} for i in ("1", "2")]
+  lines = [{"messages": [USER, m]} for m in calls]
+  lines += [lines[0] | {"tools": TOOLS}, {"messages": [USER, calls[0] | {"weight": 0.5}]}, lines[0]]
+  other = write(tmp_path / "b.jsonl", [pair(0)])
+  task = tasks.get("jsonl", path=write(tmp_path / "a.jsonl", lines), test_path=other, validation_path=other)
+  assert task.load("train") == lines[:4]
+
+
+@pytest.mark.parametrize("ignore", [("id", "source"), "id, source"])
+def test_jsonl_keys_to_ignore(tmp_path, ignore):
+  line = {"id": 1, "messages": [USER | {"source": "x"}, ASSISTANT]}
+  path = write(tmp_path / "a.jsonl", [line, pair(0) | {"id": 2}])
+  with pytest.raises(errors.UserError, match=r"a.jsonl:1: unknown key 'id'.*config.task.ignore='id' leaves it out"):
+    jsonl.read(path)
+  task = tasks.get("jsonl", path="", test_path=path, ignore=ignore)
+  assert task.load("test") == [{"messages": [USER, ASSISTANT]}, pair(0)]
+
+
 USER, ASSISTANT = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
 
 
@@ -466,6 +511,22 @@ USER, ASSISTANT = {"role": "user", "content": "a"}, {"role": "assistant", "conte
     ({"messages": [USER, ASSISTANT, USER]}, "last message must be the assistant's"),
     ({"messages": [USER, {"role": "assistant", "content": ""}]}, "last message is empty"),
     ({"messages": [ASSISTANT]}, "first message cannot"),
+    ({"prompt": "a", "response": "b", "weight": 0}, "unknown key 'weight', valid: prompt, response"),
+    ({"messages": [USER, ASSISTANT], "tool": []}, "unknown key 'tool', did you mean 'tools'"),
+    ({"messages": [USER, ASSISTANT], "prompt": "a"}, "unknown key 'prompt'"),
+    ({"messages": [USER, ASSISTANT | {"wieght": 0}]}, r"messages\[1\]: unknown key 'wieght', did you mean 'weight'"),
+    ({"messages": [USER | {"weight": 1}, ASSISTANT]}, r"messages\[0\]: 'weight' is of assistant messages, not of"),
+    ({"messages": [USER, ASSISTANT | {"weight": 0}]}, "every assistant message has weight 0"),
+    *(({"messages": [USER, ASSISTANT | {"weight": w}]}, "must be a number from 0") for w in (-1, True, "1", math.inf)),
+    ({"messages": [USER, ASSISTANT | {"content": None}]}, r"messages\[1\] needs a string 'content', found None"),
+    ({"messages": [USER | {"content": None, "tool_calls": [CALL]}, ASSISTANT]}, r"messages\[0\] needs a string"),
+    ({"messages": [USER | {"content": [{"type": "image_url"}]}, ASSISTANT]}, "a content that is no text: .*image_url"),
+    ({"messages": [USER, ASSISTANT | {"tool_calls": "f"}]}, "'tool_calls' must be a list of objects, found f"),
+    ({"messages": [USER, ASSISTANT], "tools": "[{"}, "'tools' is a string that is no JSON"),
+    ({"messages": [USER, ASSISTANT], "tools": {"f": 1}}, "'tools' must be a list of objects"),
+    ({"messages": [USER, ASSISTANT], "documents": ["x"]}, "'documents' must be a list of objects"),
+    ({"messages": [USER, ASSISTANT], "chat_template_kwargs": 1}, "'chat_template_kwargs' must be an object"),
+    ({"messages": [USER, ASSISTANT], "chat_template_kwargs": {"tools": []}}, "cannot have 'tools'"),
   ],
 )
 def test_jsonl_bad_line(tmp_path, line, message):
