@@ -136,6 +136,7 @@ def test_encode():
     (("ab", "c$d"), {}, Bytes(), [100, 101, 102, EOS, 103, EOS], [0.5, 1, 1, 1, 1]),
     (("ab", "c"), {}, Bytes(eos_id=None), [100, 101, 102], [0.5, 1]),
     (("ab", "c"), {}, Bytes(add_bos=True), [BOS, 100, 101, 102, EOS], [0.5, 0.5, 1, 1]),
+    # As in transformers, a text that spells BOS has it twice.
     (("^ab", "c"), {}, Bytes(add_bos=True), [BOS, BOS, 100, 101, 102, EOS], [0.5, 0.5, 0.5, 1, 1]),
     (("", "c"), {}, Bytes(), [BOS, 102, EOS], [1, 1]),
     (("", "c"), {}, Bytes(bos_id=None), [EOS, 102, EOS], [1, 1]),
