@@ -11,7 +11,6 @@ A batch is a dict of numpy arrays:
   weights      float32 [B]     1; in evaluation 0 for rows without a label and those that fill up the last batch
 """
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -107,8 +106,7 @@ def train_iterator(
   for example, row in zip(examples, encoded, strict=True):
     if not row["weights"]:
       raise errors.UserError(f"task {task.name!r}: {str(example)[:80]} has none of the labels {task.labels}")
-  order = functools.partial(data.endless, encoded, data.padding_id(tokenizer), batch_size, seq_len, share)
-  return data.TrainIterator(order, seed, len(encoded), truncated)
+  return data.iterate(encoded, truncated, tokenizer, batch_size, seq_len, share, seed)
 
 
 def eval_batches(
@@ -123,4 +121,4 @@ def eval_batches(
 ) -> list[data.Batch]:
   """Every example once, longest first, with `index` int32 [B]: which one a row is, -1 where it fills up the batch."""
   encoded, _ = encode_all(task, examples, tokenizer, seq_len, soft)
-  return list(data.longest_first(encoded, data.padding_id(tokenizer), batch_size, seq_len, same_length))
+  return list(data.longest_first(encoded, tokenizer, batch_size, seq_len, same_length))

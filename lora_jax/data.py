@@ -242,8 +242,28 @@ def train_iterator(
   if share_rows:
     rows = _usual_rows(encoded, batch_size // process_count, seq_len, multiple)
     how = {"fit": functools.partial(compact, rows=rows)}
+  return iterate(encoded, truncated, tokenizer, batch_size, seq_len, share, seed, **how)
+
+
+def iterate(
+  encoded: Sequence[Batch],
+  truncated: int,
+  tokenizer: Any,
+  batch_size: int,
+  seq_len: int,
+  share: slice,
+  seed: int,
+  **how: Any,
+) -> TrainIterator:
+  """The iterator over encoded examples, `truncated` of which were too long; `how` as in `endless`."""
+  _check(encoded, tokenizer)
   order = functools.partial(endless, encoded, padding_id(tokenizer), batch_size, seq_len, share, **how)
   return TrainIterator(order, seed, len(encoded), truncated)
+
+
+def _check(encoded: Sequence[Batch], tokenizer: Any) -> None:
+  """UserError for a token of encoded examples that the model does not have: what frames a text may be one."""
+  tokenizer.check(e[k] for e in encoded for k in ("inputs", "tokens", "targets") if k in e)
 
 
 def rows_of(
@@ -332,7 +352,7 @@ def eval_batches(
   for ids, first in zip(asked, firsts, strict=True):
     kept = np.array(ids, np.int32)[_kept(len(ids), len(ids), most, first)]
     rows.append({"tokens": prompts.insert(soft, kept, ids[:1] == [tokenizer.bos_id])})
-  batches = longest_first(rows, padding_id(tokenizer), batch_size, seq_len, same_length)
+  batches = longest_first(rows, tokenizer, batch_size, seq_len, same_length)
   return with_labels(batches, answers, padding_id(tokenizer))
 
 
@@ -353,9 +373,10 @@ def with_labels(batches: Iterable[Batch], answers: Sequence[Sequence[Sequence[in
 
 
 def longest_first(
-  encoded: Sequence[Batch], pad_id: int, batch_size: int, seq_len: int, same_length: bool = False
+  encoded: Sequence[Batch], tokenizer: Any, batch_size: int, seq_len: int, same_length: bool = False
 ) -> Iterator[Batch]:
   """Batches of encoded examples as `eval_batches` says; rows that fill up the last one are zeros."""
+  _check(encoded, tokenizer)
   order = sorted(range(len(encoded)), key=lambda i: (-len(encoded[i]["tokens"]), i))
   for start in range(0, len(order), batch_size):
     index = np.full(batch_size, -1, np.int32)
@@ -365,10 +386,11 @@ def longest_first(
     T = min(1 << max(5, (len(rows[0]["tokens"]) - 1).bit_length()), seq_len)
     if same_length:
       T = bucket(len(encoded[order[0]]["tokens"]), seq_len)
-    batch = pad(rows, T, pad_id)
+    batch = pad(rows, T, padding_id(tokenizer))
     yield batch | {"lengths": batch["segment_ids"].sum(1, dtype=np.int32), "index": index}
 
 
 def padding_id(tokenizer: Any) -> int:
-  """What rows are filled up with. Any token does, since padding is never attended to or learned."""
-  return next((i for i in (tokenizer.pad_id, tokenizer.eos_id) if i is not None), 0)
+  """What rows are filled up with. Any token of the model does, since padding is never attended to or learned."""
+  known = (i for i in (tokenizer.pad_id, tokenizer.eos_id) if i is not None)
+  return next((i for i in known if tokenizer.rows is None or i < tokenizer.rows), 0)

@@ -15,6 +15,7 @@ from flax import struct
 
 from lora_jax import beam, data, errors, prompts, sampling as sampling_lib, transformer
 
+NEVER = (-1,)  # as tokens that end a text: no model predicts it
 MIN_SLOTS = 256  # of a cache, so that short prompts of all lengths share one program
 
 
@@ -102,17 +103,19 @@ def _begin(logits: jax.Array, cache: dict, ids: jax.Array, lengths: jax.Array) -
   return State(cache, logits, ids, lengths, jnp.int32(0), jnp.zeros(len(ids), bool))
 
 
-def greedy(config, params, cache: dict, logits: jax.Array, lengths: jax.Array, new: int, eos: Any) -> jax.Array:
+def greedy(
+  config, params, cache: dict, logits: jax.Array, lengths: jax.Array, new: int, end: Sequence[int]
+) -> jax.Array:
   """Continues prompts by the most likely token, `new` times or until every row has ended.
 
   Args:
     cache, logits: of `prefill`, whose cache has at least `max(lengths) + new` slots.
-    eos: the token that ends a text, or several.
+    end: tokens that end a text.
 
   Returns:
-    int32 [B, new]; `eos`, or the first of them, after a row's end.
+    int32 [B, new]; `end[0]` after a row's end.
   """
-  end = jnp.atleast_1d(jnp.asarray(eos, jnp.int32))
+  end = jnp.asarray(end, jnp.int32)
   ids = jnp.zeros((len(lengths), cache["layers"]["k"].shape[2]), jnp.int32)
   state = advance(config, params, _begin(logits, cache, ids, lengths), None, end, new)
   out = jnp.take_along_axis(state.ids, lengths[:, None] + jnp.arange(new), axis=1)
@@ -175,7 +178,7 @@ def continuations(
   mask: np.ndarray | None = None,
   *,
   max_new_tokens: int,
-  end: Sequence[int] = (-1,),
+  end: Sequence[int] = NEVER,
   temperature: float = 0.0,
   top_k: int = 0,
   top_p: float = 1.0,
@@ -223,7 +226,7 @@ def beam_search(
   *,
   beams: int,
   max_new_tokens: int,
-  end: Sequence[int] = (-1,),
+  end: Sequence[int] = NEVER,
   start: int | None = None,
   **how: Any,
 ) -> tuple[np.ndarray, np.ndarray]:

@@ -113,7 +113,7 @@ def score(
   labels,
   label_lengths,
   new: int,
-  eos: int,
+  end: tuple[int, ...],
   start: int | None = None,
   search: Search = Search(),
 ) -> tuple[jax.Array, jax.Array]:
@@ -123,6 +123,7 @@ def score(
     tokens, lengths: prompts int32 [B, T], right-padded, and [B].
     labels, label_lengths: token ids int32 [B, C, U] of the answers to compare, right-padded, and [B, C]; C may be 0.
     new: how many tokens to generate; none with 0.
+    end: tokens that end a text; the first of them follows it.
     start: the first token of an encoder-decoder's text, which is then scored and continued; its prompts are encoded.
 
   Returns:
@@ -146,20 +147,20 @@ def score(
   if not new:
     return total, jnp.zeros((B, 0), jnp.int32)
   if search.beams == 1 and not search.no_repeat_ngram:
-    return total, decode.greedy(config, params, cache, logits, lengths, new, eos)
-  return total, _best(config, params, cache, logits, ids, lengths, new, eos, search)
+    return total, decode.greedy(config, params, cache, logits, lengths, new, end)
+  return total, _best(config, params, cache, logits, ids, lengths, new, end, search)
 
 
-def _best(config, params, cache, logits, ids, lengths, new, eos, search) -> jax.Array:
-  """The best continuations [B, new] of a search; `eos` after a row's end."""
+def _best(config, params, cache, logits, ids, lengths, new, end, search) -> jax.Array:
+  """The best continuations [B, new] of a search; `end[0]` after a row's end."""
   at = jnp.arange(ids.shape[1])
   ids = jnp.where(at < lengths[:, None], -1 - at, 0)  # so that no n-gram is one of the prompt
-  limits = jnp.int32([eos]), jnp.int32(new), jnp.float32(search.length_penalty)
+  limits = jnp.int32(end), jnp.int32(new), jnp.float32(search.length_penalty)
   # One beam that stops when its text has ended is greedy.
   how = dict(beams=search.beams, ngram=search.no_repeat_ngram, early=search.beams == 1 or search.early_stopping)
   found, counts, _ = beam._search(config, params, cache, logits, ids, lengths, *limits, **how)
   out = jnp.take_along_axis(found[:, 0], lengths[:, None] + jnp.arange(new), axis=1)
-  return jnp.where(jnp.arange(new) < counts[:, :1], out, eos)
+  return jnp.where(jnp.arange(new) < counts[:, :1], out, end[0])
 
 
 def run(config: transformer.Config, params: Any, *args: Any, **kw: Any) -> dict[str, float]:
@@ -205,7 +206,7 @@ def run_members(
   config = dataclasses.replace(config, scan=True)  # each prompt length compiles anew: fast compiling is worth more
   if max_new_tokens == 0 and not task.labels:
     raise errors.UserError(f"config.eval.max_new_tokens=0 scores labels alone, and task {task.name!r} has none")
-  end = generate.end_id(tokenizer)
+  end = tokenizer.end_ids or decode.NEVER
   texts, predictions = [{} for _ in range(members.n)], [{} for _ in range(members.n)]
   kind, how = (
     seq2seq if config.encoder_layers else data,
@@ -224,7 +225,7 @@ def run_members(
     for p in range(members.n):
       for ll, out, index in zip(lls[p], outs[p], batch["index"].tolist(), strict=True):
         if index >= 0:
-          text = tokenizer.decode(generate.until_eos(out, end)) if new else ""
+          text = tokenizer.decode(generate.until_end(out, end)) if new else ""
           texts[p] |= {index: text} if new else {}
           predictions[p][index] = int(ll.argmax()) if task.labels else tasks.number(text)
     progress(len(predictions[0]), len(examples))
@@ -266,7 +267,7 @@ def text_loss(
       counts = np.arange(len(ids)) > 0  # nothing but soft tokens precedes the first
       rows.append(data.row(ids, counts.astype(np.float32), soft, int(begins), begins))
   total = 0.0
-  for batch in data.longest_first(rows, data.padding_id(tokenizer), batch_size, seq_len, same_length):
+  for batch in data.longest_first(rows, tokenizer, batch_size, seq_len, same_length):
     del batch["lengths"], batch["index"]
     if ahead:
       members.compile(_text_loss, config, place(batch))

@@ -10,27 +10,10 @@ from lora_jax import decode, errors, models, prompts as prompts_lib, tokenizer a
 STOP_EVERY = 8  # tokens between looks for stop strings
 
 
-def until_eos(ids: np.ndarray, eos: int | Collection[int]) -> list[int]:
-  """The tokens before the first `eos`, or the first of several."""
-  ids, ends = list(map(int, ids)), {eos} if isinstance(eos, int) else set(eos)
+def until_end(ids: np.ndarray, ends: Collection[int]) -> list[int]:
+  """The tokens before the first that ends the text."""
+  ids = list(map(int, ids))
   return ids[: next((i for i, token in enumerate(ids) if token in ends), len(ids))]
-
-
-def end_id(tokenizer: tokenizer_lib.Tokenizer) -> int:
-  """The token that ends a text; -1, which no model predicts, where there is none."""
-  return -1 if tokenizer.eos_id is None else tokenizer.eos_id
-
-
-def end_ids(model: models.Model) -> tuple[int, ...]:
-  """All tokens that end a text, those of generation_config.json first; (-1,) where there is none.
-
-  They are also the tokenizer's, and what the chat template puts after an answer.
-  """
-  found, tok = model.generation.get("eos_token_id"), model.tokenizer
-  found = [] if found is None else list(np.atleast_1d(found))
-  if tok is not None:
-    found += [i for i in (tok.eos_id, _turn_end(tok)) if i is not None]
-  return tuple(dict.fromkeys(map(int, found))) or (-1,)
 
 
 def start_id(model: models.Model) -> int | None:
@@ -41,18 +24,10 @@ def start_id(model: models.Model) -> int | None:
   known = [t[k] for k in names for t in (model.generation, model.hf_config) if t.get(k) is not None]
   if not known:
     raise errors.UserError(f"config.json of {model.name} has none of {', '.join(names)}: what begins a text?")
-  return int(known[0])
-
-
-def _turn_end(tok: tokenizer_lib.Tokenizer) -> int | None:
-  mark = "answer#1"
-  try:
-    text = tok.chat([{"role": "user", "content": "question"}, {"role": "assistant", "content": mark}])
-  except errors.UserError:  # no template, or one that wants other messages
-    return None
-  ids = tok.encode(text.rpartition(mark)[2])
-  added = tok.backend.get_added_tokens_decoder()
-  return ids[0] if ids and ids[0] in added and added[ids[0]].special else None
+  start = int(known[0])
+  if start >= (rows := model.config.vocab_size):
+    raise errors.UserError(f"{model.name} begins a text with token {start}, but the embedding has {rows} rows")
+  return start
 
 
 def complete(tokenizer: tokenizer_lib.Tokenizer, ids: Sequence[int]) -> str:
@@ -89,16 +64,16 @@ def _batch(model: models.Model, params: dict, prompts: Sequence[str | Sequence[i
   begin, framed = tok.begin, bool(model.config.encoder_layers)
   ids = lambda text: tok.encode(text, True) if framed else [*begin, *tok.encode(text)]
   rows = [ids(p) if isinstance(p, str) else np.asarray(p).tolist() for p in prompts]
+  rows = [row or ([] if first is None else [first]) for row in rows]
   vocabulary = range(model.config.vocab_size)
   for i, row in enumerate(rows):
     if wrong := [t for t in row if t not in vocabulary]:
       raise errors.UserError(f"prompt {i}: {wrong[0]!r} is no token of {model.name}, which has {len(vocabulary)}")
-  rows = [row or ([] if first is None else [first]) for row in rows]
   rows = [prompts_lib.insert(prompts_lib.of(params), row, row[:1] == [tok.bos_id]) for row in rows]
   mask = np.arange(max(map(len, rows))) < np.array([len(row) for row in rows])[:, None]
   tokens = np.zeros(mask.shape, np.int32)
   tokens[mask] = np.concatenate(rows)
-  return dict(tokens=tokens, mask=mask, end=end_ids(model), start=start_id(model))
+  return dict(tokens=tokens, mask=mask, end=tok.end_ids or decode.NEVER, start=start_id(model))
 
 
 def generate(
@@ -136,7 +111,7 @@ def generate(
   batch |= dict(max_new_tokens=max_new_tokens, no_repeat_ngram=no_repeat_ngram)
 
   def texts(rows):
-    return [before(complete(tok, until_eos(row, batch["end"])), stop) for row in rows]
+    return [before(complete(tok, until_end(row, batch["end"])), stop) for row in rows]
 
   if beams > 1:
     how = dict(beams=beams, length_penalty=length_penalty, early_stopping=early_stopping)
@@ -171,7 +146,7 @@ def stream(
   batch, given, text = _batch(model, params, [prompt], stop), "", ""
   for rows in decode.continuations(model.config, params, **batch, max_new_tokens=max_new_tokens, every=1, **how):
     progress(rows.shape[1])
-    text, stopped = before(complete(model.tokenizer, until_eos(rows[0], batch["end"])), stop)
+    text, stopped = before(complete(model.tokenizer, until_end(rows[0], batch["end"])), stop)
     known = text if stopped else text[: len(text) - _held(text, stop)]
     if len(known) > len(given) and known.startswith(given):
       yield known[len(given) :]

@@ -63,7 +63,7 @@ class Model:
     name: what it was loaded as.
     config: its shape and how it is run.
     params: the tree of transformer.py, matrices in `config.dtype`.
-    tokenizer: None for a directory that has none.
+    tokenizer: None for a directory that has none. It knows the rows of the embedding and the ends of `generation`.
     hf_config: the Hugging Face config.json that it came with.
     path: the directory or file that it was read from.
     fresh: names of leaves that were not in it and are random, such as a new classifier's.
@@ -78,6 +78,14 @@ class Model:
   path: str = ""
   fresh: tuple[str, ...] = ()
   generation: dict = dataclasses.field(default_factory=dict)
+
+  def __post_init__(self):
+    if self.tokenizer is not None:
+      found = self.generation.get("eos_token_id")
+      ends = () if found is None else tuple(int(i) for i in np.atleast_1d(found))
+      bound = dataclasses.replace(self.tokenizer, ends=ends, rows=self.config.vocab_size)
+      if bound != self.tokenizer:  # else it has found its ends already
+        object.__setattr__(self, "tokenizer", bound)
 
   @property
   def hub_name(self) -> str:

@@ -101,8 +101,7 @@ def train_iterator(
   formatted = [task.format(example) for example in examples]
   encoded, truncated = encode_all(tokenizer, formatted, seq_len, target_len, start, eos, soft)
   fit = functools.partial(_fit, target_len=target_len)
-  order = functools.partial(data.endless, encoded, data.padding_id(tokenizer), batch_size, seq_len, share, fit=fit)
-  return data.TrainIterator(order, seed, len(encoded), truncated)
+  return data.iterate(encoded, truncated, tokenizer, batch_size, seq_len, share, seed, fit=fit)
 
 
 def _fit(examples: Sequence[data.Batch], share: slice, seq_len: int, pad_id: int, target_len: int) -> data.Batch:
@@ -134,5 +133,5 @@ def eval_batches(
   ends = tokenizer.end_ids
   answers = [[answer(next(written), ends if isinstance(f, tasks.Chat) else ()) for _ in labels] for f in formatted]
   rows = [{"tokens": e["tokens"]} for e in classify.encode(tokenizer, asked, seq_len, soft)[0]]
-  pad_id = data.padding_id(tokenizer)
-  return data.with_labels(data.longest_first(rows, pad_id, batch_size, seq_len, same_length), answers, pad_id)
+  batches = data.longest_first(rows, tokenizer, batch_size, seq_len, same_length)
+  return data.with_labels(batches, answers, data.padding_id(tokenizer))

@@ -43,6 +43,8 @@ class Tokenizer:
     backend: the `tokenizers.Tokenizer`, without truncation or padding.
     chat_template: Jinja source, or None.
     bos_id, eos_id, pad_id, cls_id, sep_id, mask_id: ids, or None where the model has no such token.
+    ends: ids at which the model ends a text besides `eos_id`, such as those of generation_config.json.
+    rows: how many rows the model's embedding has; None where that is not known.
   """
 
   backend: tokenizers.Tokenizer = dataclasses.field(repr=False)
@@ -53,6 +55,8 @@ class Tokenizer:
   cls_id: int | None = None
   sep_id: int | None = None
   mask_id: int | None = None
+  ends: tuple[int, ...] = ()
+  rows: int | None = None
 
   @property
   def vocab_size(self) -> int:
@@ -66,19 +70,47 @@ class Tokenizer:
     rows = zip(probe.ids, probe.sequence_ids, strict=True)
     return tuple(i for i, _ in itertools.takewhile(lambda row: row[1] is None, rows))
 
-  @property
+  @functools.cached_property
   def end_ids(self) -> tuple[int, ...]:
-    """All tokens that end a text."""
-    return () if self.eos_id is None else (self.eos_id,)
+    """All tokens that end a text: `ends`, `eos_id`, and what the chat template puts after an answer."""
+    known = (*self.ends, self.eos_id, self._turn_end())
+    return tuple(dict.fromkeys(i for i in known if i is not None))
+
+  def _turn_end(self) -> int | None:
+    mark = "answer#1"
+    try:
+      text = self.chat([{"role": "user", "content": "question"}, {"role": "assistant", "content": mark}])
+    except errors.UserError:  # no template, or one that wants other messages
+      return None
+    ids = self.backend.encode(text.rpartition(mark)[2], add_special_tokens=False).ids
+    added = self.backend.get_added_tokens_decoder()
+    return ids[0] if ids and ids[0] in added and added[ids[0]].special else None
 
   def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
-    """Ids of a text, in which special tokens count as such; True adds those that frame the model's inputs."""
-    return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+    """Ids of a text, in which special tokens count as such; True adds those that frame the model's inputs.
+
+    Raises:
+      UserError: see `check`.
+    """
+    ids = self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+    self.check([ids])
+    return ids
 
   def encode_batch(self, texts: Iterable[str], add_special_tokens: bool = False) -> list[list[int]]:
     """`encode` of each text, on all cores."""
     encode = functools.partial(self.backend.encode_batch_fast, add_special_tokens=add_special_tokens)
-    return [x.ids for chunk in _chunks(list(texts)) for x in encode(chunk)]
+    found = [x.ids for chunk in _chunks(list(texts)) for x in encode(chunk)]
+    self.check(found)
+    return found
+
+  def check(self, rows: Iterable[Sequence[int]]) -> None:
+    """Raises UserError if one of the ids in `rows` is beyond the model's embedding: JAX would read its last row."""
+    most = max((row.max() if isinstance(row, np.ndarray) else max(row) for row in rows if len(row)), default=0)
+    if self.rows is not None and most >= self.rows:
+      raise errors.UserError(
+        f"token {self.backend.id_to_token(int(most))!r} has id {most}, but the embedding has {self.rows} rows: resize "
+        "the model's embedding or remove the token from the tokenizer"
+      )
 
   def encode_offsets(self, texts: Sequence[str]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """`encode` of each text, on all cores: ids int32 [n] and offsets int32 [n, 2].

@@ -35,6 +35,10 @@ class Bytes:
   @property
   def end_ids(self):
     return () if self.eos_id is None else (self.eos_id,)
+  rows: int | None = None
+
+  def check(self, rows):
+    pass
 
   def encode(self, text, add_special_tokens=False):
     assert not add_special_tokens

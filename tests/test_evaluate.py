@@ -74,10 +74,10 @@ def test_scores_equal_full_forwards(params):
     for j, (label, u) in enumerate(zip(labels[i], label_lengths[i], strict=True)):
       lp = np.asarray(jax.nn.log_softmax(naive_logits(params, [*row[:n], *label[:u]])))
       want[i, j] = sum(lp[n - 1 + k, label[k]] for k in range(u))
-  got, _ = evaluate.score(CONFIG, params, prompts(), LENGTHS, labels, label_lengths, 2, NEVER)
+  got, _ = evaluate.score(CONFIG, params, prompts(), LENGTHS, labels, label_lengths, 2, (NEVER,))
   np.testing.assert_allclose(got, want, atol=1e-5)
   filled = np.where(labels == 0, 9, labels)
-  again, _ = evaluate.score(CONFIG, params, prompts(pad=8), LENGTHS, filled, label_lengths, 2, NEVER)
+  again, _ = evaluate.score(CONFIG, params, prompts(pad=8), LENGTHS, filled, label_lengths, 2, (NEVER,))
   np.testing.assert_array_equal(got, again)
 
 
@@ -88,7 +88,7 @@ def test_greedy_equals_a_loop_without_cache(params):
   for end in (NEVER, eos):
     want = [naive_greedy(params, row[:n], 6, end) for row, n in zip(prompts(), LENGTHS, strict=True)]
     for pad in (0, 8):
-      _, got = evaluate.score(CONFIG, params, prompts(pad), LENGTHS, *NO_LABELS, 6, end)
+      _, got = evaluate.score(CONFIG, params, prompts(pad), LENGTHS, *NO_LABELS, 6, (end,))
       np.testing.assert_array_equal(got, want)
   assert got[0].tolist() == [*first[0][: first[0].index(eos)], *[eos] * (6 - first[0].index(eos))]
 
@@ -111,7 +111,7 @@ def test_search_equals_beam_search(params, search):
     want = np.pad(want, [(0, 0), (0, 6 - want.shape[1])], constant_values=end)
     labels = np.array([[[3, 4, 5]]] * 4, np.int32), np.array([[3]] * 4, np.int32)
     for pad in (0, 8):
-      args = CONFIG, params, prompts(pad), LENGTHS, *labels, 6, end, None
+      args = CONFIG, params, prompts(pad), LENGTHS, *labels, 6, (end,), None
       totals, got = evaluate.score(*args, search)
       np.testing.assert_array_equal(got, want)
       greedy_totals, greedy = evaluate.score(*args)
@@ -127,36 +127,55 @@ def test_no_ngram_occurs_twice_in_a_text_but_may_be_in_the_prompt(params, beams)
   table = jnp.full((8, 7), -9.0).at[jnp.arange(1, 4), jnp.array([2, 3, 1])].set(9.0).at[1:4, 4].set(1.0)
   params["head"]["kernel"] = table.at[4, 4].set(9.0).at[4, 5].set(1.0)
   prompt = np.array([[1, 2, 3, 1, 2, 3, 1]], np.int32)
-  args = config, params, prompt, np.array([7], np.int32), *(x[:1] for x in NO_LABELS), 8, 0, None
+  args = config, params, prompt, np.array([7], np.int32), *(x[:1] for x in NO_LABELS), 8, (0,), None
   assert evaluate.score(*args, evaluate.Search(beams))[1].tolist() == [[2, 3, 1, 2, 3, 1, 2, 3]]
   (text,) = evaluate.score(*args, evaluate.Search(beams, no_repeat_ngram=3))[1].tolist()
   assert text[:6] == [2, 3, 1, 2, 3, 4] and len(set(zip(text, text[1:], text[2:], strict=False))) == 6
 
 
-def test_greedy_equals_transformers(tmp_path):
+@pytest.mark.parametrize("search", [evaluate.Search(), evaluate.Search(beams=3, early_stopping=True)])
+def test_texts_equal_those_of_transformers(tmp_path, search):
+  """With one token that ends a text, and with two of which either does."""
   torch = pytest.importorskip("torch")
   ref = reference(tmp_path, num_key_value_heads=2)
   model = models.load(str(tmp_path), dtype="float32")
 
-  def theirs(eos):
-    out = np.full((4, 8), eos)
+  def theirs(*end):
+    out = np.full((4, 8), end[0])
     for i, n in enumerate(LENGTHS):
       ids = torch.tensor(prompts()[i : i + 1, :n].astype(np.int64))
-      kw = dict(max_new_tokens=8, do_sample=False, eos_token_id=eos, pad_token_id=eos)
+      kw = dict(max_new_tokens=8, do_sample=False, eos_token_id=list(end), pad_token_id=end[0])
+      kw |= dict(num_beams=search.beams, early_stopping=search.early_stopping) if search.beams > 1 else {}
       new = ref.generate(ids, attention_mask=torch.ones_like(ids), **kw)[0, n:].numpy()
       out[i, : len(new)] = new
     return out
 
-  eos = int(theirs(96)[1, 3])
-  for end in (96, eos):
-    _, ours = evaluate.score(model.config, model.params, prompts(), LENGTHS, *NO_LABELS, 8, end)
-    np.testing.assert_array_equal(ours, theirs(end))
+  free = theirs(96)
+  a, b = int(free[1, 3]), int(free[0, 2])
+  for end in ((96,), (a,), (a, b)):
+    _, ours = evaluate.score(model.config, model.params, prompts(), LENGTHS, *NO_LABELS, 8, end, None, search)
+    np.testing.assert_array_equal(ours, theirs(*end))
+  assert (ours == a).any(1).sum() > (theirs(a) == a).any(1).sum(), "what the second ends is filled up by the first"
 
 
-def test_until_eos():
-  assert generate.until_eos(np.array([4, 5, 2, 6, 2]), 2) == [4, 5]
-  assert generate.until_eos(np.array([2, 4]), 2) == []
-  assert generate.until_eos(np.array([4, 5]), 2) == [4, 5]
+@pytest.mark.parametrize("search", [evaluate.Search(), evaluate.Search(beams=2)])
+def test_an_evaluation_ends_texts_where_generation_does(search):
+  """At "no" by generation_config.json, at "<eos>" by the tokenizer."""
+  config, params, tok, _ = chain()
+  model = models.Model("chain", config, params, tok, {}, generation={"eos_token_id": [WORDS.index("no")]})
+  texts = []
+  toy = dataclasses.replace(task(None), corpus=lambda found, _: texts.extend(found) or {})
+  how = dict(batch_size=4, seq_len=16, max_new_tokens=4, search=search)
+  evaluate.run(config, params, model.tokenizer, toy, examples(), **how)
+  prompts = [e["text"] for e in examples()]
+  assert texts == generate.generate(model, prompts, max_new_tokens=4, beams=search.beams)
+  assert texts[0] == "yes" and texts[3] == ""
+
+
+def test_until_end():
+  assert generate.until_end(np.array([4, 5, 2, 6, 2]), (2,)) == [4, 5]
+  assert generate.until_end(np.array([2, 4]), (3, 2)) == []
+  assert generate.until_end(np.array([4, 5]), (2,)) == [4, 5]
 
 
 # A model without layers' influence whose next token depends on the last one alone: a Markov chain.

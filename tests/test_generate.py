@@ -98,8 +98,8 @@ def test_rows_end_at_any_end_token(ends):
   for row, prompt, m in zip(got, PROMPTS, RIGHT, strict=True):
     want = naive(prompt[m], 8, ends)
     assert row.tolist() == want + [ends[0]] * (len(row) - len(want))
-    assert generate.until_eos(row, ends) == [t for t in want if t not in ends]
-  assert {generate.until_eos(row, ends) != row.tolist() for row in got} == {True, False}
+    assert generate.until_end(row, ends) == [t for t in want if t not in ends]
+  assert {generate.until_end(row, ends) != row.tolist() for row in got} == {True, False}
 
 
 def test_padding_on_the_left_equals_transformers():
@@ -235,7 +235,7 @@ def test_beams_equal_transformers(case):
   np.testing.assert_array_equal(got, sequences)
   np.testing.assert_allclose(scores, want.sequences_scores.numpy().reshape(4, beams), rtol=1e-4)
   if n_ends:
-    lengths = {len(generate.until_eos(row, end)) for row in got.reshape(-1, got.shape[-1])}
+    lengths = {len(generate.until_end(row, end)) for row in got.reshape(-1, got.shape[-1])}
     assert len(lengths) > 1
 
 
@@ -349,13 +349,13 @@ def test_before_takes_the_string_that_is_complete_first():
 
 def test_end_tokens_of_a_model():
   model = writer("x")
-  assert generate.end_ids(model) == (EOS,)
-  assert generate.end_ids(dataclasses.replace(model, generation={"eos_token_id": [9, EOS]})) == (9, EOS)
-  assert generate.end_ids(dataclasses.replace(model, generation={"eos_token_id": 9})) == (9, EOS)
-  assert generate.end_ids(dataclasses.replace(model, tokenizer=byte_tokenizer(TEMPLATE))) == (EOS, TURN)
-  assert generate.end_ids(dataclasses.replace(model, tokenizer=byte_tokenizer("{{ raise_exception('no') }}"))) == (EOS,)
-  nothing = dataclasses.replace(byte_tokenizer(), eos_id=None)
-  assert generate.end_ids(dataclasses.replace(model, tokenizer=nothing)) == (-1,)
+  ends = lambda **kw: dataclasses.replace(model, **kw).tokenizer.end_ids
+  assert ends() == (EOS,)
+  assert ends(generation={"eos_token_id": [9, EOS]}) == (9, EOS)
+  assert ends(generation={"eos_token_id": 9}) == (9, EOS)
+  assert ends(generation={"eos_token_id": 9}, tokenizer=byte_tokenizer(TEMPLATE)) == (9, EOS, TURN)
+  assert ends(tokenizer=byte_tokenizer("{{ raise_exception('no') }}")) == (EOS,)
+  assert ends(tokenizer=dataclasses.replace(byte_tokenizer(), eos_id=None)) == ()
   turns = dataclasses.replace(writer("x", TURN), tokenizer=byte_tokenizer(TEMPLATE))
   assert generate.generate(turns, ["a"]) == ["x"]
 

@@ -137,8 +137,8 @@ def test_generation_and_scores_are_those_of_the_whole_text():
   ):
     close(a, b)
   labels = np.array([[[3, 4, 5], [6, 0, 0]]] * 2, np.int32), np.array([[3, 1]] * 2, np.int32)
-  a = evaluate.score(c, adapted, asked, lengths, *labels, 3, 96)
-  b = evaluate.score(c, params, whole, P + lengths, *labels, 3, 96)
+  a = evaluate.score(c, adapted, asked, lengths, *labels, 3, (96,))
+  b = evaluate.score(c, params, whole, P + lengths, *labels, 3, (96,))
   jax.tree.map(close, a, b)
 
 

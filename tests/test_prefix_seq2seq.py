@@ -186,7 +186,7 @@ def test_generation_and_scores_are_those_of_whole_texts():
   close(scores[:, 0], sums)
   assert (scores[:, 0] >= [sum(table[b, t, got[b, t]] for t in range(6)) - 1e-4 for b in range(2)]).all()
   labels = np.array([[[3, 4, 5], [6, 0, 0]]] * 2, np.int32), np.array([[3, 1]] * 2, np.int32)
-  scored, again = evaluate.score(CONFIG, adapted(mlp=True, hidden=6)[0], asked, mask.sum(1), *labels, 6, END, START)
+  scored, again = evaluate.score(CONFIG, adapted(mlp=True, hidden=6)[0], asked, mask.sum(1), *labels, 6, (END,), START)
   np.testing.assert_array_equal(again, got)
   text = np.array([[START, 3, 4, 5, 0, 0, 0]] * 2, np.int32)
   likely = jax.nn.log_softmax(jitted(CONFIG, params, text))

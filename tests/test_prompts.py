@@ -95,8 +95,8 @@ def test_generation_and_scores_are_those_of_the_whole_text():
   labels = np.array([[[3, 4, 5], [6, 0, 0]]] * 2, np.int32), np.array([[3, 1]] * 2, np.int32)
   jax.tree.map(
     close,
-    evaluate.score(c, adapted, soft, lengths, *labels, 3, 96),
-    evaluate.score(c, params, hard, lengths, *labels, 3, 96),
+    evaluate.score(c, adapted, soft, lengths, *labels, 3, (96,)),
+    evaluate.score(c, params, hard, lengths, *labels, 3, (96,)),
   )
 
 
@@ -336,7 +336,7 @@ def test_a_run(files, config, tmp_path, name):
   for _ in range(6):
     row = np.pad(ids, (0, 48 - len(ids)))[None]
     ids = np.append(ids, jitted(ours.config, ours.params, row)[0, len(ids) - 1].argmax())
-  assert texts[0] == generate.complete(tok, generate.until_eos(ids[n:], tok.eos_id))
+  assert texts[0] == generate.complete(tok, generate.until_end(ids[n:], tok.end_ids))
 
 
 def plain(model):

@@ -286,7 +286,7 @@ def test_scores_equal_full_forwards(model, reference):
   labels = np.array([[[8, 9, 10], [6, 0, 0], [9, 5, 0]]] * 3, np.int32)
   label_lengths = np.array([[3, 1, 2]] * 3)
   tokens, lengths = batch["tokens"], batch["lengths"]
-  args = labels, label_lengths, 6, END, START
+  args = labels, label_lengths, 6, (END,), START
   ll, new = evaluate.score(model.config, model.params, tokens, lengths, *args)
   encode, run = (jax.jit(f, static_argnums=0) for f in (transformer.encode, transformer.apply))
   for i, n in enumerate(lengths[:2]):
@@ -298,7 +298,7 @@ def test_scores_equal_full_forwards(model, reference):
     ids = torch.tensor(tokens[i : i + 1, :n].astype(np.int64))
     with torch.no_grad():
       theirs = reference.generate(ids, max_new_tokens=6, do_sample=False)[0, 1:].tolist()
-    assert generate.until_eos(new[i], END) == generate.until_eos(np.array(theirs), END)
+    assert generate.until_end(new[i], (END,)) == generate.until_end(np.array(theirs), (END,))
   junk = np.where(np.arange(tokens.shape[1]) < lengths[:, None], tokens, 7)
   filled = np.where(np.arange(3) < label_lengths[..., None], labels, 7)
   again = evaluate.score(model.config, model.params, junk, lengths, filled, *args[1:])

@@ -182,12 +182,12 @@ def test_scores_on_a_mesh_equal_those_of_one_device():
   data = batch(8)
   inputs = {"tokens": data["tokens"], "lengths": np.arange(3, 11, dtype=np.int32)}
   labels, lengths = np.array([[[1, 2, 3], [4, 5, 0]]] * 8, np.int32), np.array([[3, 2]] * 8, np.int32)
-  want = evaluate.score(CONFIG, params, *inputs.values(), labels, lengths, 4, 7)
+  want = evaluate.score(CONFIG, params, *inputs.values(), labels, lengths, 4, (7,))
   mesh = sharding.make_mesh(2, 2, 2)
   with jax.set_mesh(mesh):
     placed = sharding.replicate(inputs, mesh)
     params = sharding.put(params, sharding.placer(mesh))
-    got = evaluate.score(CONFIG, params, placed["tokens"], placed["lengths"], labels, lengths, 4, 7)
+    got = evaluate.score(CONFIG, params, placed["tokens"], placed["lengths"], labels, lengths, 4, (7,))
   np.testing.assert_allclose(got[0], want[0], atol=1e-5)
   np.testing.assert_array_equal(got[1], want[1])
 

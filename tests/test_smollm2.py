@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lora_jax import decode, generate, models, tree
+from lora_jax import decode, models, tree
 from lora_jax.formats import gguf, peft as peft_format
 from lora_jax.methods import lora
 from tests.test_models import torch_logits
@@ -70,7 +70,7 @@ def test_generation_equals_transformers(model, reference):
   width = max(map(len, rows))
   ids = np.array([[0] * (width - len(r)) + r for r in rows])
   mask = np.arange(width) >= width - np.array([len(r) for r in rows])[:, None]
-  end = generate.end_ids(model)
+  end = model.tokenizer.end_ids
 
   def theirs(**kw):
     kw = dict(do_sample=False, max_new_tokens=24, eos_token_id=list(end), pad_token_id=end[0]) | kw
