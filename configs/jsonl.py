@@ -17,5 +17,4 @@ def get_config(path: str):
   config.data.batch_size = 8
   config.eval.examples = 100
   config.eval.batch_size = 16
-  config.eval.max_new_tokens = 64
   return config

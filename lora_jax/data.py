@@ -4,8 +4,8 @@ A training batch is a dict of numpy arrays [B, T]:
 
   tokens       int32    input tokens
   targets      int32    the token after each
-  weights      float32  what the prediction of the target counts: `prompt_loss_weight` in a prompt, 1 in a response
-                        including the token that ends it, 0 at padding
+  weights      float32  what the prediction of the target counts: `prompt_loss_weight` in a prompt, 1 in a response and,
+                        where that is learned, at the token that ends it; 0 at padding
   positions    int32    0, 1, ... in each example
   segment_ids  int32    1, 2, ... by example in a row, 0 at padding
 
@@ -210,7 +210,7 @@ def train_iterator(
   seq_len: Count,
   pack: bool = False,
   share_rows: bool = False,
-  eos: bool = True,
+  eos: bool | None = None,
   prompt_loss_weight: float = 0.1,
   seed: int = 0,
   process_index: int = 0,
@@ -227,7 +227,9 @@ def train_iterator(
     pack: put as many examples in a row of `seq_len` as fit, first fit.
     share_rows: put the `batch_size` examples in as few rows of `seq_len` as hold them. Loss and gradient are those of
       the padded batch, with less padding and one shape for nearly all batches.
-    eos: learn to end the response.
+    eos: learn to end the response; None: where it is free text, but not where it is one of the task's labels. Those are
+      scored by their likelihood, and the token after them would be half of the loss. The end that a chat template
+      writes is part of an answer, and is learned in any case.
     process_index, process_count: this process gets its consecutive share of the rows of each global batch. All
       processes have to pass the same examples and seed.
     multiple: of which this process's rows are one where examples share them.
@@ -235,7 +237,7 @@ def train_iterator(
   """
   share = rows_of(task, examples, batch_size, seq_len, process_index, process_count)
   formatted = [task.format(e) for e in examples]
-  encoded, truncated = encode_all(tokenizer, formatted, seq_len, prompt_loss_weight, eos, soft)
+  encoded, truncated = encode_all(tokenizer, formatted, seq_len, prompt_loss_weight, learns_end(task, eos), soft)
   if pack and share_rows:
     raise errors.UserError("config.data: pack fills rows, share_rows puts whole batches in them; set one of the two")
   how = {"pack": pack}
@@ -264,6 +266,11 @@ def iterate(
 def _check(encoded: Sequence[Batch], tokenizer: Any) -> None:
   """UserError for a token of encoded examples that the model does not have: what frames a text may be one."""
   tokenizer.check(e[k] for e in encoded for k in ("inputs", "tokens", "targets") if k in e)
+
+
+def learns_end(task: tasks.Task, eos: bool | None) -> bool:
+  """Whether the token that ends a text is learned, see `train_iterator`."""
+  return not task.labels if eos is None else eos
 
 
 def rows_of(

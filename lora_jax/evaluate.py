@@ -195,8 +195,8 @@ def run_members(
     batch_size: prompts at once.
     seq_len: longest prompt, of which the left is cut, and longest text of a classifier.
     same_length: pad all prompts to the longest, so that one program runs them.
-    max_new_tokens: length of generations; by default two more than the longest label, or 64 without labels. With 0
-      labels alone are scored, and nothing is generated.
+    max_new_tokens: length of generations; None is 64, or 0 where the task has labels, after which a model has not
+      learned to end unless `config.data.eos` is True. With 0 labels alone are scored, and nothing is generated.
     start: the first token of an encoder-decoder's text.
     search: how texts are generated.
     place: puts a batch's arrays on the mesh.
@@ -204,7 +204,10 @@ def run_members(
     ahead: only compile what would run, and return nothing.
   """
   config = dataclasses.replace(config, scan=True)  # each prompt length compiles anew: fast compiling is worth more
-  if max_new_tokens == 0 and not task.labels:
+  new = max_new_tokens
+  if new is None:
+    new = 0 if task.labels else 64
+  if not new and not task.labels:
     raise errors.UserError(f"config.eval.max_new_tokens=0 scores labels alone, and task {task.name!r} has none")
   end = tokenizer.end_ids or decode.NEVER
   texts, predictions = [{} for _ in range(members.n)], [{} for _ in range(members.n)]
@@ -212,10 +215,7 @@ def run_members(
     seq2seq if config.encoder_layers else data,
     dict(batch_size=batch_size, seq_len=seq_len, same_length=same_length, soft=members.soft),
   )
-  batches, new = kind.eval_batches(task, examples, tokenizer, **how), max_new_tokens
-  if new is None:
-    new = max((int(b["label_lengths"].max()) for b in batches), default=0) + 2 if task.labels else 64
-  for batch in batches:
+  for batch in kind.eval_batches(task, examples, tokenizer, **how):
     inputs = place({k: v for k, v in batch.items() if k != "index"})
     call = score, config, *(inputs[k] for k in ("tokens", "lengths", "labels", "label_lengths"))
     if ahead:

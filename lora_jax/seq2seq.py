@@ -5,7 +5,7 @@ A training batch is a dict of numpy arrays:
   inputs          int32 [B, S]    the prompt as the tokenizer's post-processor frames it, such as a </s>
   input_segments  int32 [B, S]    1, and 0 at padding
   tokens          int32 [B, T]    the decoder's input: its start token, then the response
-  targets         int32 [B, T]    the response, then the token that ends it
+  targets         int32 [B, T]    the response, then the token that ends it where that is learned
   weights         float32 [B, T]  1, and 0 at padding
   positions, segment_ids          as in data.py
 
@@ -78,7 +78,7 @@ def train_iterator(
   target_len: Count | None = None,
   pack: bool = False,
   share_rows: bool = False,
-  eos: bool = True,
+  eos: bool | None = None,
   seed: int = 0,
   process_index: int = 0,
   process_count: int = 1,
@@ -90,7 +90,8 @@ def train_iterator(
     start: the token that the decoder begins with.
     seq_len, target_len: the longest prompt and response, each padded to buckets of its own; None is `seq_len`.
     pack, share_rows: False; UserError otherwise.
-    eos: learn to end the response.
+    eos: learn to end the response; None: where it is free text, as in `data.train_iterator`. T5's paper (Raffel et al.
+      2020, https://arxiv.org/abs/1910.10683) learns it after labels too: True.
   """
   for k in (k for k, v in {"pack": pack, "share_rows": share_rows}.items() if v):
     raise errors.UserError(f"config.data.{k}=True: the texts of an encoder-decoder are not packed; set it to False")
@@ -99,7 +100,7 @@ def train_iterator(
     raise errors.UserError(f"config.data.target_len={target_len} must be at least 1")
   share = data.rows_of(task, examples, batch_size, seq_len, process_index, process_count)
   formatted = [task.format(example) for example in examples]
-  encoded, truncated = encode_all(tokenizer, formatted, seq_len, target_len, start, eos, soft)
+  encoded, truncated = encode_all(tokenizer, formatted, seq_len, target_len, start, data.learns_end(task, eos), soft)
   fit = functools.partial(_fit, target_len=target_len)
   return data.iterate(encoded, truncated, tokenizer, batch_size, seq_len, share, seed, fit=fit)
 

@@ -224,6 +224,23 @@ def test_truncated_chat_keeps_its_weights(seq_len):
     assert short["targets"].tolist() == full["targets"][len(full["targets"]) - n :].tolist()
 
 
+def test_the_end_is_learned_after_free_text_but_not_after_a_label():
+  """Unless it is asked for, or not; that of a chat template is part of its answer."""
+  said, chat = (
+    tasks.Formatted("ab", "c"),
+    tasks.Chat(({"role": "user", "content": "ab"}, {"role": "assistant", "content": "c"})),
+  )
+
+  def learned(formatted, labels, **kw):
+    batch = next(data.train_iterator(*task([formatted], labels), Bytes(), batch_size=1, seq_len=T, **kw))
+    return batch["targets"][batch["weights"] == 1].tolist()
+
+  ended, alone = [102, EOS], [102]
+  assert learned(said, None) == learned(said, ("c", "d"), eos=True) == ended
+  assert learned(said, ("c", "d")) == learned(said, None, eos=False) == alone
+  assert learned(chat, None) == learned(chat, ("c", "d")) == learned(chat, None, eos=True) == ended
+
+
 def test_iterator_counts_truncated_examples():
   formatted = [tasks.Formatted("p" * n, "r") for n in (10, 38, 39, 40, 41, 100)]
   it = iterator(formatted)

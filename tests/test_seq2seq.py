@@ -111,11 +111,11 @@ def config(files, **values):
   c["task"] = {"name": "jsonl", "labels": LABELS} | {
     k: str(files / f"{s}.jsonl") for k, s in (("path", "train"), ("test_path", "test"))
   }
-  c["data"] |= {"batch_size": 16, "seq_len": 16}
+  c["data"] |= {"batch_size": 16, "seq_len": 16, "eos": True}
   c["optim"] |= {"learning_rate": 1e-2}
   c["train"] |= {"steps": STEPS, "seed": 1, "checkpoint_every": 30, "log_every": 30}
   c["mesh"] = {"data": 2, "fsdp": 1, "tensor": 1}
-  c["eval"] = {"examples": 24, "every": 0, "batch_size": 12, "seq_len": 16}
+  c["eval"] = {"examples": 24, "every": 0, "batch_size": 12, "seq_len": 16, "max_new_tokens": 5}
   return test_experiment.changed(c, **values)
 
 
@@ -127,7 +127,7 @@ def done(files, tmp_path_factory):
 
 
 def iterator(n=20, **kw):
-  kw = dict(start=START, batch_size=4, seq_len=64) | kw
+  kw = dict(start=START, batch_size=4, seq_len=64, eos=True) | kw
   return seq2seq.train_iterator(TASK, list(rows(n)), unigram(), **kw)
 
 
@@ -174,6 +174,15 @@ def test_long_responses_lose_their_end():
     *[very, very, good, END],
     *[*tok.encode("bad"), END],
   ]
+
+
+def test_the_end_is_learned_after_free_text_but_not_after_a_label():
+  tok, example = unigram(), {"prompt": "a film", "response": LABELS[0]}
+  label = tok.encode(LABELS[0])
+  for labels, eos, learned in ((LABELS, None, label), (LABELS, True, [*label, END]), (None, None, [*label, END])):
+    task = tasks.get("jsonl", path="", labels=labels)
+    batch = next(seq2seq.train_iterator(task, [example], tok, start=START, batch_size=1, seq_len=16, eos=eos))
+    assert batch["targets"][batch["weights"] > 0].tolist() == learned
 
 
 def test_a_conversation():
@@ -393,7 +402,7 @@ def test_an_interrupted_run_ends_bit_identical(files, done, tmp_path, monkeypatc
     (dict(data__seq_len=1), r"seq_len=1 has no room"),
     (dict(data__share_rows=True), r"config\.data\.share_rows=True.*set it to False"),
     (
-      dict(objective={"name": "classification"}, data__pack=..., data__share_rows=...),
+      dict(objective={"name": "classification"}, data__pack=..., data__share_rows=..., data__eos=...),
       "head of a t5 model 'classification'",
     ),
   ],
