@@ -188,8 +188,8 @@ def run_members(
   """Metrics of a task over `examples`, of each member.
 
   Those of `task.metrics`, such as `accuracy`, take as the prediction the label of the highest log-likelihood, summed
-  over its tokens, or in a regression the number in the generated text (nan where there is none). Others are what
-  `task.corpus` gives for the generated texts, such as `bleu`, and means of `task.score`, such as `exact_match`.
+  over its tokens, or in a regression the number in the generated text (nan where there is none). After them come
+  what `task.corpus` gives for the generated texts, such as `bleu`, and means of `task.score`, such as `exact_match`.
 
   Args:
     batch_size: prompts at once.
@@ -231,11 +231,10 @@ def run_members(
     progress(len(predictions[0]), len(examples))
   if ahead:
     return []
-  values = [
-    (_generated(task, examples, t) if new else {}) | _metrics(task, examples, p)
+  return [
+    _metrics(task, examples, p) | (_generated(task, examples, t) if new else {})
     for t, p in zip(texts, predictions, strict=True)
   ]
-  return [dict(sorted(v.items())) for v in values]
 
 
 def text_loss(
@@ -329,7 +328,7 @@ def _generated(task: tasks.Task, examples: Sequence[dict], texts: Mapping[int, s
     for k, v in task.score(examples[i], texts[i]).items():
       means.setdefault(k, []).append(v)
   corpus = task.corpus([texts[i] for i in order], [examples[i] for i in order]) if task.corpus else {}
-  return {k: sum(v) / len(v) for k, v in means.items()} | corpus
+  return corpus | {k: sum(v) / len(v) for k, v in means.items()}
 
 
 def _metrics(task: tasks.Task, examples: Sequence[dict], predictions: Mapping[int, int | float]) -> dict[str, float]:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from configs import methods as config
-from lora_jax import compare, labels, methods
+from lora_jax import compare, labels, methods, tasks
 
 ROOT = pathlib.Path(__file__).parents[1]
 KINDS = {kind: names.split() for kind, (_, names) in compare.KINDS.items()}
@@ -19,6 +19,17 @@ def test_every_method_is_of_one_kind():
   assert sorted(itertools.chain(*KINDS.values())) == sorted(methods.names())
   assert len({colour for colour, _ in compare.KINDS.values()}) == len(KINDS)
   assert compare.kind("galore") == "whole weights" and compare.kind("ia3+lora") == "scales and biases"
+
+
+@pytest.mark.parametrize(
+  "subset, metric", [("cola", "matthews"), ("stsb", "pearson"), ("mrpc", "accuracy"), ("sst2", "accuracy")]
+)
+def test_the_main_metric_is_the_first_of_the_task(subset, metric):
+  """Also where others of what a run logs come before it in the alphabet."""
+  task = tasks.get("glue", subset=subset)
+  found = task.metrics([0, 1, 1], [0, 1, 0]) | task.score({"label": 1}, " yes") | {"general_loss": 3.0}
+  assert compare.main_metric(found) == metric
+  assert compare.main_metric({"general_loss": 3.0}) is None
 
 
 def test_kinds_are_those_of_the_readme():

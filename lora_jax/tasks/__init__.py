@@ -18,6 +18,8 @@ Where the labels depend on keywords the module has a function `labels(**kw)` ins
                                              default the `accuracy` of a task with labels
   corpus(texts, examples, **kw)              {name: value} of all examples at once, from the generated texts
 
+The first metric is the one that the task is judged by: of `metrics`, else of `corpus`, else of `score`.
+
 Keywords are keyword-only parameters; one that several functions take is given to each of them.
 """
 
