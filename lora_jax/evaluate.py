@@ -183,6 +183,7 @@ def run_members(
   search: Search = Search(),
   place: Place = lambda batch: batch,
   progress: Callable[[int, int], None] = lambda done, total: None,
+  written: Callable[[int, list[str]], None] = lambda member, texts: None,
   ahead: bool = False,
 ) -> list[dict[str, float]]:
   """Metrics of a task over `examples`, of each member.
@@ -201,6 +202,7 @@ def run_members(
     search: how texts are generated.
     place: puts a batch's arrays on the mesh.
     progress: called with (examples done, all).
+    written: called with each member and the texts that it has generated, in the order of `examples`.
     ahead: only compile what would run, and return nothing.
   """
   config = dataclasses.replace(config, scan=True)  # each prompt length compiles anew: fast compiling is worth more
@@ -231,10 +233,11 @@ def run_members(
     progress(len(predictions[0]), len(examples))
   if ahead:
     return []
-  return [
-    _metrics(task, examples, p) | (_generated(task, examples, t) if new else {})
-    for t, p in zip(texts, predictions, strict=True)
-  ]
+  texts = [[found[i] for i in range(len(examples))] for found in texts] if new else []
+  for member, found in enumerate(texts):
+    written(member, found)
+  values = [_metrics(task, examples, p) for p in predictions]
+  return [v | _generated(task, examples, t) for v, t in zip(values, texts, strict=True)] if new else values
 
 
 def text_loss(
@@ -321,13 +324,13 @@ def predict(config: transformer.Config, params: Any, batch: dict) -> jax.Array:
   return train.Forward(config).classify(params, batch)
 
 
-def _generated(task: tasks.Task, examples: Sequence[dict], texts: Mapping[int, str]) -> dict[str, float]:
-  """`task.corpus` and the means of `task.score` of generated texts by the example's index."""
-  order, means = sorted(texts), {}
-  for i in order:
-    for k, v in task.score(examples[i], texts[i]).items():
+def _generated(task: tasks.Task, examples: Sequence[dict], texts: Sequence[str]) -> dict[str, float]:
+  """`task.corpus` and the means of `task.score` of the texts generated for examples."""
+  means = {}
+  for example, text in zip(examples, texts, strict=True):
+    for k, v in task.score(example, text).items():
       means.setdefault(k, []).append(v)
-  corpus = task.corpus([texts[i] for i in order], [examples[i] for i in order]) if task.corpus else {}
+  corpus = task.corpus(texts, examples) if task.corpus else {}
   return corpus | {k: sum(v) / len(v) for k, v in means.items()}
 
 

@@ -11,7 +11,7 @@ import math
 import os
 import pathlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -40,6 +40,7 @@ from lora_jax import (
   tasks,
   train,
   tree,
+  usage,
   warm_start,
   weights,
   workdir as workdir_lib,
@@ -48,6 +49,20 @@ from lora_jax.config import Config
 from lora_jax.formats import adapter, hf
 
 BACKGROUND = concurrent.futures.ThreadPoolExecutor(1, "compile")
+SHOWN = 4  # examples whose texts a report shows
+
+
+@dataclasses.dataclass(frozen=True)
+class Scores:
+  """What an evaluation finds.
+
+  Fields:
+    values: metrics.
+    texts: {"prompt", "expected", "text"} of the first examples, where texts were generated.
+  """
+
+  values: Mapping[str, float]
+  texts: Sequence[Mapping[str, str]] = ()
 
 
 @dataclasses.dataclass
@@ -280,7 +295,7 @@ def run(
   workdir: str | os.PathLike,
   command: str = "",
   model: models.Model | None = None,
-  before: Mapping[str, float] | None = None,
+  before: Scores | None = None,
 ) -> dict:
   """Runs an experiment in `workdir`, or what is left of it, and returns its summary; `command` is for the report.
 
@@ -296,6 +311,7 @@ def run(
     metrics.say(f"{workdir} is complete: see {workdir / 'report.md'}, or give another --workdir")
     return hf.read_json(workdir / "summary.json")
   exp = build(config, model)
+  say_cut(config, [exp.batches])
   if jax.process_index() == 0:
     metrics.write_json(workdir / "config.json", config.to_dict())
   with jax.set_mesh(exp.mesh), checkpoint.Checkpoints(workdir / "checkpoints") as saved:
@@ -313,13 +329,23 @@ def run(
     export(exp, workdir)
     summary = summarise(exp, history, earlier + time.perf_counter() - started)
   if jax.process_index() == 0:
-    report.write_report(workdir, summary, history, config.to_dict(), command, exp.model.path)
+    use = usage.section(exp.model, workdir, exp.task.labels or ())
+    report.write_report(workdir, summary, history, config.to_dict(), command, use)
     metrics.write_json(workdir / "summary.json", summary)
   return summary
 
 
+def say_cut(config: Mapping, iterators: Iterable[data.TrainIterator]) -> None:
+  """Says how many training examples are too long, of each choice of them."""
+  for examples, cut in sorted({(b.examples, b.truncated) for b in iterators if b.truncated}):
+    metrics.say(
+      f"{cut:,} of {examples:,} training examples are longer than config.data.seq_len={config['data']['seq_len']} "
+      "allows, and are cut"
+    )
+
+
 def score(
-  exp: Experiment, out: metrics.Metrics, step: int, prefix: str, split: str, known: Mapping[str, float] | None = None
+  exp: Experiment, out: metrics.Metrics, step: int, prefix: str, split: str, known: Scores | None = None
 ) -> None:
   """Evaluates on a split and logs `prefix/metric` at `step`, unless the log already has them."""
   if any(row["step"] == step and any(k.startswith(f"{prefix}/") for k in row) for row in out.history()):
@@ -327,8 +353,15 @@ def score(
   start = time.perf_counter()
   if known is None:
     (known,) = scores(exp.config, exp.model, exp.task, evaluate.one(exp.params), exp.mesh, prefix, split)
-  out.log(step, known | {"seconds": time.perf_counter() - start}, prefix)
-  metrics.say(f"{prefix}: " + "  ".join(f"{k} {v:.4f}" for k, v in known.items()))
+  record(out, step, prefix, known, seconds=time.perf_counter() - start)
+  metrics.say(f"{prefix}: " + "  ".join(f"{k} {v:.4f}" for k, v in known.values.items()))
+
+
+def record(out: metrics.Metrics, step: int, prefix: str, found: Scores, **more: float) -> None:
+  """Logs `prefix/metric` at `step`, and keeps the texts from before and after training."""
+  if prefix != "validation":
+    out.keep_texts(prefix, found.texts)
+  out.log(step, {**found.values, **more}, prefix)
 
 
 def scores(
@@ -340,7 +373,7 @@ def scores(
   prefix: str,
   split: str,
   ahead: bool = False,
-) -> list[dict[str, float]]:
+) -> list[Scores]:
   """Metrics of each member on a split of the task, and on general text if the config names one.
 
   Args:
@@ -356,11 +389,12 @@ def scores(
     "same_length": settings.same_length,
     "place": functools.partial(sharding.replicate, mesh=mesh),
   }
-  run, text = evaluate.run_classifiers, {}
+  run, text, written = evaluate.run_classifiers, {}, {}
   if model.config.head != "classification":
     run = evaluate.run_members
     search = evaluate.Search(**{f.name: getattr(settings, f.name) for f in dataclasses.fields(evaluate.Search)})
     text = {"max_new_tokens": settings.max_new_tokens, "start": generate.start_id(model), "search": search}
+    text["written"] = written.__setitem__
   progress = lambda done, _: bar.update(done)
   values = run(model.config, members, model.tokenizer, task, examples, progress=progress, **how, **text)
   if bar:
@@ -370,7 +404,9 @@ def scores(
     texts = [" ".join(general.texts(e)) for e in _sample(general.load("test"), settings.general_examples)]
     losses = evaluate.text_loss(model.config, members, model.tokenizer, texts, **how)
     values = [v | {"general_loss": x} for v, x in zip(values, losses, strict=True)]
-  return values
+  asked = [task.format(e) for e in examples[:SHOWN]] if written else []
+  row = lambda f, text: {"prompt": f.prompt, "expected": f.response, "text": text}
+  return [Scores(v, list(map(row, asked, written.get(i, ())))) for i, v in enumerate(values)]
 
 
 def compile_scores(
@@ -464,6 +500,8 @@ def summarise(exp: Experiment, history: list[dict], wall_seconds: float) -> dict
     compile_seconds=sum(r["compile_seconds"] for r in rows),
     step_seconds=float(np.median([r["seconds"] / r["steps"] for r in rows[1:] or rows])),
     wall_seconds=wall_seconds,
+    train_examples=exp.batches.examples,
+    cut=exp.batches.truncated,
     step_memory_bytes=exp.step.memory_bytes,
     dtype=exp.model.config.dtype,
     devices=f"{exp.mesh.size} x {jax.devices()[0].device_kind}",

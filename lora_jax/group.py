@@ -36,6 +36,7 @@ from lora_jax import (
   tasks,
   train,
   tree,
+  usage,
 )
 from lora_jax.config import Config
 from lora_jax.formats import hf
@@ -151,8 +152,8 @@ def build(configs: Mapping[str, Config], task: tasks.Task, mesh: jax.sharding.Me
   ]
   stepper = train.Stepper(step, state, population.compiler_options())
   group = Group(members, trees, placed(hyper), state, stepper, batches, changes, mesh)
-  for exp in members.values():
-    exp.step = group.step
+  for exp, k in zip(members.values(), which, strict=False):
+    exp.step, exp.batches = group.step, batches[k]  # the latter for what they say of the examples
   return group
 
 
@@ -202,7 +203,7 @@ def run(
   group: Group,
   workdir: pathlib.Path,
   checkpoints: pathlib.Path,
-  before: Callable[[], Mapping[str, float]],
+  before: Callable[[], experiment.Scores],
   command: str = "",
 ) -> None:
   """Trains, scores and writes a group; goes on from its last checkpoint.
@@ -212,6 +213,7 @@ def run(
     checkpoints: a directory for those of the group.
     before: gives the scores of the pretrained model.
   """
+  experiment.say_cut(next(iter(group.members.values())).config, group.batches)
   started, directories = time.perf_counter(), [workdir / "members" / name for name in group.members]
   with contextlib.ExitStack() as stack:
     stack.enter_context(jax.set_mesh(group.mesh))
@@ -230,7 +232,7 @@ def run(
         metrics.write_json(directory / "config.json", exp.config.to_dict())
       outs.append(stack.enter_context(metrics.Metrics(directory, group.steps, start, bar=False)))
       if not start and not any(_has(r, "before") for r in outs[-1].history()):
-        outs[-1].log(0, known, "before")
+        experiment.record(outs[-1], 0, "before", known)
     failed = fit(group, outs, saved)
     concurrent.futures.wait([compiling])
     values = _scores(group, "after", "test")
@@ -239,7 +241,7 @@ def run(
       if (directories[i] / "summary.json").exists():
         continue
       if i not in failed:
-        outs[i].log(exp.config.train.steps, values[i], "after")
+        experiment.record(outs[i], exp.config.train.steps, "after", values[i])
       write(group, i, directories[i], outs[i].history(), failed.get(i), time.perf_counter() - started, command)
 
 
@@ -255,7 +257,8 @@ def write(
     experiment.export(exp, directory)
     summary = experiment.summarise(exp, history, seconds) | together
     if jax.process_index() == 0:
-      report.write_report(directory, summary, history, exp.config.to_dict(), command, exp.model.path, plot=False)
+      use = usage.section(exp.model, directory, exp.task.labels or ())
+      report.write_report(directory, summary, history, exp.config.to_dict(), command, use, plot=False)
   if jax.process_index() == 0:
     metrics.write_json(directory / "summary.json", summary)
 
@@ -267,7 +270,7 @@ def _scoring(group: Group, prefix: str, split: str) -> tuple:
   return first.config, model, first.task, group.scored(), group.mesh, prefix, split
 
 
-def _scores(group: Group, prefix: str, split: str) -> list[dict[str, float]]:
+def _scores(group: Group, prefix: str, split: str) -> list[experiment.Scores]:
   return experiment.scores(*_scoring(group, prefix, split))
 
 
@@ -299,7 +302,7 @@ def fit(group: Group, outs: Sequence[metrics.Metrics], saved: checkpoint.Checkpo
       since = time.perf_counter()
       for i, values in enumerate(_scores(group, "validation", "validation")[: len(outs)]):
         if step - 1 <= steps[i] and not any(r["step"] == step - 1 and _has(r, "validation") for r in outs[i].history()):
-          outs[i].log(step - 1, values, "validation")
+          experiment.record(outs[i], step - 1, "validation", values)
       log.skip(time.perf_counter() - since)
     group.state, values = group.step(group.state, *group.arguments(group.next_batch()))
     for period, change in group.between:

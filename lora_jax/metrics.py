@@ -10,7 +10,7 @@ import os
 import pathlib
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -18,6 +18,7 @@ import jax
 import tqdm
 
 from lora_jax import errors, files
+from lora_jax.formats import hf
 
 
 def say(text: str) -> None:
@@ -105,6 +106,12 @@ class Metrics:
       if math.isfinite(v):
         self._events.add_scalar(k, v, step)
 
+  def keep_texts(self, prefix: str, texts: Sequence[Mapping[str, str]]) -> None:
+    """Writes what `prefix` has generated to `texts.json`, beside what others have: {prefix: texts}."""
+    if self._writes and texts:
+      path = self.path.with_name("texts.json")
+      write_json(path, read_texts(path) | {prefix: texts})
+
   def progress(self, step: int, loss: float | None = None, tokens_per_second: float | None = None) -> None:
     """Moves the bar to `step`, which may be called at every step; off a terminal prints where values are given."""
     if self._writes and self._progress:
@@ -156,6 +163,12 @@ def read_metrics(path: str | pathlib.Path) -> list[dict[str, float]]:
       if i + 1 < len(lines):
         raise errors.UserError(f'{path}:{i + 1}: expected a JSON object with "step"') from e
   return rows
+
+
+def read_texts(path: str | pathlib.Path) -> dict[str, list[dict[str, str]]]:
+  """What a `texts.json` holds; no file is nothing."""
+  path = pathlib.Path(path)
+  return hf.read_json(path) if path.exists() else {}
 
 
 def write_json(path: str | pathlib.Path, obj: Any) -> None:

@@ -1,7 +1,6 @@
 """The outcome of a run: summary.json and report.md."""
 
 import importlib.metadata
-import json
 import math
 import pathlib
 import platform
@@ -97,26 +96,25 @@ def write_report(
   history: Sequence[Mapping[str, float]],
   config: Mapping[str, Any],
   command: str = "",
-  base_model: str = "",
+  use: str = "",
   plot: bool = True,
 ) -> None:
-  """Writes `report.md` and `plots/loss.png` into `workdir`.
+  """Writes `report.md` and `plots/loss.png` into `workdir`, with the texts of its `texts.json` if there is one.
 
   Args:
     summary: what `summary` returns; `history`: the rows of metrics.jsonl; `config`: as resolved.
     command: what repeats the run.
-    base_model: what transformers loads the base model from (a hub name, a directory, a GGUF file), if that is not
-      `summary["model"]`; shown where there is a directory `workdir/adapter`.
+    use: the part on how to use what the run has left, see `usage.section`.
     plot: whether to draw the loss.
   """
   workdir = pathlib.Path(workdir)
   title = f"{summary['method']} on {summary['model']}: {summary['task']}"
-  parts = [f"# {title}", _eval_table(summary["eval"]), "## Training", _train_table(summary)]
+  parts = [f"# {title}", _eval_table(summary["eval"]), *_examples(metrics.read_texts(workdir / "texts.json"))]
+  parts += ["## Training", _train_table(summary)]
   if plot and any(not math.isnan(row.get("train/loss", math.nan)) for row in history):
     files.write(workdir / "plots" / "loss.png", loss_curve(history, title))
     parts.append("![Training loss](plots/loss.png)")
-  if (workdir / "adapter").is_dir():
-    parts += ["## Use the adapter", _load_code(base_model or summary["model"], workdir / "adapter")]
+  parts += [use] if use else []
   parts += closing(command, Config=config, Versions=summary["versions"])
   files.write(workdir / "report.md", ("\n\n".join(parts) + "\n").encode())
 
@@ -150,10 +148,31 @@ def _eval_table(scores: Mapping[str, Mapping[str, float]]) -> str:
   return table(["metric", "before", "after", "change"], rows)
 
 
+def _examples(texts: Mapping[str, Sequence[Mapping[str, str]]]) -> list[str]:
+  """What was generated for a few prompts before and after training."""
+  known = [k for k in ("before", "after") if k in texts]
+  parts = ["## Texts"] if known else []
+  for rows in zip(*(texts[k] for k in known), strict=True) if known else ():
+    lines = {k: rows[0][k] for k in ("prompt", "expected")} | {k: r["text"] for k, r in zip(known, rows, strict=True)}
+    lines = [f"{k + ':':10}{_shortened(v)}".replace("\n", "\n" + 10 * " ") for k, v in lines.items()]
+    fence = max(["```", *(f"{run}`" for run in re.findall("`{3,}", "".join(lines)))], key=len)
+    parts.append("\n".join([f"{fence}text", *lines, fence]))
+  return parts
+
+
+def _shortened(text: str, most: int = 600) -> str:
+  """A text without its middle where it is long."""
+  left_out = len(text) - most
+  if left_out <= 0:
+    return text
+  return f"{text[: most // 2]} [... {left_out:,} characters left out ...] {text[-most // 2 :]}"
+
+
 def _train_table(summary: Mapping[str, Any]) -> str:
   train, trained, total = summary["train"], summary["trainable_params"], summary["total_params"]
   rows = [
     ["trainable parameters", f"{trained:,} of {total:,} ({trained / total:.2%})"],
+    *([["training examples cut", f"{summary['cut']:,} of {summary['train_examples']:,}"]] if "cut" in summary else []),
     ["steps", f"{train['steps']:,}"],
     ["loss, first to last", f"{train['loss_first']:.3f} to {train['loss_last']:.3f}"],
     ["speed", f"{train['tokens_per_second']:,.0f} tokens/s"],
@@ -162,21 +181,6 @@ def _train_table(summary: Mapping[str, Any]) -> str:
     ["peak memory", f"{summary['peak_memory_bytes'] / 2**30:.2f} GiB"],
   ]
   return table(["", ""], rows)
-
-
-def _load_code(base_model: str, adapter: pathlib.Path) -> str:
-  """Python that loads the adapter with Hugging Face's `peft`."""
-  source = json.dumps(base_model)
-  if base_model.endswith(".gguf"):
-    path = pathlib.Path(base_model)
-    source = f"{json.dumps(str(path.parent))}, gguf_file={json.dumps(path.name)}"
-  return f"""```python
-from peft import PeftModel
-from transformers import AutoModelForCausalLM
-
-base = AutoModelForCausalLM.from_pretrained({source})
-model = PeftModel.from_pretrained(base, {json.dumps(str(adapter))})
-```"""
 
 
 def loss_curve(history: Sequence[Mapping[str, float]], title: str = "") -> bytes:

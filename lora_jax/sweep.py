@@ -221,7 +221,9 @@ def _waits(name: str, config: Config) -> bool:
   return False
 
 
-def _pretrained(config: Config, model: Any, task: tasks.Task, mesh: jax.sharding.Mesh) -> Callable[[], Mapping]:
+def _pretrained(
+  config: Config, model: Any, task: tasks.Task, mesh: jax.sharding.Mesh
+) -> Callable[[], experiment.Scores]:
   """A function that gives the scores of a model that is not trained; what it runs is compiled meanwhile."""
   arguments = config, model, task, evaluate.one(model.params), mesh, "before", "test"
   compiling = experiment.compile_scores(*arguments)
@@ -231,7 +233,7 @@ def _pretrained(config: Config, model: Any, task: tasks.Task, mesh: jax.sharding
     concurrent.futures.wait([compiling])
     with jax.set_mesh(mesh):
       (found,) = experiment.scores(*arguments)
-    metrics.say("before: " + "  ".join(f"{k} {v:.4f}" for k, v in found.items()))
+    metrics.say("before: " + "  ".join(f"{k} {v:.4f}" for k, v in found.values.items()))
     return found
 
   return scores

@@ -10,6 +10,7 @@ import tokenizers
 from configs import common
 from lora_jax import classify, errors, experiment, models, tasks, tokenizer, transformer, tree
 from lora_jax.formats import peft
+from tests.test_usage import as_reported
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 WORDS = "a film good bad is was the not very great awful".split()
@@ -87,9 +88,9 @@ def config(files, model="bert", **method):
 @pytest.mark.slow
 @pytest.mark.parametrize("model", ["bert", "llama"])
 def test_lora_and_a_classifier(files, tmp_path, model):
-  """Trained together, and loaded by peft with the same outputs."""
+  """Trained together, and loaded by peft, as the report says, with the same outputs."""
   torch = pytest.importorskip("torch")
-  transformers, hf_peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
+  pytest.importorskip("transformers"), pytest.importorskip("peft")
   summary = experiment.run(config(files, model), tmp_path)
   assert summary["eval"]["after"]["accuracy"] == 1.0
   base = models.load(str(files / model), dtype="float32", head="classification", n_labels=2)
@@ -101,8 +102,7 @@ def test_lora_and_a_classifier(files, tmp_path, model):
   x = transformer.hidden(base.config, params, tokens)[0]
   ours = transformer.classify(base.config, params, x)
   torch.manual_seed(0)
-  ref = transformers.AutoModelForSequenceClassification.from_pretrained(files / model, num_labels=2)
-  adapted = hf_peft.PeftModel.from_pretrained(ref, tmp_path / "adapter").eval()
+  adapted = as_reported(tmp_path).eval()
   with torch.no_grad():
     theirs = adapted(torch.tensor(tokens)).logits.numpy()
   if model == "bert":  # its pooler is fresh in both, and ours is saved
@@ -112,7 +112,8 @@ def test_lora_and_a_classifier(files, tmp_path, model):
 
 def test_a_classifier_beside_a_frozen_encoder(files, tmp_path):
   """Nothing else changes; the whole model is written for transformers."""
-  torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+  torch = pytest.importorskip("torch")
+  pytest.importorskip("transformers")
   settings = config(files)
   settings["method"] = {"name": "full", "targets": "classifier/"}
   experiment.run(settings, tmp_path)
@@ -120,7 +121,7 @@ def test_a_classifier_beside_a_frozen_encoder(files, tmp_path):
   after = models.load(str(tmp_path / "model"), dtype="float32")
   changed = {k for k, x in tree.flatten(after.params).items() if not np.array_equal(x, before[k])}
   assert changed == {"classifier/kernel", "classifier/bias", "pooler/kernel", "pooler/bias"} and not after.fresh
-  ref = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "model").eval()
+  ref = as_reported(tmp_path).eval()
   tokens = np.array([[2, 6, 9, 7, 3]])
   with torch.no_grad():
     theirs = ref(torch.tensor(tokens)).logits.numpy()

@@ -28,6 +28,7 @@ from lora_jax import (
   metrics,
   models,
   report,
+  tasks,
   tokenizer,
   train,
   transformer,
@@ -179,7 +180,7 @@ def test_artifacts(config, done):
   workdir, summary = done
   names = {p.name for p in workdir.iterdir()}
   assert names == {
-    *("config.json", "metrics.jsonl", "summary.json", "report.md"),
+    *("config.json", "metrics.jsonl", "texts.json", "summary.json", "report.md"),
     *("checkpoints", "adapter", "plots", "tensorboard"),
   }
   assert config_lib.resolve(json.loads((workdir / "config.json").read_text())) == config_lib.resolve(config)
@@ -208,6 +209,31 @@ def test_summary(config, done):
   assert summary["wall_seconds"] > summary["train"]["compile_seconds"]
   assert summary["peak_memory_bytes"] > 2**20
   assert summary["versions"]["jax"] == jax.__version__
+
+
+def test_the_report_shows_texts(done):
+  """Those of the evaluations, of the first test examples."""
+  workdir, summary = done
+  texts = metrics.read_texts(workdir / "texts.json")
+  task = tasks.get(**hf.read_json(workdir / "config.json")["task"])
+  asked = [(f.prompt, f.response) for f in map(task.format, task.load("test"))]
+  for when in ("before", "after"):
+    assert len(texts[when]) == 4 and {(r["prompt"], r["expected"]) for r in texts[when]} <= set(asked)
+    right = [r["text"].strip() == r["expected"].strip() for r in texts[when]]
+    assert sum(right) / 4 == summary["eval"][when]["exact_match"]
+  text = (workdir / "report.md").read_text()
+  for row in texts["before"]:
+    assert f"prompt:   {row['prompt']}\nexpected: {row['expected']}\nbefore:   " in text
+
+
+def test_training_examples_that_are_cut_are_counted(config, tmp_path, capfd):
+  config = changed(config, data__seq_len=24, train__steps=1)
+  summary = experiment.run(config, tmp_path)
+  examples = tasks.get(**config["task"]).load("train")
+  cut = sum(len(e["prompt"] + e["response"]) > 24 for e in examples)  # a token ends it, and one has no target
+  assert 0 < cut < len(examples) and (summary["cut"], summary["train_examples"]) == (cut, len(examples))
+  assert f"{cut} of {len(examples)} training examples are longer than config.data.seq_len=24" in capfd.readouterr().err
+  assert f"| training examples cut | {cut} of {len(examples)} |" in (tmp_path / "report.md").read_text()
 
 
 def test_metrics_rows(done):
@@ -274,6 +300,7 @@ def test_an_interrupted_run_ends_bit_identical(
   summary = experiment.run(config, tmp_path / "cut")
   assert len(seen) == STEPS - max(left, default=0)
   assert_same_run(tmp_path / "cut", whole)
+  assert (tmp_path / "cut" / "texts.json").read_bytes() == (whole / "texts.json").read_bytes()
   assert json.loads((tmp_path / "cut" / "summary.json").read_text()) == summary
   assert summary["eval"] == expected["eval"]
   for k in ("steps", "loss_first", "loss_last"):

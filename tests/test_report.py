@@ -220,9 +220,9 @@ def test_peak_memory_is_in_bytes_and_remembers_the_peak():
 
 
 def test_report_contains_what_the_summary_holds(tmp_path):
-  (tmp_path / "adapter").mkdir()
   command = "python -m experiments.run --config configs/x.py"
-  report.write_report(tmp_path, make_summary(), make_history(), {"model": {"name": "tiny"}}, command, "org/tiny")
+  cut = dict(cut=12, train_examples=1000)
+  report.write_report(tmp_path, make_summary(**cut), make_history(), {"model": {"name": "tiny"}}, command, "## Use it")
   text = (tmp_path / "report.md").read_text()
   for part in (
     "# lora on tiny: a|b",
@@ -235,15 +235,14 @@ def test_report_contains_what_the_summary_holds(tmp_path):
     "4.5 s",
     "67.2 s",
     "GiB",
+    "| training examples cut | 12 of 1,000 |",
+    "## Use it",
     "](plots/loss.png)",
     command,
     '"name": "tiny"',
     '"optax"',
   ):
     assert part in text, part
-  (code,) = re.findall("```python\n(.*?)```", text, re.S)
-  compile(code, "report.md", "exec")
-  assert 'from_pretrained("org/tiny")' in code and str(tmp_path / "adapter") in code
   assert (tmp_path / "plots" / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -253,14 +252,35 @@ def test_report_leaves_out_what_there_is_not(tmp_path):
   text = (tmp_path / "report.md").read_text()
   assert "| exact\\|match | - | - | - |" in text and "| f1 | - | 50.0% | - |" in text
   assert "| rouge | - | 30 | - |" in text
-  assert "plots/" not in text and "peft" not in text and "Reproduce" not in text
+  assert "plots/" not in text and "Use" not in text and "Reproduce" not in text and "cut" not in text
   assert not (tmp_path / "plots").exists()
 
 
-def test_gguf_base_model_in_the_report(tmp_path):
-  (tmp_path / "adapter").mkdir()
-  report.write_report(tmp_path, make_summary(model="/m/x.gguf"), [], {})
-  assert 'from_pretrained("/m", gguf_file="x.gguf")' in (tmp_path / "report.md").read_text()
+def test_texts_before_and_after_in_the_report(tmp_path):
+  """Lines of a text stay lines, what it has of Markdown does nothing, and what is left out of a long one is said."""
+  rows = lambda *texts: [{"prompt": "first\n```\nline", "expected": " a", "text": t} for t in texts]
+  with metrics.Metrics(tmp_path, 1) as out:
+    out.keep_texts("before", rows("x" * 999, "`````"))
+    out.keep_texts("after", rows(" a", ""))
+  report.write_report(tmp_path, make_summary(), [], {})
+  text = (tmp_path / "report.md").read_text()
+  half = 300 * "x"
+  assert (
+    f"""## Texts
+
+````text
+prompt:   first
+          ```
+          line
+expected:  a
+before:   {half} [... 399 characters left out ...] {half}
+after:     a
+````
+
+``````text
+"""
+    in text
+  )
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 10, 101])

@@ -72,6 +72,8 @@ def test_members_are_their_own_runs(swept, done, tmp_path):
     theirs = directory / "members" / m["name"]
     for name in ("config.json", "metrics.jsonl", "report.md"):
       assert (theirs / name).exists()
+    assert metrics.read_texts(theirs / "texts.json") == metrics.read_texts(tmp_path / m["name"] / "texts.json")
+    assert all(m[k] == alone[k] for k in ("cut", "train_examples"))
     for a in (tmp_path / m["name"] / "adapter").glob("*.safetensors"):
       x, y = (safetensors.numpy.load_file(d / "adapter" / a.name) for d in (theirs, tmp_path / m["name"]))
       assert x.keys() == y.keys()
@@ -126,6 +128,13 @@ def test_report_and_plots(done):
     assert (directory / "plots" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
   assert "lora" in compare.text_table(summary["members"])
   assert compare.rows(summary["members"])[0]["trainable_params"] == summary["members"][0]["trainable_params"]
+
+
+def test_reports_of_members_show_texts_and_how_to_use_them(done):
+  directory, _ = done
+  for name, use in (("lora", "## Use the adapter"), ("full", "## Use the model")):
+    text = (directory / "members" / name / "report.md").read_text()
+    assert text.count("\nbefore: ") == text.count("\nafter: ") == 4 and use in text
 
 
 def test_finished_members_are_not_run_again(swept, done, tmp_path, monkeypatch):
