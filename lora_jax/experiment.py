@@ -1,7 +1,8 @@
 """One experiment: a config in, the artifacts of its directory out.
 
 The directory holds config.json, metrics.jsonl, summary.json, report.md, plots/, tensorboard/, checkpoints/ (orbax) and
-adapter/ (PEFT) or model/ (Hugging Face). The same call again goes on from the last checkpoint.
+adapter/ (PEFT) or model/ (Hugging Face), and where texts are generated texts.json. The same call again goes on from the
+last checkpoint.
 """
 
 import concurrent.futures
@@ -338,10 +339,7 @@ def run(
 def say_cut(config: Mapping, iterators: Iterable[data.TrainIterator]) -> None:
   """Says how many training examples are too long, of each choice of them."""
   for examples, cut in sorted({(b.examples, b.truncated) for b in iterators if b.truncated}):
-    metrics.say(
-      f"{cut:,} of {examples:,} training examples are longer than config.data.seq_len={config['data']['seq_len']} "
-      "allows, and are cut"
-    )
+    metrics.say(f"cut to config.data.seq_len={config['data']['seq_len']}: {cut:,} of {examples:,} training examples")
 
 
 def score(

@@ -7,6 +7,7 @@ import platform
 import re
 import resource
 import sys
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -154,7 +155,8 @@ def _examples(texts: Mapping[str, Sequence[Mapping[str, str]]]) -> list[str]:
   parts = ["## Texts"] if known else []
   for rows in zip(*(texts[k] for k in known), strict=True) if known else ():
     lines = {k: rows[0][k] for k in ("prompt", "expected")} | {k: r["text"] for k, r in zip(known, rows, strict=True)}
-    lines = [f"{k + ':':10}{_shortened(v)}".replace("\n", "\n" + 10 * " ") for k, v in lines.items()]
+    inner = lambda text: textwrap.indent(_shortened(text), 10 * " ").removeprefix(10 * " ")
+    lines = [f"{k + ':':10}{inner(v)}".rstrip() for k, v in lines.items()]
     fence = max(["```", *(f"{run}`" for run in re.findall("`{3,}", "".join(lines)))], key=len)
     parts.append("\n".join([f"{fence}text", *lines, fence]))
   return parts

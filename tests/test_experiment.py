@@ -232,7 +232,7 @@ def test_training_examples_that_are_cut_are_counted(config, tmp_path, capfd):
   examples = tasks.get(**config["task"]).load("train")
   cut = sum(len(e["prompt"] + e["response"]) > 24 for e in examples)  # a token ends it, and one has no target
   assert 0 < cut < len(examples) and (summary["cut"], summary["train_examples"]) == (cut, len(examples))
-  assert f"{cut} of {len(examples)} training examples are longer than config.data.seq_len=24" in capfd.readouterr().err
+  assert f"cut to config.data.seq_len=24: {cut} of {len(examples)} training examples\n" in capfd.readouterr().err
   assert f"| training examples cut | {cut} of {len(examples)} |" in (tmp_path / "report.md").read_text()
 
 
