@@ -82,8 +82,10 @@ class Model:
   def __post_init__(self):
     if self.tokenizer is not None:
       found = self.generation.get("eos_token_id")
-      ends = () if found is None else tuple(int(i) for i in np.atleast_1d(found))
-      bound = dataclasses.replace(self.tokenizer, ends=ends, rows=self.config.vocab_size)
+      ends = found if isinstance(found, list) else [] if found is None else [found]
+      if not all(type(i) is int and i >= 0 for i in ends):
+        raise errors.UserError(f"generation_config.json of {self.name}: eos_token_id={found!r} is no token, or several")
+      bound = dataclasses.replace(self.tokenizer, ends=tuple(ends), rows=self.config.vocab_size)
       if bound != self.tokenizer:  # else it has found its ends already
         object.__setattr__(self, "tokenizer", bound)
 

@@ -356,6 +356,8 @@ def test_end_tokens_of_a_model():
   assert ends(generation={"eos_token_id": 9}, tokenizer=byte_tokenizer(TEMPLATE)) == (9, EOS, TURN)
   assert ends(tokenizer=byte_tokenizer("{{ raise_exception('no') }}")) == (EOS,)
   assert ends(tokenizer=dataclasses.replace(byte_tokenizer(), eos_id=None)) == ()
+  with pytest.raises(errors.UserError, match="eos_token_id=.'x'. is no token"):
+    ends(generation={"eos_token_id": ["x"]})
   turns = dataclasses.replace(writer("x", TURN), tokenizer=byte_tokenizer(TEMPLATE))
   assert generate.generate(turns, ["a"]) == ["x"]
 
