@@ -336,10 +336,10 @@ def run(
   return summary
 
 
-def say_cut(config: Mapping, iterators: Iterable[data.TrainIterator]) -> None:
+def say_cut(config: Config, iterators: Iterable[data.TrainIterator]) -> None:
   """Says how many training examples are too long, of each choice of them."""
   for examples, cut in sorted({(b.examples, b.truncated) for b in iterators if b.truncated}):
-    metrics.say(f"cut to config.data.seq_len={config['data']['seq_len']}: {cut:,} of {examples:,} training examples")
+    metrics.say(f"cut to config.data.seq_len={config.data.seq_len}: {cut:,} of {examples:,} training examples")
 
 
 def score(
