@@ -79,11 +79,11 @@ print(f"{summary['trainable_params']:,} of {summary['total_params']:,} parameter
 display(Image(f"{WORKDIR}/plots/loss.png", width=700))
 
 # %% [markdown]
-# `accuracy` compares the likelihoods of the two labels; `exact_match` is how often the model writes the right one.
+# `accuracy` compares the likelihoods of the two labels. Training teaches them alone, not to end the text after them.
 #
 # ## Use the adapter
 #
-# The model as it came, and with the adapter on it, continue the same prompts.
+# The model as it came, and with the adapter on it, continue the same prompts by one token, which is what a label is.
 
 # %%
 sentences = [
@@ -95,8 +95,8 @@ task = tasks.get("rotten_tomatoes")
 prompts = [task.format({"text": s, "label": 0}).prompt for s in sentences]
 model = models.load(MODEL, dtype="float32")
 adapted = peft.load(model, f"{WORKDIR}/adapter")
-plain = generate.generate(model, prompts, max_new_tokens=4)
-labels = generate.generate(model, prompts, params=adapted, max_new_tokens=4)
+plain = generate.generate(model, prompts, max_new_tokens=1)
+labels = generate.generate(model, prompts, params=adapted, max_new_tokens=1)
 rows = [[s, repr(a), repr(b)] for s, a, b in zip(sentences, plain, labels, strict=True)]
 display(Markdown(report.table(["sentence", "pretrained", "adapted"], rows)))
 
@@ -129,4 +129,4 @@ print(f"logits up to {abs(our_logits).max():.1f}; largest difference {abs(our_lo
 models.save(dataclasses.replace(model, params=weights.merge(adapted)), "merged")
 for path in sorted(pathlib.Path("merged").iterdir()):
   print(f"{path.stat().st_size:>12,} {path}")
-print(generate.generate(models.load("merged", dtype="float32"), prompts, max_new_tokens=4))
+print(generate.generate(models.load("merged", dtype="float32"), prompts, max_new_tokens=1))
