@@ -181,7 +181,7 @@ def test_the_end_is_learned_after_free_text_but_not_after_a_label():
   tok, example = unigram(), {"prompt": "a film", "response": LABELS[0]}
   label = tok.encode(LABELS[0])
   for labels, eos, learned in ((LABELS, None, label), (LABELS, True, [*label, END]), (None, None, [*label, END])):
-    task = tasks.get("jsonl", path="", labels=labels)
+    task = tasks.get("jsonl", path="x", labels=labels)
     batch = next(seq2seq.train_iterator(task, [example], tok, start=START, batch_size=1, seq_len=16, eos=eos))
     assert batch["targets"][batch["weights"] > 0].tolist() == learned
 

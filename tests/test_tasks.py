@@ -489,7 +489,7 @@ def test_jsonl_keys_to_ignore(tmp_path, ignore):
   path = write(tmp_path / "a.jsonl", [line, pair(0) | {"id": 2}])
   with pytest.raises(errors.UserError, match=r"a.jsonl:1: unknown key 'id'.*config.task.ignore='id' leaves it out"):
     jsonl.read(path)
-  task = tasks.get("jsonl", path="", test_path=path, ignore=ignore)
+  task = tasks.get("jsonl", path="x", test_path=path, ignore=ignore)
   assert task.load("test") == [{"messages": [USER, ASSISTANT]}, pair(0)]
 
 
