@@ -43,7 +43,6 @@ def get_sweep(size: str = "") -> ConfigDict:
     config.eval.batch_size = 512
     config.eval.seq_len = 128
     config.eval.same_length = True
-    config.eval.max_new_tokens = 0
     return config
   config.model.name = "hf:HuggingFaceTB/SmolLM2-1.7B-Instruct"
   config.task = {"name": "glue", "subset": "mnli"}

@@ -55,7 +55,7 @@ def test_batches_to_evaluate(kind):
 
 def test_labels_and_general_texts():
   with pytest.raises(errors.UserError, match=SAID):
-    data.label_ids(task(labels=("b", "<turn>")), tokenizer())
+    data.eval_batches(task(labels=("b", "<turn>")), [{}], tokenizer(), **SIZES)
   config = transformer.Config(258, 8, 1, 2, 2, 4, 8)
   with pytest.raises(errors.UserError, match=SAID):
     evaluate.text_loss(config, evaluate.one({}), tokenizer(), ["a<turn>"])
