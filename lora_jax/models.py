@@ -214,11 +214,13 @@ READERS = 4  # leaves that are read, decoded and compiled for at a time
 def _build(config, family, tensors, sharding, where, new_head) -> tuple[transformer.Config, dict, tuple[str, ...]]:
   """The parameter tree from a tensor source; refuses missing, unused and misshapen tensors, all in one message."""
   tensors = family.view(tensors) if hasattr(family, "view") else tensors
+  bare = bool(family.PREFIX) and not any(n.startswith(family.PREFIX) for n in tensors.names())
+  try:
+    config, tensors = families.unify(family, config, tensors, bare)
+  except errors.UserError as e:
+    raise errors.UserError(f"{where}: {e}") from None
   have = {n for n in tensors.names() if not re.search(family.IGNORED, n)}
-  bare = bool(family.PREFIX) and not any(n.startswith(family.PREFIX) for n in have)
   table = families.keys(family, config, bare)
-  if config.tied and _untied(table, tensors, have):
-    config = dataclasses.replace(config, tied=False)
   if config.head == "none" and not any(k.hf in have for k in table if k.path.startswith("pooler/")):
     config = dataclasses.replace(config, pooler="")
   want = tree.flatten(transformer.shapes(config))
@@ -265,14 +267,6 @@ def _build(config, family, tensors, sharding, where, new_head) -> tuple[transfor
   with concurrent.futures.ThreadPoolExecutor(READERS if jax.process_count() == 1 else 1) as pool:
     leaves = dict(zip(want, pool.map(leaf, want), strict=True))
   return config, tree.unflatten(transformer.shapes(config), leaves), tuple(fresh)
-
-
-def _untied(table, tensors, have) -> bool:
-  """Whether a checkpoint whose config ties the head to the embedding has another head all the same."""
-  hf = {k.path: k.hf for k in table}
-  embed, head = hf["embed/kernel"], hf.get("head/kernel")
-  both = head in have and embed in have and tensors.shape(embed) == tensors.shape(head)
-  return both and not np.array_equal(tensors.read(embed), tensors.read(head))
 
 
 def _stored_dtype(tensors: Any) -> str:

@@ -375,7 +375,7 @@ def legacy(name):
 HUB = {
   "gpt2": (
     lambda k: k.removeprefix("transformer."),
-    ["h.0.attn.bias", "h.0.attn.masked_bias", "lm_head.weight"],
+    ["h.0.attn.bias", "h.0.attn.masked_bias"],
     dict(n_ctx=64, _num_labels=1, n_special=0, predict_special_tokens=True, output_past=True),
   ),
   "neox": (
@@ -385,22 +385,30 @@ HUB = {
   ),
   "opt": (
     lambda k: k.removeprefix("model."),
-    ["lm_head.weight"],
+    [],
     dict(word_embed_proj_dim=None, prefix="</s>", activation_dropout=0.0),
   ),
   "bert-mlm": (
     legacy,
     ["bert.pooler.dense.weight", "bert.pooler.dense.bias", "bert.embeddings.position_ids"]
-    + ["cls.seq_relationship.weight", "cls.seq_relationship.bias", "cls.predictions.decoder.bias"],
+    + ["cls.seq_relationship.weight", "cls.seq_relationship.bias"],
     dict(architectures=["BertForPreTraining"], pooler_type="first_token_transform", directionality="bidi"),
   ),
   "bert-bare": (lambda k: "bert." + legacy(k), ["cls.predictions.bias"], dict(gradient_checkpointing=False)),
   "roberta-mlm": (
     lambda k: k,
-    ["roberta.pooler.dense.weight", "roberta.pooler.dense.bias", "lm_head.decoder.weight", "lm_head.decoder.bias"],
+    ["roberta.pooler.dense.weight", "roberta.pooler.dense.bias"],
     dict(architectures=None, position_embedding_type="absolute"),
   ),
-  "distilbert-mlm": (lambda k: k, ["vocab_projector.weight"], dict(tie_weights_=True, sinusoidal_pos_embds=False)),
+  "distilbert-mlm": (lambda k: k, [], dict(tie_weights_=True, sinusoidal_pos_embds=False)),
+}
+# Further names of a leaf.
+COPIES = {
+  "gpt2": {"lm_head.weight": "embed/kernel"},
+  "opt": {"lm_head.weight": "embed/kernel"},
+  "bert-mlm": {"cls.predictions.decoder.bias": "head/bias"},
+  "roberta-mlm": {"lm_head.decoder.weight": "embed/kernel", "lm_head.decoder.bias": "head/bias"},
+  "distilbert-mlm": {"vocab_projector.weight": "embed/kernel"},
 }
 
 
@@ -412,7 +420,9 @@ def test_files_as_the_hub_has_them(tmp_path, case):
   _, model = pair(case)
   names, further, keys = HUB[case]
   tensors = {names(k): np.ascontiguousarray(x) for k, x in models.export(model)}
-  tensors |= {k: np.zeros(3, np.float32) for k in further}
+  table = {k.path: names(k.hf) for k in model.keys}
+  copies = {k: tensors[table[path]] for k, path in COPIES.get(case, {}).items()}
+  tensors |= {k: np.zeros(3, np.float32) for k in further} | copies
   safetensors.numpy.save_file(tensors, tmp_path / "model.safetensors")
   keys = {"architectures": [CASES[case][0]], "model_type": model.hf_config["model_type"]} | keys
   config = {k: v for k, v in (model.hf_config | keys).items() if v is not None}
@@ -695,6 +705,79 @@ def test_a_head_that_is_not_the_embedding(tmp_path, case):
     safetensors.numpy.save_file(tensors | {bias: tensors[bias] + 1}, tmp_path / "b" / "model.safetensors")
     other = models.load(str(tmp_path / "b"), dtype="float32")  # what transformers would add to the logits
     np.testing.assert_array_equal(other.params["head"]["bias"], again.params["head"]["bias"] + 1)
+
+
+# Every family with a head, as one table and as two: (case, whether they are one).
+TIES = [
+  *((k, True) for k in "llama mistral-window qwen2-window-yarn qwen3-window gemma gemma2 gemma3 phi3-window".split()),
+  *((k, True) for k in "gpt2 neox opt mixtral qwen3_moe bert-mlm roberta-mlm distilbert-mlm t5 t5-flan mt5".split()),
+  *((k, False) for k in "llama gpt2 neox opt bert-mlm roberta-mlm distilbert-mlm t5-flan mt5".split()),
+]
+
+
+def tie_case(case, tied):
+  """(transformers model, {name: tensor} of its whole state, sets of names of what is one tensor)."""
+  import torch
+  import transformers
+
+  name, keywords = copy.deepcopy(CASES[case])
+  cls = getattr(transformers, name)
+  if case not in SEQ2SEQ:
+    keywords["tie_word_embeddings"] = tied
+  torch.manual_seed(0)
+  ref = cls(cls.config_class(**keywords, attn_implementation="eager")).eval()
+  if case in SEQ2SEQ and not tied:
+    ref.lm_head.weight = torch.nn.Parameter(torch.randn_like(ref.shared.weight))
+  with torch.no_grad():
+    for p in ref.parameters():
+      p.add_(0.1 * torch.randn_like(p))
+  state = ref.state_dict()
+  groups = {}
+  for k, x in state.items():
+    groups.setdefault(x.data_ptr(), []).append(k)
+  return ref, state, [g for g in groups.values() if len(g) > 1]
+
+
+@pytest.mark.parametrize("case, tied", TIES)
+def test_any_name_of_a_shared_tensor_is_read(tmp_path, case, tied):
+  """Writers that drop shared tensors keep any one of their names, or all."""
+  torch = pytest.importorskip("torch")
+  from safetensors.torch import save_file
+
+  ref, state, groups = tie_case(case, tied)
+  ref.config.save_pretrained(tmp_path)
+  with torch.no_grad():
+    theirs = run_reference(ref).numpy()
+
+  def check(dropped):
+    tensors = {k: x.clone() for k, x in state.items() if k not in dropped}
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with torch.no_grad():
+      again = type(ref).from_pretrained(tmp_path, attn_implementation="eager").eval()
+      np.testing.assert_array_equal(run_reference(again).numpy(), theirs)  # transformers reads it
+    model = models.load(str(tmp_path), dtype="float32")
+    assert model.config.tied == tied
+    np.testing.assert_allclose(jitted(model.config, model.params, TOKENS), theirs, atol=1e-4, rtol=1e-4)
+
+  assert groups or not tied
+  check(())
+  for group in groups:
+    for kept in group:
+      check(set(group) - {kept})
+
+
+@pytest.mark.parametrize("case", ["t5", "mt5"])
+def test_two_tables_for_one_are_refused(tmp_path, case):
+  """transformers embeds the encoder's text with a table of its own then."""
+  from safetensors.torch import save_file
+
+  ref, state, _ = tie_case(case, True)
+  ref.config.save_pretrained(tmp_path)
+  state = {k: x.clone() for k, x in state.items()}
+  state["encoder.embed_tokens.weight"] += 1
+  save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+  with pytest.raises(errors.UserError, match=r"shared.weight \(97, 32\) and encoder.embed_tokens.weight .*differ"):
+    models.load(str(tmp_path))
 
 
 @pytest.mark.parametrize("name", families.names())

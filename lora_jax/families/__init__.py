@@ -8,6 +8,7 @@ A family module is named by its `model_type` and has
   PREFIX          what the names of a model with a head begin with, and those of a bare model lack, such as "model."
   IGNORED         a regular expression of tensors that hold nothing to import
   ALIASES         optional: {class name: head} of further classes; what else they have is left out
+  ONE_TABLE       optional: whether embedding and head are one, whatever the config says, unless a file has two
   view            optional: a function from a file's tensors to the same under the names of KEYS
 """
 
@@ -23,7 +24,7 @@ import einops
 import numpy as np
 
 from lora_jax import errors, layers, transformer
-from lora_jax.families import _values
+from lora_jax.families import _names, _values
 
 check = _values.check
 
@@ -38,12 +39,14 @@ class Key:
     pattern: einops pattern from their axes to ours for one layer (and expert), such as `(n h) d -> d n h`. `h` is the
       head size, `c` is 2 where it is gate and up, 3 where it is q, k and v.
     only: (field, value) of the configs that the row is for, such as ("head", "none"); () is all.
+    also: further names of the tensor, one with it in transformers: a file may have any of them.
   """
 
   path: str
   hf: str
   pattern: str
   only: tuple[str, Any] | tuple[()] = ()
+  also: tuple[str, ...] = ()
 
   @property
   def reverse(self) -> str:
@@ -129,7 +132,33 @@ def keys(family: ModuleType, config: transformer.Config, bare: bool) -> tuple[Ke
   """The family's table for a config; `bare` is for a checkpoint whose names lack the prefix."""
   strip = lambda name: name.removeprefix(family.PREFIX) if bare else name
   rows = [k for k in family.KEYS if not k.only or getattr(config, k.only[0]) == k.only[1]]
-  return tuple(dataclasses.replace(k, hf=strip(k.hf)) for k in rows)
+  return tuple(dataclasses.replace(k, hf=strip(k.hf), also=tuple(map(strip, k.also))) for k in rows)
+
+
+def unify(
+  family: ModuleType, config: transformer.Config, tensors: Any, bare: bool
+) -> tuple[transformer.Config, _names.View]:
+  """The config, tied or not as a file is, and the file's tensors with one name each, that of the family's table.
+
+  A writer that drops shared tensors keeps any of their names. Of embedding and head, which a config ties, a file may
+  have both all the same: two tables if they differ.
+
+  Raises:
+    UserError: two names of another tensor stand for different ones.
+  """
+  names = {}
+  for k in (k for k in keys(family, config, bare) if "{}" not in k.hf):
+    names[k.path] = (k.hf, *names.get(k.path, ()), *k.also)
+  embed, head = names["embed/kernel"], names["head/kernel"]
+  have = set(tensors.names())
+  first, second = ([k for k in every if k in have] for every in (embed, head))
+  if config.tied or getattr(family, "ONE_TABLE", False):
+    if first and second and not _names.same(tensors, first[0], second[0]):
+      config = dataclasses.replace(config, tied=False)
+    else:
+      config = dataclasses.replace(config, tied=True)
+      names["embed/kernel"] = (*embed, *names.pop("head/kernel"))
+  return config, _names.unify(tensors, {every[0]: every for every in names.values()})
 
 
 def linear(path: str, hf: str, pattern: str, only: tuple = ()) -> tuple[Key, Key]:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lora_jax import families, transformer
-from lora_jax.families import Key, linear, mixtral, norm
+from lora_jax.families import Key, _names, linear, norm
 
 ARCHITECTURES = {
   "mlm": "BertForMaskedLM",
@@ -13,7 +13,7 @@ ARCHITECTURES = {
 }
 ALIASES = {"BertForPreTraining": "mlm"}
 PREFIX = "bert."
-IGNORED = r"embeddings\.position_ids$|^cls\.seq_relationship\.|^cls\.predictions\.decoder\.bias$"
+IGNORED = r"embeddings\.position_ids$|^cls\.seq_relationship\."
 
 
 def body(prefix: str) -> tuple[Key, ...]:
@@ -42,7 +42,7 @@ KEYS = (
   *norm("head/norm", "cls.predictions.transform.LayerNorm"),
   Key("head/kernel", "cls.predictions.decoder.weight", "v d -> d v"),
   Key("head/bias", "cls.predictions.decoder.bias", "v -> v", ("tied", False)),
-  Key("head/bias", "cls.predictions.bias", "v -> v"),
+  Key("head/bias", "cls.predictions.bias", "v -> v", also=("cls.predictions.decoder.bias",)),
   *linear("classifier", "classifier", "c d -> d c"),
 )
 
@@ -59,16 +59,14 @@ IGNORED_CONFIG = (
 
 
 def view(tensors: Any) -> Any:
-  """The tensors of a file under the names of `KEYS`, see `one_bias`."""
-  return one_bias(tensors, "cls.predictions")
+  """The tensors of a file, see `used_bias`."""
+  return used_bias(tensors, "cls.predictions")
 
 
-def one_bias(tensors: Any, head: str) -> Any:
-  """The bias of an LM head whose file has it twice is the decoder's: the two are one unless the head is not tied."""
-  used, name = f"{head}.decoder.bias", f"{head}.bias"
-  if not {used, name} <= set(tensors.names()) or tensors.shape(used) != tensors.shape(name):
-    return tensors
-  return mixtral.View(tensors, {k: (used if k == name else k, ()) for k in tensors.names()})
+def used_bias(tensors: Any, head: str) -> Any:
+  """Without the LM head's own bias where there is the decoder's: what transformers computes with, tied or not."""
+  names, unused = tensors.names(), f"{head}.bias" if f"{head}.decoder.bias" in tensors.names() else None
+  return _names.View(tensors, {k: (k, ()) for k in names if k != unused})
 
 
 def config(hf: Mapping) -> transformer.Config:

@@ -1,14 +1,11 @@
 """Mixtral: Mistral with a mixture of experts (Jiang et al. 2024, https://arxiv.org/abs/2401.04088)."""
 
-import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from lora_jax import families, transformer
-from lora_jax.families import Key, llama
+from lora_jax.families import Key, _names, llama
 
 ARCHITECTURES = {head: name.replace("Llama", "Mixtral") for head, name in llama.ARCHITECTURES.items()}
 PREFIX, IGNORED = llama.PREFIX, llama.IGNORED
@@ -41,33 +38,6 @@ def config(hf: Mapping) -> transformer.Config:
   )
 
 
-@dataclasses.dataclass(frozen=True)
-class View:
-  """Parts of a file's tensors under names of their own.
-
-  Fields:
-    tensors: the source.
-    parts: {name: (name in the source, index)}.
-  """
-
-  tensors: Any
-  parts: Mapping[str, tuple[str, tuple]]
-
-  def names(self) -> list[str]:
-    """All names."""
-    return list(self.parts)
-
-  def shape(self, k: str) -> tuple[int, ...]:
-    """Shape of a part, without reading it."""
-    source, index = self.parts[k]
-    return np.broadcast_to(np.int8(0), self.tensors.shape(source))[index].shape
-
-  def read(self, k: str) -> np.ndarray:
-    """The part in its stored dtype."""
-    source, index = self.parts[k]
-    return self.tensors.read(source)[index]
-
-
 def view(tensors: Any) -> Any:
   """The tensors of a file under the names of `KEYS`, see `unfuse`."""
   return unfuse(tensors, "block_sparse_moe", ("w1", "w3", "w2"))
@@ -93,4 +63,4 @@ def unfuse(tensors: Any, block: str, parts: Sequence[str]) -> Any:
     )
     for part, at in rows.items():
       found |= {f"{fused[1]}.{block}.experts.{e}.{part}.weight": (k, (e, at)) for e in range(shape[0])}
-  return View(tensors, found)
+  return _names.View(tensors, found)

@@ -6,12 +6,13 @@ from lora_jax import transformer
 from lora_jax.families import t5
 
 ARCHITECTURES = {head: f"M{name}" for head, name in t5.ARCHITECTURES.items()}
-PREFIX, IGNORED, KEYS = t5.PREFIX, t5.IGNORED, t5.KEYS
+PREFIX, IGNORED, KEYS, ONE_TABLE = t5.PREFIX, t5.IGNORED, t5.KEYS, t5.ONE_TABLE
 
 
 def config(hf: Mapping) -> transformer.Config:
   """`transformer.Config` of an `MT5Config` as a dict; UserError for what it does not support.
 
-  The head is never tied, whatever `tie_word_embeddings` says: transformers 5 writes it as true for every model.
+  Two tables, whatever `tie_word_embeddings` says: transformers 5 writes it as true for every model, and ties them only
+  where a file has no other.
   """
   return t5.encoder_decoder(hf, "gated-gelu", tied=False)

@@ -15,7 +15,7 @@ ARCHITECTURES = {
   "none": "RobertaModel",
 }
 PREFIX = "roberta."
-IGNORED = r"embeddings\.position_ids$|^lm_head\.decoder\.bias$"
+IGNORED = r"embeddings\.position_ids$"
 KEYS = (
   *bert.body(PREFIX),
   *linear("pooler", "roberta.pooler.dense", "c d -> d c", ("head", "none")),
@@ -23,15 +23,15 @@ KEYS = (
   *norm("head/norm", "lm_head.layer_norm"),
   Key("head/kernel", "lm_head.decoder.weight", "v d -> d v"),
   Key("head/bias", "lm_head.decoder.bias", "v -> v", ("tied", False)),
-  Key("head/bias", "lm_head.bias", "v -> v"),
+  Key("head/bias", "lm_head.bias", "v -> v", also=("lm_head.decoder.bias",)),
   *linear("pooler", "classifier.dense", "c d -> d c", ("head", "classification")),
   *linear("classifier", "classifier.out_proj", "c d -> d c"),
 )
 
 
 def view(tensors: Any) -> Any:
-  """The tensors of a file under the names of `KEYS`, see `bert.one_bias`."""
-  return bert.one_bias(tensors, "lm_head")
+  """The tensors of a file, see `bert.used_bias`."""
+  return bert.used_bias(tensors, "lm_head")
 
 
 def config(hf: Mapping) -> transformer.Config:

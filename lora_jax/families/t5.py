@@ -13,7 +13,8 @@ from lora_jax.families import Key, linear, norm
 ARCHITECTURES = {"lm": "T5ForConditionalGeneration", "none": "T5Model"}
 ALIASES = {"T5WithLMHeadModel": "lm"}  # the older name
 PREFIX = ""
-IGNORED = r"^(encoder|decoder)\.embed_tokens\.weight$|EncDecAttention\.relative_attention_bias\.weight$"
+IGNORED = r"EncDecAttention\.relative_attention_bias\.weight$"
+ONE_TABLE = True  # as in transformers 5
 
 
 def _attention(path: str, hf: str) -> tuple[Key, ...]:
@@ -37,8 +38,9 @@ def _stack(path: str, hf: str, feed_forward: int) -> tuple[Key, ...]:
   )
 
 
+LOOKUPS = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
 KEYS = (
-  Key("embed/kernel", "shared.weight", "v d -> v d"),
+  Key("embed/kernel", "shared.weight", "v d -> v d", also=LOOKUPS),
   *_stack("encoder/", "encoder", 1),
   *_stack("", "decoder", 2),
   norm("layers/cross_norm", "decoder.block.{}.layer.1.layer_norm")[0],
