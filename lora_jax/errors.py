@@ -31,6 +31,15 @@ def listed(wrong: list[str]) -> Iterator[None]:
     wrong.append(str(e))
 
 
+@contextlib.contextmanager
+def located(where: Any) -> Iterator[None]:
+  """Puts `where` before the message of a UserError that ends the block."""
+  try:
+    yield
+  except UserError as e:
+    raise UserError(f"{where}: {e}") from None
+
+
 def nearest(name: str, valid: Iterable[str]) -> str:
   """A clause that names the closest valid names, or all of them when none is close."""
   valid = sorted(map(str, valid))

@@ -135,6 +135,24 @@ def like(params: Any, other: Any) -> Any:
   return split(params, names)
 
 
+def plain(name: str) -> str:
+  """The name of a leaf before it was put into nodes."""
+  return "/".join(s for s in name.split("/") if s != "base")
+
+
+def altered(params: Any, base: Any) -> set[str]:
+  """Names of the leaves of a pretrained tree `base`, split as in `params`, that have other values there.
+
+  A leaf that is the same array costs nothing. What is packed in `params` alone is not compared.
+  """
+  old = tree.flatten(like(base, params))
+
+  def differs(k, x):
+    return k in old and x is not old[k] and not np.array_equal(x, old[k])
+
+  return {k for name, x in tree.flatten(params).items() if differs(k := plain(name), x)}
+
+
 def as_lora(w: Weight) -> Weight:
   """A `weights.LoRA` of the whole matrix that computes what LoRA on some parts does; anything else as it is.
 

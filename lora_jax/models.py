@@ -114,6 +114,12 @@ class Model:
     return tuple(k for k in families.keys(self.family, c, bare=c.head == "none") if k.path in have)
 
   @property
+  def torch_keys(self) -> tuple[families.Key, ...]:
+    """`keys` with the names that tensors have in transformers' modules, and so in an adapter of PEFT's; one a leaf."""
+    rows = {k.path: dataclasses.replace(k, hf=k.torch or k.hf) for k in reversed(self.keys)}
+    return tuple(reversed(rows.values()))
+
+  @property
   def head_leaves(self) -> tuple[str, ...]:
     """Names of the leaves of a classifier, which any method trains: what no pretrained model has."""
     own = ("classifier", "pre_classifier", "score")
@@ -215,10 +221,8 @@ def _build(config, family, tensors, sharding, where, new_head) -> tuple[transfor
   """The parameter tree from a tensor source; refuses missing, unused and misshapen tensors, all in one message."""
   tensors = family.view(tensors) if hasattr(family, "view") else tensors
   bare = bool(family.PREFIX) and not any(n.startswith(family.PREFIX) for n in tensors.names())
-  try:
+  with errors.located(where):
     config, tensors = families.unify(family, config, tensors, bare)
-  except errors.UserError as e:
-    raise errors.UserError(f"{where}: {e}") from None
   have = {n for n in tensors.names() if not re.search(family.IGNORED, n)}
   table = families.keys(family, config, bare)
   if config.head == "none" and not any(k.hf in have for k in table if k.path.startswith("pooler/")):

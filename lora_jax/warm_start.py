@@ -68,18 +68,8 @@ def _given(model: models.Model, path: os.PathLike) -> dict[str, jax.Array]:
   """{name: leaf} of what an adapter has that the pretrained model has not, or has with other values."""
   model = dataclasses.replace(model, params=_with_outputs(model, path))
   loaded = adapter.load(model, path)
-  base = tree.flatten(fused.like(model.params, loaded))
-
-  def differs(k, x):
-    old = base.get(_plain(k))
-    return old is None or (x is not old and not np.array_equal(x, old))
-
-  return {k: x for k, x in tree.flatten(loaded).items() if differs(k, x)}
-
-
-def _plain(name: str) -> str:
-  """The name of a leaf before it was put into nodes."""
-  return "/".join(s for s in name.split("/") if s != "base")
+  kept = set(tree.names(fused.like(model.params, loaded))) - fused.altered(loaded, model.params)
+  return {k: x for k, x in tree.flatten(loaded).items() if fused.plain(k) not in kept}
 
 
 def _with_outputs(model: models.Model, path: os.PathLike) -> Any:
@@ -98,7 +88,7 @@ def _misfits(given: Mapping, ours: Mapping, trained: Mapping, model: models.Mode
   """What an adapter's leaves have no place for."""
   pretrained, found = set(tree.names(model.params)), []
   for k, x in given.items():
-    if k not in ours or (fused.whole(_plain(k)) in pretrained and not trained[k]):
+    if k not in ours or (fused.whole(fused.plain(k)) in pretrained and not trained[k]):
       found.append(f"it has {k}, which is not trained here")
     elif ours[k].shape != x.shape:
       found.append(f"{k} is {x.shape}, here {ours[k].shape}")

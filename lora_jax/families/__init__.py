@@ -40,6 +40,8 @@ class Key:
       head size, `c` is 2 where it is gate and up, 3 where it is q, k and v.
     only: (field, value) of the configs that the row is for, such as ("head", "none"); () is all.
     also: further names of the tensor, one with it in transformers: a file may have any of them.
+    torch: its name in transformers' module, if that is another than a file's.
+    head: of an embedding, the torch module of the head that is tied to it; `keys` puts it in.
   """
 
   path: str
@@ -47,6 +49,8 @@ class Key:
   pattern: str
   only: tuple[str, Any] | tuple[()] = ()
   also: tuple[str, ...] = ()
+  torch: str = ""
+  head: str = ""
 
   @property
   def reverse(self) -> str:
@@ -62,7 +66,12 @@ class Key:
   @property
   def module(self) -> str:
     """Name of the torch module that has the tensor."""
-    return self.hf.rpartition(".")[0]
+    return (self.torch or self.hf).rpartition(".")[0]
+
+  @property
+  def lookups(self) -> tuple[str, ...]:
+    """Names of the torch modules that look up rows of an embedding: T5 has the table in a module that does not."""
+    return tuple(k.rpartition(".")[0] for k in self.also) or (self.module,)
 
   @property
   def transposed(self) -> bool:
@@ -132,7 +141,10 @@ def keys(family: ModuleType, config: transformer.Config, bare: bool) -> tuple[Ke
   """The family's table for a config; `bare` is for a checkpoint whose names lack the prefix."""
   strip = lambda name: name.removeprefix(family.PREFIX) if bare else name
   rows = [k for k in family.KEYS if not k.only or getattr(config, k.only[0]) == k.only[1]]
-  return tuple(dataclasses.replace(k, hf=strip(k.hf), also=tuple(map(strip, k.also))) for k in rows)
+  is_tied = config.tied and config.head in ("lm", "mlm")
+  head = next(k.module for k in rows if k.path == "head/kernel") if is_tied else ""
+  more = lambda k: {"also": tuple(map(strip, k.also)), "head": head if k.path == "embed/kernel" else ""}
+  return tuple(dataclasses.replace(k, hf=strip(k.hf), **more(k)) for k in rows)
 
 
 def unify(
@@ -148,7 +160,7 @@ def unify(
   """
   names = {}
   for k in (k for k in keys(family, config, bare) if "{}" not in k.hf):
-    names[k.path] = (k.hf, *names.get(k.path, ()), *k.also)
+    names[k.path] = (k.hf, *names.get(k.path, ()), *k.also, *filter(None, [k.torch]))
   embed, head = names["embed/kernel"], names["head/kernel"]
   have = set(tensors.names())
   first, second = ([k for k in every if k in have] for every in (embed, head))

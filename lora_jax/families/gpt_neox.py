@@ -26,7 +26,7 @@ KEYS = (
   *linear("layers/mlp/up", "gpt_neox.layers.{}.mlp.dense_h_to_4h", "f d -> d f"),
   *linear("layers/mlp/down", "gpt_neox.layers.{}.mlp.dense_4h_to_h", "d f -> f d"),
   *norm("norm", "gpt_neox.final_layer_norm"),
-  Key("head/kernel", "embed_out.weight", "v d -> d v", also=("lm_head.weight",)),
+  Key("head/kernel", "embed_out.weight", "v d -> d v", torch="lm_head.weight"),
   Key("classifier/kernel", "score.weight", "c d -> d c"),
 )
 

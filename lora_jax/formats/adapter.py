@@ -23,7 +23,7 @@ TYPE = "LORA_JAX"
 def save(
   model: models.Model, params: Any, mask: Any, method: methods.Method, directory: str | os.PathLike, steps: int = 0
 ) -> None:
-  """Writes the adapter in `params` as a directory that `load` reads.
+  """Writes the adapter in `params` as a directory that `load` reads, with all in which they differ from `model.params`.
 
   Args:
     mask: which leaves were trained.
@@ -40,8 +40,8 @@ def save(
   except peft.NoForm:
     pass
   flat = tree.flatten(params)
-  base = tree.flatten(fused.like(weights.strip(params), params))
-  named = {k: x for k, x in flat.items() if k in trained or _plain(k) not in base or fused.whole(k) in added}
+  kept = set(tree.names(fused.like(weights.strip(params), params))) - fused.altered(params, model.params)
+  named = {k: x for k, x in flat.items() if k in trained or fused.plain(k) not in kept or fused.whole(k) in added}
   config = {
     "peft_type": TYPE,
     "method": methods.prepare(method),
@@ -68,18 +68,13 @@ def load(model: models.Model, directory: str | os.PathLike) -> Any:
     methods.resolve(config["method"])
     shapes, mask = _shapes(model, config["method"])
     base = tree.flatten(fused.like(model.params, shapes))
-    want = {k: s for k, s in tree.flatten(shapes).items() if _plain(k) not in base}
+    want = {k: s for k, s in tree.flatten(shapes).items() if fused.plain(k) not in base}
     want |= {k: s for k, s in tree.flatten(shapes).items() if k in tensors.names()}
     _check(want, tensors)
   except errors.UserError as e:
     raise errors.UserError(f"{directory}: {e}") from None
-  leaf = lambda k, s: jnp.asarray(tensors.read(k)).astype(s.dtype) if k in want else base[_plain(k)]
+  leaf = lambda k, s: jnp.asarray(tensors.read(k)).astype(s.dtype) if k in want else base[fused.plain(k)]
   return tree.map_named(leaf, shapes)
-
-
-def _plain(name: str) -> str:
-  """The name of a leaf before it was put into nodes."""
-  return "/".join(s for s in name.split("/") if s != "base")
 
 
 def _shapes(model: models.Model, method: list) -> tuple[Any, Any]:

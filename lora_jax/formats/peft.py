@@ -20,11 +20,10 @@ from collections.abc import Collection, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from lora_jax import errors, families, fused, methods, models, prompts, transformer, tree, weights
-from lora_jax.formats import hf, hub
+from lora_jax.formats import _peft_modules, hf, hub
 from lora_jax.methods import _biases, _lora_tables, tokens
 
 TOP = "base_model."  # before a method's PEFT_SHARED, tensors of no module, and modules beside soft prompts
@@ -57,6 +56,11 @@ OPTIONS = frozenset(
 )
 
 
+MISTIED = (
+  "PEFT gives the head the trained rows of the embedding, as config.json ties the two, which differ in this model"
+)
+
+
 class NoForm(errors.UserError):
   """What was trained has no place in PEFT's format."""
 
@@ -71,8 +75,11 @@ def save(
 ) -> None:
   """Writes the adapter in `params` as a directory that `peft.PeftModel.from_pretrained` loads.
 
+  Leaves of the pretrained model that were trained, or have other values than in `model.params`, or that the model's
+  files lack, become `modules_to_save`.
+
   Args:
-    trained: names of trained leaves; those of the pretrained model, such as a classifier's, become `modules_to_save`.
+    trained: names of trained leaves.
     method: what was trained; None to find it out from the tree.
     steps: how many the training had, if it is known.
 
@@ -85,11 +92,16 @@ def save(
     raise NoForm(f"PEFT has no form for the method {odd[0]!r}")
   if some := [k for k in trained if fused.whole(k) != k]:
     raise NoForm(f"PEFT has no place for {some[0]} without the rest of {fused.whole(some[0])}")
-  keys, params = model.keys, prompts.unscaled(params, model.config.embed_scale)
+  altered = {fused.whole(k) for k in fused.altered(params, model.params)}
+  beneath = {k for k, w in tree.flatten(params, is_leaf=weights.is_node).items() if k in altered and weights.is_node(w)}
+  trained = {*trained, *model.fresh, *altered} - beneath
+  keys, params = model.torch_keys, prompts.unscaled(params, model.config.embed_scale)
   try:
     forms = [(m, form) for m in tried if hasattr(m, "to_peft") and (form := m.to_peft(params, keys, trained))]
   except errors.UserError as e:
     raise NoForm(str(e)) from None
+  if any(m is tokens for m, _ in forms) and _mistied(model):
+    raise NoForm(MISTIED)
   forms = _joined([f for f in forms if not getattr(f[0], "WHOLE", False)] or forms)
   if len(forms) != 1:
     raise NoForm(f"the parameters hold {len(forms)} kinds of adapters with a PEFT form; one can be saved")
@@ -97,19 +109,27 @@ def save(
   added = {step for k in tree.names(params) for step in k.split("/")} & set(weights.EXTRAS)
   if more := added - set(HOLDS.get(module.PEFT_TYPE, ())):
     raise NoForm(f"PEFT's {module.PEFT_TYPE} has no place for {', '.join(sorted(more))}")
-  written = {k.replace(".base_layer.", ".") for k in tensors}  # biases, for instance, that a method stores itself
+  # Biases and norms, for instance, that a method stores itself.
+  written = {re.sub(r"\.(base_layer|ln_tuning_layers)\.", ".", k) for k in tensors}
   rest = {key.path for key in keys if key.hf.format(*[0] * key.hf.count("{}")) not in written} & set(trained)
-  whole = [] if getattr(module, "WHOLE", False) else _modules(keys, rest)
+  whole = _modules(keys, rest)
+  saved = {key.module for key in whole}
+  if inner := [k for k in keys if k not in whole and any(k.module.startswith(f"{m}.") for m in saved)]:
+    raise NoForm(f"PEFT saves whole modules, and has no place for what is trained around {inner[0].module} without it")
   if whole and not getattr(module, "PEFT_WHOLE", True):
     raise NoForm(f"PEFT's {module.PEFT_TYPE} has no place for modules that are trained whole")
   tensors = tensors | _whole(whole, tree.flatten(params, is_leaf=weights.is_node))
-  if (tied := _tied_head(keys, {key.path for key in whole})) is not None:
+  if table := next((key for key in whole if key.path == _lora_tables.EMBED and key.head), None):
     if module.PEFT_TYPE != "LORA" or not _lora_tables.can_tie(keys):
-      raise NoForm(f"PEFT's {module.PEFT_TYPE} leaves {tied} as it was where the table that it is tied to is trained")
+      raise NoForm(f"PEFT's {module.PEFT_TYPE} leaves {table.head} as it was where the table tied to it is trained")
     config["ensure_weight_tying"] = True
-    tensors[f"{tied}.weight"] = tensors[next(key.hf for key in whole if key.path == _lora_tables.EMBED)]
+    tensors[f"{table.head}.weight"] = tensors[f"{table.module}.weight"]
+  try:
+    tensors |= _peft_modules.write_beneath(params, [key for key in keys if key.path in beneath], tensors)
+  except errors.UserError as e:
+    raise NoForm(str(e)) from None
   tensors = {_prefix(module, k) + k: x for k, x in tensors.items()}
-  modules = _suffixes({key.module for key in whole}, {key.module for key in keys}) or None
+  modules = _suffixes({m for key in whole for m in _holders(key)}, {m for key in keys for m in _holders(key)}) or None
   config = {
     "task_type": _task_type(model.config),
     **({"modules_to_save": modules} if getattr(module, "PEFT_WHOLE", True) else {}),
@@ -120,6 +140,12 @@ def save(
     **({"total_step": steps} if steps and "total_step" in config else {}),
   }
   write(pathlib.Path(directory), config, {k: np.ascontiguousarray(x) for k, x in tensors.items()})
+
+
+def _mistied(model: models.Model) -> bool:
+  """Whether PEFT takes embedding and head for one table, as config.json says, where the model has two."""
+  has_two = not model.config.tied and model.config.head in ("lm", "mlm")
+  return has_two and (getattr(model.family, "ONE_TABLE", False) or model.family.config(model.hf_config).tied)
 
 
 def _joined(forms: list) -> list:
@@ -165,6 +191,11 @@ def _suffixes(modules: Collection[str], every: Collection[str]) -> list[str]:
   return sorted({shortest(m) for m in modules})
 
 
+def _holders(key: families.Key) -> tuple[str, ...]:
+  """The modules that PEFT has to save so that a tensor counts: of a table those that look it up."""
+  return key.lookups if key.path == _lora_tables.EMBED else (key.module,)
+
+
 def _whole(rows: Sequence[families.Key], flat: Mapping[str, Any]) -> dict[str, np.ndarray]:
   """{Hugging Face name: tensor} of rows of the table."""
   tensors = {}
@@ -173,111 +204,15 @@ def _whole(rows: Sequence[families.Key], flat: Mapping[str, Any]) -> dict[str, n
       raise NoForm(f"{key.hf} is both adapted and trained whole, which PEFT's format has no place for")
     x = np.asarray(flat[key.path], np.float32)
     stack = x.shape[: key.hf.count("{}")]
-    tensors |= {key.hf.format(*index): key.to_hf(x[index]) for index in np.ndindex(stack)}
+    part = key.hf.rpartition(".")[2]
+    tensors |= {f"{m}.{part}".format(*i): key.to_hf(x[i]) for m in _holders(key) for i in np.ndindex(stack)}
   return tensors
-
-
-def _tied_head(keys: Sequence[families.Key], whole: Collection[str]) -> str | None:
-  """The module of a head that is tied to an embedding that is among the leaves which an adapter has whole."""
-  return _lora_tables.tied_head(keys) if _lora_tables.EMBED in whole else None
 
 
 def _task_type(config: transformer.Config) -> str:
   if config.encoder_layers:
     return "SEQ_2_SEQ_LM"
   return {"lm": "CAUSAL_LM", "classification": "SEQ_CLS"}.get(config.head, "FEATURE_EXTRACTION")
-
-
-def _replace(params: Any, whole: Mapping[str, tuple[families.Key, dict[str, np.ndarray]]], wrong: list[str]) -> Any:
-  """`params` with whole leaves of an adapter in place of the base's."""
-
-  def leaf(k, x):
-    if k not in whole:
-      return x
-    key, tensors = whole[k]
-    stack = x.shape[: key.hf.count("{}")]
-    shape = x.shape[len(stack) :]
-    expected = key.hf_shape(shape)
-    if bad := [f"{n} is {t.shape}, expected {expected}" for n, t in tensors.items() if t.shape != expected]:
-      wrong.extend(bad)
-      return x
-    names = {index: key.hf.format(*index) for index in np.ndindex(stack)}
-    rows = [key.from_hf(tensors[n], shape) if n in tensors else np.asarray(x[i]) for i, n in names.items()]
-    return jnp.asarray(np.stack(rows).reshape(x.shape))
-
-  return tree.map_named(leaf, params)
-
-
-def _saved(
-  model: models.Model, config: Mapping, tensors: dict[str, np.ndarray]
-) -> dict[str, tuple[families.Key, dict[str, np.ndarray]]]:
-  """{leaf name: (row, its tensors)} of modules that an adapter holds whole; takes them out of `tensors`."""
-  found = {}
-  flat = tree.flatten(model.params)
-  for key in model.keys:
-    for index in np.ndindex(flat[key.path].shape[: key.hf.count("{}")]):
-      if _is_saved(config, key.module.format(*index)) and (name := key.hf.format(*index)) in tensors:
-        found.setdefault(key.path, (key, {}))[1][name] = tensors.pop(name)
-  return found
-
-
-def _is_saved(config: Mapping, module: str) -> bool:
-  """Whether PEFT saves a module whole: where it, or one that it is a part of, ends as `modules_to_save` says."""
-  above = (module[:i] for i, c in enumerate(f"{module}.") if c == ".")
-  return any(m.endswith(tuple(config.get("modules_to_save") or ())) for m in above)
-
-
-def _absent(model: models.Model, method: ModuleType, config: Mapping, tensors: Collection[str]) -> list[str]:
-  """What is wrong with an adapter that lacks modules which its config names; PEFT leaves those as they are."""
-  flat, norms = tree.flatten(model.params), method.PEFT_TYPE == "LN_TUNING"
-  present = {k[:i] for k in tensors for i, c in enumerate(k) if c == "."}
-  bare, incomplete, unknown = [], [], list(config.get("modules_to_save") or ())
-  for key in model.keys:
-    table = [*_lora_tables.lookups(key), *filter(None, [_lora_tables.tied_head(model.keys)])] if _is_table(key) else []
-    for index in np.ndindex(flat[key.path].shape[: key.hf.count("{}")]):
-      module = key.module.format(*index)
-      if _is_saved(config, module):
-        incomplete += [] if (name := key.hf.format(*index)) in tensors else [name]
-        unknown = []  # PEFT lists all names that a head may have
-      elif (norms or table or transformer.in_axes(key.path)) and "/moe/" not in key.path:
-        bare += [m for m in table or [module] if m not in present and _is_target(config, m)]
-  said = {"target_modules": sorted(set(bare)), "modules_to_save": incomplete or unknown}
-  return [f"{k} of the config without tensors: {', '.join(v)}" for k, v in said.items() if v]
-
-
-def _is_table(key: families.Key) -> bool:
-  return key.path == _lora_tables.EMBED
-
-
-def _is_target(config: Mapping, module: str) -> bool:
-  """Whether PEFT adapts a linear layer of this name."""
-
-  def ends(names):
-    return re.fullmatch(names, module) if isinstance(names, str) else any(f".{module}".endswith(f".{n}") for n in names)
-
-  targets, layers = config.get("target_modules") or (), config.get("layers_to_transform")
-  if str(targets).lower() == "all-linear" or not ends(targets) or ends(config.get("exclude_modules") or ()):
-    return False
-  if isinstance(targets, str) or module in targets or layers in (None, []):
-    return True
-  patterns = config.get("layers_pattern") or "[^.]*"
-  found = (re.match(rf".*\.{p}\.(\d+)\.", module) for p in ([patterns] if isinstance(patterns, str) else patterns))
-  layer = next((int(m[1]) for m in found if m), None)
-  return layer in (layers if isinstance(layers, list) else [layers])
-
-
-def _untied(head: str, saved: tuple[families.Key, dict], table: Any, tensors: dict[str, np.ndarray]) -> list[str]:
-  """What is wrong with an adapter that has a table whole which is the head too; takes that of the head out."""
-  (key, whole), name = saved, f"{head}.weight"
-  (new,) = whole.values()
-  if name in tensors:
-    same = np.array_equal(tensors.pop(name), new)
-    return [] if same else [f"{name} and {key.hf} differ, which are one table in this model"]
-  same = new.shape == key.hf_shape(table.shape) and np.array_equal(key.from_hf(new, table.shape), table)
-  said = (
-    f"{key.hf} is saved without {name}: PEFT then keeps the pretrained table as the head, which is one with it here"
-  )
-  return [] if same else [f"{said}; where PEFT ties the two, save with ensure_weight_tying=True"]
 
 
 def resolve(name: str | os.PathLike) -> pathlib.Path:
@@ -375,17 +310,21 @@ def load(model: models.Model, directory: str | os.PathLike) -> Any:
   wrong += [] if set(source.names()) - top else ["the adapter holds no tensors"]
   wrong += _unknown(config)
   left = {k.removeprefix(TOP if k in top else prefix): source.read(k) for k in known}
-  wrong += _absent(model, method, config, left)
-  whole = _saved(model, config, left)
-  if (tied := _tied_head(model.keys, whole)) is not None:
-    wrong += _untied(tied, whole[_lora_tables.EMBED], model.params["embed"]["kernel"], left)
+  config, left = _peft_modules.renamed(model, config, left)
+  if (method is tokens or config.get("trainable_token_indices")) and _mistied(model):
+    wrong.append(MISTIED)
+  keys = model.torch_keys
+  with errors.located(directory):
+    _peft_modules.check_rows(keys, model.params, left)
+  _peft_modules.drop_copies(keys, config, left, wrong)
+  wrong += _peft_modules.absent(model.params, keys, method, config, left)
   with errors.listed(wrong):
-    params = _replace(model.params, whole, wrong)
-    saved = {name for _, taken in whole.values() for name in taken}
-    params = _biases.read(params, model.keys, config, left, wrong, saved)
+    params, tables = _peft_modules.read_tables(model.params, keys, config, left, wrong)
+    params, whole = _peft_modules.read_whole(params, keys, config, left, wrong)
+    params = _biases.read(params, keys, config, left, wrong, tables | whole)
     if config.get("trainable_token_indices") and method.PEFT_TYPE == "LORA":
-      params, config = tokens.from_beside(params, model.keys, config, left, wrong)
-    params = method.from_peft(params, model.keys, config, left, wrong)
+      params, config = tokens.from_beside(params, keys, config, left, wrong)
+    params = method.from_peft(params, keys, config, left, wrong)
     wrong += [f"tensors with no place in this model: {sorted(left)}"] if left else []
   if wrong:
     raise errors.UserError(f"{directory}: {'; '.join(wrong)}")

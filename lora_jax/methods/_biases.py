@@ -11,7 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax import families, tree, weights
-from lora_jax.methods import _lora_tables, _peft
+from lora_jax.methods import _peft
+
+PLACES = ("base_layer.", "token_adapter.base_layer.")  # in the wrapper of an adapted module
 
 
 def write(
@@ -42,20 +44,16 @@ def read(
   whole: Collection[str],
 ) -> Any:
   """`params` with an adapter's biases, but for tensors in `whole`, which it has as parts of whole modules."""
-  for k in [k for k in left if re.search(r"\.(modules_to_save|original_module)\.bias$", k)]:
-    del left[k]  # with bias="all" PEFT stores those of modules that it saves whole thrice
-  kind, table = str(config.get("bias")), _lora_tables.rows(keys)
+  kind = str(config.get("bias"))
   adapted = {k[: found.start()] for k in left if (found := re.search(r"\.(lora|vera)_", k))}
   flat, missing = tree.flatten(params, is_leaf=weights.is_node), []
-  for key in keys:
-    if not key.hf.endswith(".bias"):
-      continue
+  for key in {key.path: key for key in keys if key.hf.endswith(".bias")}.values():
     x = flat[key.path]
-    rows = [key, *(k for k in table if k.path == key.path)]  # a tied bias has two names
     stack, new = x.shape[: key.hf.count("{}")], {}
     for i in [i for i in np.ndindex(stack) if key.hf.format(*i) not in whole]:
-      modules = [k.module.format(*i) for k in rows]
-      for name in (f"{m}.{place}" for m in modules for place in ("bias", "base_layer.bias")):
+      # Of a bias of two names the one that comes last is what transformers computes with.
+      modules = [k.rpartition(".")[0].format(*i) for k in (key.hf, *key.also)]
+      for name in (f"{m}.{place}bias" for m in modules for place in ("", *PLACES)):
         if name in left:
           shape = x.shape[len(stack) :]
           new[i] = key.from_hf(_peft.take(left, wrong, name, key.hf_shape(shape)), shape)

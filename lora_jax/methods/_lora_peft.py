@@ -11,7 +11,7 @@ import numpy as np
 from lora_jax import families, fused, transformer, tree, weights
 from lora_jax.methods import _biases, _experts, _lora_tables, _lora_values, _peft
 
-EMBED, HEAD = _lora_tables.EMBED, _lora_tables.HEAD
+EMBED = _lora_tables.EMBED
 # Features of PEFT's LoraConfig that change the forward pass and that we do not have; INHERITED are those that its
 # AdaLoRA applies too, which ignores the others.
 INHERITED = ("layer_replication", "trainable_token_indices")
@@ -32,12 +32,12 @@ def write(params: Any, keys: Sequence[families.Key], trained: Collection[str]) -
   inner = [n.base for _, n in nodes if isinstance(n.base, weights.Adapter) and not any(n.base is m for _, m in nodes)]
   if not nodes or mixed or inner:  # PEFT has one adapter a matrix
     return None
-  first, head = nodes[0][1], _lora_tables.tied_head(keys)
+  first, head = nodes[0][1], next((k.head for k in keys if k.path == EMBED), "")
   alpha_of = lambda scale, r: float(f"{scale * (math.sqrt(r) if first.rslora else r):.6g}")
   tensors, ranks, scales, parameters = _experts.to_peft(keys, flat)
   alphas = {k: alpha_of(scales[k], r) for k, r in ranks.items()}
   for key, node in nodes:
-    for module, part, r in _factors(key, node, head) if "/moe/" not in key.path else ():
+    for module, part, r in _factors(key, node) if "/moe/" not in key.path else ():
       ranks[module], alphas[module] = r, alpha_of(float(part.scale), r)
       tensors |= _tensors(key, module, part, module == head)
   rank, rank_pattern = _peft.commonest(ranks)
@@ -71,7 +71,7 @@ def _nodes(node: weights.LoRA) -> list[weights.LoRA]:
   return [node, node.base] if node.use and _is_lora(node.base) and node.base.use else [node]
 
 
-def _factors(key, node, tied_head) -> Iterator[tuple[str, weights.LoRA, int]]:
+def _factors(key, node) -> Iterator[tuple[str, weights.LoRA, int]]:
   """(module, node of its layer as numpy arrays without padding or start, rank) of all modules that a node adapts."""
   stack = node.scale.ndim
   parts = jax.tree.map(np.asarray, node.replace(base=None))
@@ -85,8 +85,8 @@ def _factors(key, node, tied_head) -> Iterator[tuple[str, weights.LoRA, int]]:
       a, b, r = np.concatenate([a, a0[..., :r]], -1), np.concatenate([b, -b0[:r]], 0), 2 * r
     names = [key.module.format(i)]
     if key.path == EMBED:
-      names = [*_lora_tables.lookups(key)] if node.use != "head" else []
-      names += [tied_head] if tied_head and node.use != "embed" else []
+      names = [*key.lookups] if node.use != "head" else []
+      names += [key.head] if key.head and node.use != "embed" else []
     for name in names:
       yield name, part.replace(a=a, b=b, start=None), r
 
@@ -117,11 +117,7 @@ def read(
   wrong += unsupported(config, UNSUPPORTED) + _odd(config)
   for key in keys:
     if key.path == EMBED:
-      modules = [*_lora_tables.lookups(key), _lora_tables.tied_head(keys)]
-      flat[EMBED] = _lora_tables.read_base(key, flat[EMBED], left, wrong, modules)
-      flat[EMBED] = _lora_tables.read(key, keys, flat[EMBED], config, left, wrong)
-    elif key.path == HEAD:
-      flat[HEAD] = _lora_tables.read_base(key, flat[HEAD], left, wrong, [key.module])
+      flat[EMBED] = _lora_tables.read(key, flat[EMBED], config, left, wrong)
     if transformer.in_axes(key.path) and "/moe/" not in key.path:
       flat[key.path] = _read_matrix(key, flat[key.path], config, left, wrong)
   return tree.map_named(lambda k, _: flat[k], params, is_leaf=weights.is_node)

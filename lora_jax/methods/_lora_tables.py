@@ -5,7 +5,7 @@ PEFT has an adapter a module. The modules that look up rows of a table each have
 set, has `lora_A.weight` [r, D] and `lora_B.weight` [V, r] like any matrix.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import jax.numpy as jnp
 import numpy as np
@@ -14,37 +14,15 @@ from lora_jax import families, weights
 from lora_jax.methods import _peft
 
 EMBED, HEAD = "embed/kernel", "head/kernel"
-# Where transformers looks a table up under another name than that of its tensor.
-LOOKUPS = {"shared": ("encoder.embed_tokens", "decoder.embed_tokens")}
-
-
-def lookups(key: families.Key) -> tuple[str, ...]:
-  """The modules that look up rows of a table; () for what is none."""
-  return LOOKUPS.get(key.module, (key.module,)) if key.path == EMBED else ()
-
-
-def rows(keys: Sequence[families.Key]) -> tuple[families.Key, ...]:
-  """The family's whole table, rows of leaves that this model lacks too, by the name of the embedding; () if bare."""
-  embed = [key.hf for key in keys if key.path == EMBED]
-  tables = (families.get(name).KEYS for name in families.names())
-  return next((t for t in tables if any(k.path == EMBED and [k.hf] == embed for k in t)), ())
-
-
-def tied_head(keys: Sequence[families.Key]) -> str | None:
-  """The module of a head that is tied to the embedding."""
-  if any(key.path in (HEAD, "classifier/kernel") for key in keys):
-    return None
-  return next((k.module for k in rows(keys) if k.path == HEAD), None)
 
 
 def can_tie(keys: Sequence[families.Key]) -> bool:
   """Whether PEFT can tie the adapters of table and head: it takes the table's module for the one that looks up."""
-  return tied_head(keys) is not None and all(k.module not in LOOKUPS for k in keys)
+  return any(k.path == EMBED and k.head and k.lookups == (k.module,) for k in keys)
 
 
 def read(
   key: families.Key,
-  keys: Sequence[families.Key],
   w: weights.Weight,
   config: Mapping,
   left: dict[str, np.ndarray],
@@ -56,7 +34,7 @@ def read(
     left: the adapter's tensors; those that are read are taken out.
     wrong: what does not fit is added.
   """
-  head, looked = tied_head(keys), lookups(key)
+  head, looked = key.head or None, key.lookups
   named = lambda module: any(k.startswith(f"{module}.lora_") for k in left)
   found = {m: _node(w, m, m == head, config, left, wrong) for m in (*looked, head) if m and named(m)}
   if not found:
@@ -94,18 +72,3 @@ def _node(w, module, head, config, left, wrong) -> weights.LoRA:
     dropout=float(config.get("lora_dropout") or 0.0),
     rslora=bool(config.get("use_rslora")),
   )
-
-
-def read_base(
-  key: families.Key, w: weights.Weight, left: dict[str, np.ndarray], wrong: list[str], modules: Collection[str | None]
-) -> weights.Weight:
-  """A table or head as an adapter has it: PEFT stores that of its `modules`, changed or not; see `read`."""
-  for module in filter(None, modules):
-    if (x := left.pop(f"{module}.base_layer.weight", None)) is None:
-      continue
-    if x.shape != (expected := key.hf_shape(w.shape)):
-      wrong.append(f"{module}.base_layer.weight is {x.shape}, expected {expected}")
-    elif not weights.is_node(w):  # a packed one is the same up to its rounding
-      x = jnp.asarray(key.from_hf(x, w.shape)).astype(w.dtype)
-      w = w if np.array_equal(x, w) else x
-  return w

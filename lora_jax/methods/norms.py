@@ -62,27 +62,22 @@ PART = "ln_tuning_layers"
 def to_peft(
   params: Any, keys: Sequence[families.Key], trained: Collection[str] = ()
 ) -> tuple[dict, dict[str, np.ndarray]] | None:
-  """(config, tensors): a copy of each norm that is trained, and whole modules of what is trained besides, such as a
-  classifier. None where that is no part of the pretrained model."""
+  """(config, tensors): a copy of each norm that is trained. None where something is that no pretrained model has."""
   flat = tree.flatten(params, is_leaf=weights.is_node)
   norms, whole = set(leaves(params)), {key.path for key in keys if not weights.is_node(flat[key.path])}
   if not norms & set(trained) or set(trained) - whole:
     return None
-  modules = {key.module for key in keys if key.path in trained}
-  tensors, adapted, saved = {}, {}, set()
+  modules = {key.module for key in keys if key.path in norms & set(trained)}
+  tensors, adapted = {}, {}
   for key in keys:
     if key.module not in modules:
       continue
     x = np.asarray(flat[key.path], np.float32)
     for index in np.ndindex(x.shape[: key.hf.count("{}")]):
       module, _, part = key.hf.format(*index).rpartition(".")
-      if key.path in norms:
-        adapted[module], part = True, f"{PART}.{part}"
-      else:
-        saved.add(key.module.rpartition("{}.")[2])
-      tensors[f"{module}.{part}"] = key.to_hf(x[index])
-  config = {"modules_to_save": sorted(saved)} if saved else {}
-  return {"peft_type": PEFT_TYPE, "target_modules": _peft.target_modules(adapted, keys, flat)} | config, tensors
+      adapted[module] = True
+      tensors[f"{module}.{PART}.{part}"] = key.to_hf(x[index])
+  return {"peft_type": PEFT_TYPE, "target_modules": _peft.target_modules(adapted, keys, flat)}, tensors
 
 
 def from_peft(

@@ -13,7 +13,7 @@ import numpy as np
 from flax import struct
 
 from lora_jax import errors, families, tree, weights
-from lora_jax.methods import _lora_tables, _peft, _targets
+from lora_jax.methods import _peft, _targets
 from lora_jax.values import Size
 
 EMBED = "embed/kernel"
@@ -131,10 +131,6 @@ def from_peft(
   params: Any, keys: Sequence[families.Key], config: Mapping, left: dict[str, np.ndarray], wrong: list[str]
 ) -> Any:
   """The inverse of `to_peft`; see formats/peft.py."""
-  own = left.get(f"{_module(keys)}.{SUFFIX}")
-  for k in [k for m in _others(keys) if (k := f"{m}.{SUFFIX}") in left]:
-    if not np.array_equal(left.pop(k), own):
-      wrong.append(f"{k} has other rows than {_module(keys)}")
   return _read(params, keys, config.get("token_indices"), "token_indices", SUFFIX, left, wrong)
 
 
@@ -153,10 +149,12 @@ def from_beside(
   indices = config.get("trainable_token_indices")
   rest = {k: v for k, v in config.items() if k != "trainable_token_indices"}
   if isinstance(indices, Mapping):
-    names = [k for k in indices if not f".{_module(keys)}".endswith(f".{k}")]
-    if names or len(indices) != 1:
-      wrong.append(f"trainable_token_indices of {names or list(indices)}; only rows of {_module(keys)}")
-    indices = next(iter(indices.values()))
+    modules = (_module(keys), *_others(keys))
+    names = [k for k in indices if not any(f".{m}".endswith(f".{k}") for m in modules)]
+    own = [v for k, v in indices.items() if f".{modules[0]}".endswith(f".{k}")]
+    if names or len(own) != 1 or any(v != own[0] for v in indices.values()):
+      wrong.append(f"trainable_token_indices={dict(indices)}; only rows of {modules[0]}, which is one table here")
+    indices = own[0] if own else []
   return _read(params, keys, indices, "trainable_token_indices", BESIDE_SUFFIX, left, wrong), rest
 
 
@@ -167,13 +165,15 @@ def _module(keys: Sequence[families.Key]) -> str:
 def _others(keys: Sequence[families.Key]) -> list[str]:
   """Further modules that have the table: those of an encoder-decoder that look it up, and a tied head."""
   key = next(key for key in keys if key.path == EMBED)
-  names = [*_lora_tables.lookups(key), _lora_tables.tied_head(keys)]
-  return [m for m in names if m and m != key.module]
+  return [m for m in (*key.lookups, key.head) if m and m != key.module]
 
 
 def _read(params, keys, ids, what, suffix, left, wrong) -> Any:
   """`params` with trained rows."""
   name, (size, width) = f"{_module(keys)}.{suffix}", params["embed"]["kernel"].shape
+  for k in [k for m in _others(keys) if (k := f"{m}.{suffix}") in left]:
+    if not np.array_equal(left.pop(k), left.get(name)):
+      wrong.append(f"{k} has other rows than {name}, which is one table with it here")
   n, order = (*np.shape(left.get(name, ())), 0)[0], []
   with errors.listed(wrong):
     ids = np.int32(_checked(ids, size, what))
