@@ -8,6 +8,7 @@ import copy
 import functools
 import json
 import pathlib
+import re
 import tempfile
 
 import jax
@@ -584,7 +585,7 @@ def test_spellings_of_the_hub(name):
   [
     (dict(model_type="qwen2", layer_types=["full_attention"] * 3 + ["sliding_atention"]), "mean 'sliding_attention'"),
     (dict(model_type="qwen2", layer_types=["full_attention"] * 3), "3 layer_types for 4 layers"),
-    (dict(model_type="qwen2", use_mrope=True, is_causal=False), "use_mrope=True .*is_causal=False"),
+    (dict(model_type="qwen2", use_mrope=True, is_causal=False), "is_causal=False .*use_mrope=True"),
     (
       dict(model_type="llama", hidden_size="64", num_hidden_layers=4.0),
       "num_hidden_layers is 4.0, .*hidden_size is '64'",
@@ -668,6 +669,58 @@ def test_configs_with_all_defaults_of_transformers(case):
   model = pair(case)[1]
   further = transformers.PretrainedConfig().to_dict() | WRITTEN_BY_4
   assert model.family.config(further | model.hf_config) == model.family.config(model.hf_config)
+
+
+def small(name):
+  """A config.json of a family."""
+  sizes = {"gpt2": GPT2, "opt": OPT, "gpt_neox": NEOX, "distilbert": DISTILBERT, "t5": T5_SIZES, "mt5": T5_SIZES}
+  return {"model_type": name} | (BERT if "bert" in name and name not in sizes else sizes.get(name, SMALL))
+
+
+@pytest.mark.parametrize("name", families.names())
+def test_options_that_are_off_are_accepted(name):
+  """Null, false or empty; not where a key's absence means something else, and no number."""
+  config = families.get(name).config
+  given = small(name)
+  off = {"a_config": None, "use_b": False, "c_layers": [], "d_map": {}, "e_kind": ""}
+  assert config(given | off) == config(given)
+  for k, v in {"use_b": True, "f_scale": 0, "c_layers": [1], "is_causal": False}.items():
+    with pytest.raises(errors.UserError, match=f"{k}="):
+      config(given | {k: v})
+  assert not config(given | {"tie_word_embeddings": None}).tied or name == "t5"  # transformers 4 takes null so
+
+
+@pytest.mark.parametrize(
+  "given, message",
+  [
+    (dict(model_type="opt", layer_norm_elementwise_affine=None), "layer_norm_elementwise_affine=None"),
+    (dict(model_type="qwen2", is_causal=None), "is_causal=None"),
+  ],
+)
+def test_null_is_not_always_the_default(given, message):
+  """transformers 4 takes it for false."""
+  with pytest.raises(errors.UserError, match=message):
+    families.get(given["model_type"]).config(small(given["model_type"]) | given)
+
+
+@pytest.mark.parametrize("name", families.names())
+def test_what_transformers_reads_of_a_config_is_known(name):
+  """So that a key which is not has no effect there."""
+  transformers = pytest.importorskip("transformers")
+  folder = name.removesuffix("_text")
+  source = pathlib.Path(transformers.__file__).parent / "models" / folder / f"modeling_{folder}.py"
+  text = source.read_text(encoding="utf-8")
+  read = set(re.findall(r"config\.(\w+)", text)) | set(re.findall(r'getattr\((?:self\.)?config, "(\w+)"', text))
+  of_others = {  # images, and heads that are not supported
+    *"get_text_config image_token_id mm_tokens_per_image text_config vision_config".split(),
+    *"hidden_dropout summary_last_dropout".split(),
+  }
+  unknown = []
+  for k in read - of_others:
+    with pytest.raises(errors.UserError) as e:
+      families.get(name).config({"model_type": name, k: object()})
+    unknown += [k] if re.search(rf"\b{k}=.*\(unknown\)", str(e.value)) else []
+  assert not unknown
 
 
 @pytest.mark.parametrize("model_type, message", [("gemma3", "only .*gemma3_text"), (["llama"], "expected a string")])

@@ -189,6 +189,8 @@ def norm(path: str, hf: str) -> tuple[Key, Key]:
 def check_config(hf: Mapping, handled: Iterable[str], default: Mapping, ignored: Iterable[str]) -> None:
   """Raises UserError listing every key of an HF config that is neither understood nor known to have no effect.
 
+  What is null, false or empty asks for nothing, unless the key is one whose absence means something else.
+
   Args:
     handled: keys that the family reads.
     default: keys that are understood only at the given value.
@@ -196,8 +198,11 @@ def check_config(hf: Mapping, handled: Iterable[str], default: Mapping, ignored:
   """
   check(hf)
   handled, ignored, default = set(handled), set(ignored), PLAIN | default
-  bad = [f"{k}={hf[k]!r} (only {v!r} is supported)" for k, v in default.items() if k in hf and hf[k] not in (v, None)]
-  bad += [f"{k}={hf[k]!r} (unknown)" for k in sorted(hf.keys() - handled - default.keys() - ignored)]
+  off = lambda x: x is None or x is False or x in ("", [], {})
+  fits = lambda x, v: x == v or off(x) and off(v) or x is None and v == 1 and v is not True  # a factor of one is none
+  bad = [f"{k}={hf[k]!r} (only {v!r} is supported)" for k, v in default.items() if k in hf and not fits(hf[k], v)]
+  unknown = sorted(hf.keys() - handled - default.keys() - ignored)
+  bad += [f"{k}={hf[k]!r} (unknown)" for k in unknown if not off(hf[k])]
   if bad:
     raise errors.UserError(f"config.json of a {hf.get('model_type')} model: " + "; ".join(bad))
 
@@ -274,6 +279,7 @@ def rope_part(hf: Mapping, given: dict, absent: float = 1.0) -> float:
 # Keys of any config.json that are understood only at this value.
 PLAIN = {
   "is_decoder": False,
+  "is_causal": True,
   "is_encoder_decoder": False,
   "add_cross_attention": False,
   "cross_attention_hidden_size": None,

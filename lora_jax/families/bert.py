@@ -97,7 +97,7 @@ def encoder(hf: Mapping, default: Mapping = DEFAULT, **choices: Any) -> transfor
     max_seq_len=hf.get("max_position_embeddings", 512),
     n_types=hf.get("type_vocab_size", 2),
     n_labels=families.labels(hf),
-    tied=hf.get("tie_word_embeddings") is not False,
+    tied=bool(hf.get("tie_word_embeddings", True)),
     **POST_NORM,
   )
   return transformer.Config(**(fields | choices))

@@ -53,6 +53,6 @@ def config(hf: Mapping) -> transformer.Config:
     activation=hf.get("activation", "gelu"),
     max_seq_len=hf.get("max_position_embeddings", 512),
     n_labels=families.labels(hf),
-    tied=hf.get("tie_word_embeddings") is not False,
+    tied=bool(hf.get("tie_word_embeddings", True)),
     **(bert.POST_NORM | {"pooler": "relu"}),
   )

@@ -61,7 +61,7 @@ def config(hf: Mapping) -> transformer.Config:
     attn_scale=None if hf.get("scale_attn_weights", True) else 1.0,
     position="learned",
     max_seq_len=hf.get("n_positions", 1024),
-    tied=hf.get("tie_word_embeddings", True),
+    tied=bool(hf.get("tie_word_embeddings", True)),
     pool="last",
     n_labels=families.labels(hf),
   )

@@ -63,7 +63,7 @@ def config(hf: Mapping) -> transformer.Config:
     mlp_bias=True,
     rope_dim=int(d_model // heads * rotated),
     max_seq_len=hf.get("max_position_embeddings", 2048),
-    tied=hf.get("tie_word_embeddings", False),
+    tied=bool(hf.get("tie_word_embeddings", False)),
     pool="last",
     n_labels=families.labels(hf),
     **families.rope(hf, rope, hf.get("rotary_emb_base") or 10_000, rotated),

@@ -63,7 +63,7 @@ def decoder(hf: Mapping, handled: list[str], default: Mapping = DEFAULT, **choic
     norm_eps=hf.get("rms_norm_eps", 1e-6),
     activation=hf.get("hidden_act", "silu"),
     max_seq_len=hf.get("max_position_embeddings", 2048),
-    tied=hf.get("tie_word_embeddings", False),
+    tied=bool(hf.get("tie_word_embeddings", False)),
     pool="last",
     n_labels=families.labels(hf),
   )

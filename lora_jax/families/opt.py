@@ -60,7 +60,7 @@ def config(hf: Mapping) -> transformer.Config:
     position_offset=2,
     max_seq_len=hf.get("max_position_embeddings", 2048),
     embed_dim=None if table in (None, d_model) else table,
-    tied=hf.get("tie_word_embeddings", True),
+    tied=bool(hf.get("tie_word_embeddings", True)),
     pool="last",
     n_labels=families.labels(hf),
   )

@@ -13,6 +13,7 @@ import safetensors
 import safetensors.numpy
 
 from lora_jax import errors, files
+from lora_jax.formats import conversion
 
 SHARD_BYTES = 4 * 2**30
 DTYPES = {
@@ -55,12 +56,13 @@ class Tensors:
     self._where = {}
     for path in map(str, paths):
       if not os.path.exists(path):
-        raise errors.UserError(f"{path} does not exist")
+        raise errors.UserError(f"{path} does not exist{conversion.of_pickle(path)}")
       for stored, where in _header(path).items():
         k = stored.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
         if k in self._where:
           raise errors.UserError(f"tensor {k} stands twice, last in {path}")
         self._where[k] = where
+    conversion.check_names(self._where)
 
   def names(self) -> list[str]:
     """All tensor names."""
@@ -112,8 +114,9 @@ def open(directory: str | os.PathLike) -> tuple[dict, Tensors]:  # noqa: A001
   config = read_json(directory / "config.json")
   names = weight_files(directory)
   if not (directory / names[0]).exists() and len(names) == 1:
-    found = sorted(p.name for p in directory.iterdir())[:10]
-    raise errors.UserError(f"{directory} has no model.safetensors (pickled .bin files are not read); it holds {found}")
+    found = sorted(p.name for p in directory.iterdir())
+    how = conversion.of_pickled_model(directory, found, config)
+    raise errors.UserError(f"{directory} has no model.safetensors; it holds {found[:10]}{how}")
   return config, Tensors(directory / name for name in names)
 
 

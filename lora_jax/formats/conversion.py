@@ -1,0 +1,76 @@
+"""What to do with files that are not read: pickles, and names that other libraries put around a model's own.
+
+Each message ends in the lines of Python that make a file which is read.
+"""
+
+import pathlib
+import re
+from collections.abc import Mapping, Sequence
+
+from lora_jax import errors
+
+PICKLE = "is pickled, which can run code, and is never loaded. If you trust it, convert it in Python:"
+# Part of a tensor's name -> who puts it there; the last is in every name, or is a model's own.
+WRAPPERS = {
+  r"_orig_mod\.": "torch.compile",
+  r"_checkpoint_wrapped_module\.": "activation checkpointing",
+  r"_fsdp_wrapped_module\.": "FSDP",
+  r"^module\.": "DistributedDataParallel",
+}
+# A tensor of an adapter below the adapter's name.
+PARTS = r"\.(?:lora_\w+|hada_\w+|lokr_\w+|ia3_l|vera_lambda_\w|ln_tuning_layers|trainable_tokens_delta)"
+ADAPTER = re.compile(rf"{PARTS}\.(?!weight$|bias$)(\w+)(?:\.weight|\.bias)?$")
+
+
+def of_pickle(path: str) -> str:
+  """What to add to the message that a safetensors file is missing, where there is a pickle of its name."""
+  pickle = pathlib.Path(path).with_suffix(".bin")
+  if not pickle.exists():
+    return ""
+  return f"""; {pickle.name} beside it {PICKLE}
+  import torch, safetensors.torch
+  tensors = {{k: x.clone() for k, x in torch.load({str(pickle)!r}, weights_only=True).items()}}
+  safetensors.torch.save_file(tensors, {path!r}, {{"format": "pt"}})"""
+
+
+def of_pickled_model(directory: pathlib.Path, found: Sequence[str], config: Mapping) -> str:
+  """What to add to the message that a directory has no safetensors, where it has a pickled model."""
+  pickles = [k for k in found if re.fullmatch(r"pytorch_model.*\.bin", k)]
+  if not pickles:
+    return ""
+  named = config.get("architectures")
+  cls = named[0] if isinstance(named, list) and named and str(named[0]).isidentifier() else "AutoModel"
+  return f"""; {pickles[0]} {PICKLE}
+  import transformers
+  transformers.{cls}.from_pretrained({str(directory)!r}).save_pretrained({str(directory)!r})"""
+
+
+def check_names(where: Mapping[str, Mapping]) -> None:
+  """Raises UserError for the tensors of a model that was saved with what was wrapped around it.
+
+  Args:
+    where: {name: {"filename": the file that has it}}.
+  """
+  names = {pattern: [k for k in where if re.search(pattern, k)] for pattern in WRAPPERS}
+  names = {p: found for p, found in names.items() if found and (p[0] != "^" or len(found) == len(where))}
+  if names:
+    said = ", ".join(f"{found[0]} is a name from {WRAPPERS[p]}" for p, found in names.items())
+    raise errors.UserError(_renaming(where, said, "|".join(names), ""))
+  found = next((m for k in where if (m := ADAPTER.search(k))), None)
+  if found:
+    said = f"{found.string} is from a PeftModel's state_dict, where adapters have names, here {found[1]!r}; PEFT's "
+    name = re.escape(found[1])
+    pattern = rf"(\.modules_to_save)?\.{name}((?<=vector\.{name})\.weight)?(?=\.|$)"
+    raise errors.UserError(
+      _renaming(where, f"{said}save_pretrained takes them out", pattern, f" if {'.' + found[1]!r} in k")
+    )
+
+
+def _renaming(where: Mapping[str, Mapping], said: str, pattern: str, which: str) -> str:
+  paths = sorted({x["filename"] for x in where.values()})
+  return f"""{paths[0]}: {said}. To take it out, in Python:
+  import re, safetensors.torch
+  for path in {paths!r}:
+    tensors = safetensors.torch.load(open(path, "rb").read())
+    tensors = {{re.sub({pattern!r}, "", k): x for k, x in tensors.items(){which}}}
+    safetensors.torch.save_file(tensors, path, {{"format": "pt"}})"""
