@@ -33,16 +33,18 @@ def uses(key: families.Key) -> tuple[str, ...]:
 
 
 def renamed(model: models.Model, config: Mapping, left: dict[str, np.ndarray]) -> tuple[Mapping, dict[str, np.ndarray]]:
-  """An adapter's config and tensors with the names that modules have in transformers today."""
+  """An adapter's config and tensors with the names that modules have in transformers today, and one name a leaf."""
   old = {k.hf.rpartition(".")[0]: k.module for k in model.family.KEYS if k.torch}
   for before, now in old.items():
     left = {re.sub(rf"^{re.escape(before)}\.", f"{now}.", k): x for k, x in left.items()}
-  rows = {k.path: k.hf for k in model.torch_keys}
-  for k in model.keys:  # of a leaf that has two names transformers computes with the first
-    if k.hf in left and k.hf != rows[k.path] and rows[k.path] in left and not k.torch:
-      left = {n: x for n, x in left.items() if n != k.hf}
-  named = lambda v: [old.get(m, m) for m in v] if isinstance(v, list) else v
-  return config | {k: named(config[k]) for k in ("target_modules", "modules_to_save") if k in config}, left
+  names = {k.path: k.hf for k in model.torch_keys}
+  second = {k.torch or k.hf for k in model.keys if names[k.path] in left} - set(names.values())
+  config = config | {
+    k: [old.get(m, m) for m in config[k]]
+    for k in ("target_modules", "modules_to_save")
+    if isinstance(config.get(k), list)
+  }
+  return config, {k: x for k, x in left.items() if k not in second}
 
 
 def check_rows(keys: Sequence[families.Key], params: Any, left: Mapping[str, np.ndarray]) -> None:
@@ -87,32 +89,26 @@ def read_tables(
   flat, taken = tree.flatten(params, is_leaf=weights.is_node), set()
   for key in (k for k in keys if k.path in (EMBED, HEAD)):
     names, w = uses(key), flat[key.path]
-    saved = {m for m in {*names, key.module} if is_saved(config, m)}
-    saved |= set(names) if config.get("ensure_weight_tying") and saved else set()
-    bases = [f"{m}.{part}.weight" for m in dict.fromkeys((*names, key.module)) for part in BASE]
-    bases = {
-      k: left.pop(k) for k in [*(f"{m}.weight" for m in (*names, key.module) if m not in saved), *bases] if k in left
-    }
-    whole = {k: left.pop(k) for m in saved if (k := f"{m}.weight") in left}
+    every = list(dict.fromkeys((*names, key.module)))
+    saved = [m for m in every if is_saved(config, m)]
+    saved = every if saved and config.get("ensure_weight_tying") else saved
+    places = [*(f"{m}.weight" for m in every if m not in saved), *(f"{m}.{b}.weight" for m in every for b in BASE)]
+    bases, whole = ({k: left.pop(k) for k in ks if k in left} for ks in (places, [f"{m}.weight" for m in saved]))
     expected = key.hf_shape(w.shape)
     if bad := [f"{k} is {x.shape}, expected {expected}" for k, x in (bases | whole).items() if x.shape != expected]:
       wrong += bad
       continue
-    table = next(iter(bases.values()), None)
+    for k, x in bases.items():
+      if not np.array_equal(x, table := next(iter(bases.values()))):
+        wrong.append(f"{k} and {next(iter(bases))} differ, which are one table in this model")
+      elif x is table and not weights.is_node(w) and not _is_table(key, x, w):  # packed: the same but for rounding
+        w = jnp.asarray(key.from_hf(x, w.shape)).astype(w.dtype)
+    idle = [k for k in whole if k.removesuffix(".weight") not in names]
     wrong += [
-      f"{k} and {next(iter(bases))} differ, which are one table in this model"
-      for k, x in bases.items()
-      if not np.array_equal(x, table)
+      f"{k} is saved whole, which is of no effect in PEFT: it computes with {' and '.join(names)}"
+      for k in idle
+      if not _is_table(key, whole[k], w)
     ]
-    if table is not None and not weights.is_node(w):  # a packed one is the same up to its rounding
-      new = jnp.asarray(key.from_hf(table, w.shape)).astype(w.dtype)
-      w = w if np.array_equal(new, w) else new
-    if idle := [k for k in whole if k.removesuffix(".weight") not in names]:
-      wrong += [
-        f"{k} is saved whole, which is of no effect in PEFT: it computes with {' and '.join(names)}"
-        for k in idle
-        if weights.is_node(w) or not np.array_equal(key.from_hf(whole[k], w.shape), w)
-      ]
     if used := [k for k in whole if k not in idle]:
       w = _one(key, [f"{m}.weight" for m in names], whole, used, w, wrong)
     taken |= whole.keys()
@@ -120,19 +116,23 @@ def read_tables(
   return tree.map_named(lambda k, _: flat[k], params, is_leaf=weights.is_node), taken
 
 
+def _is_table(key: families.Key, x: np.ndarray, w: weights.Weight) -> bool:
+  """Whether an adapter's tensor is a table of the model, rounded as that is."""
+  return not weights.is_node(w) and np.array_equal(jnp.asarray(key.from_hf(x, w.shape)).astype(w.dtype), w)
+
+
 def _one(key, names, whole, used, w, wrong) -> Any:
   """The table that an adapter has whole for each of its uses `names`, of which it may have some as they were."""
-  new = jnp.asarray(key.from_hf(whole[used[0]], w.shape))
-  if other := [k for k in used if not np.array_equal(whole[k], whole[used[0]])]:
-    wrong.append(
-      f"{used[0]} and {other[0]} differ, which are one table in this model{UNTIE if key.head in other[0] else ''}"
-    )
-  elif (rest := [k for k in names if k not in used]) and (weights.is_node(w) or not np.array_equal(new, w)):
-    wrong.append(
-      f"{used[0]} is saved without {rest[0]}: PEFT then keeps the pretrained table there, which is one with it here"
-      f"{UNTIE if key.head else ''}"
-    )
-  return new
+  first, rest = used[0], [k for k in names if k not in used]
+  if other := [k for k in used if not np.array_equal(whole[k], whole[first])]:
+    said, pair = f"{first} and {other[0]} differ, which are one table in this model", (first, other[0])
+  elif rest and not _is_table(key, whole[first], w):
+    said = f"{first} is saved without {rest[0]}: PEFT then keeps the pretrained table there, which is one with it here"
+    pair = (first, rest[0])
+  else:
+    return jnp.asarray(key.from_hf(whole[first], w.shape))
+  wrong.append(said + (UNTIE if key.head and f"{key.head}.weight" in pair else ""))
+  return w
 
 
 def read_whole(
