@@ -35,6 +35,7 @@ class Bytes:
   @property
   def end_ids(self):
     return () if self.eos_id is None else (self.eos_id,)
+
   rows: int | None = None
 
   def check(self, rows):

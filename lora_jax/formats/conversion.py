@@ -1,6 +1,6 @@
 """What to do with files that are not read: pickles, and names that other libraries put around a model's own.
 
-Each message ends in the lines of Python that make a file which is read.
+Each message ends in a line of Python that makes a file which is read.
 """
 
 import pathlib
@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 from lora_jax import errors
 
-PICKLE = "is pickled, which can run code, and is never loaded. If you trust it, convert it in Python:"
+PICKLE = "is pickled, which can run code, and is never loaded. If you trust it, convert it in Python: "
 # Part of a tensor's name -> who puts it there; the last is in every name, or is a model's own.
 WRAPPERS = {
   r"_orig_mod\.": "torch.compile",
@@ -27,10 +27,11 @@ def of_pickle(path: str) -> str:
   pickle = pathlib.Path(path).with_suffix(".bin")
   if not pickle.exists():
     return ""
-  return f"""; {pickle.name} beside it {PICKLE}
-  import torch, safetensors.torch
-  tensors = {{k: x.clone() for k, x in torch.load({str(pickle)!r}, weights_only=True).items()}}
-  safetensors.torch.save_file(tensors, {path!r}, {{"format": "pt"}})"""
+  code = (
+    f"import torch, safetensors.torch; loaded = torch.load({str(pickle)!r}, weights_only=True); "
+    f"safetensors.torch.save_file({{k: x.clone() for k, x in loaded.items()}}, {path!r}, {{'format': 'pt'}})"
+  )
+  return f"; {pickle.name} beside it {PICKLE}{code}"
 
 
 def of_pickled_model(directory: pathlib.Path, found: Sequence[str], config: Mapping) -> str:
@@ -40,9 +41,9 @@ def of_pickled_model(directory: pathlib.Path, found: Sequence[str], config: Mapp
     return ""
   named = config.get("architectures")
   cls = named[0] if isinstance(named, list) and named and str(named[0]).isidentifier() else "AutoModel"
-  return f"""; {pickles[0]} {PICKLE}
-  import transformers
-  transformers.{cls}.from_pretrained({str(directory)!r}).save_pretrained({str(directory)!r})"""
+  place = repr(str(directory))
+  code = f"import transformers; transformers.{cls}.from_pretrained({place}).save_pretrained({place})"
+  return f"; {pickles[0]} {PICKLE}{code}"
 
 
 def check_names(where: Mapping[str, Mapping]) -> None:
@@ -68,9 +69,9 @@ def check_names(where: Mapping[str, Mapping]) -> None:
 
 def _renaming(where: Mapping[str, Mapping], said: str, pattern: str, which: str) -> str:
   paths = sorted({x["filename"] for x in where.values()})
-  return f"""{paths[0]}: {said}. To take it out, in Python:
-  import re, safetensors.torch
-  for path in {paths!r}:
-    tensors = safetensors.torch.load(open(path, "rb").read())
-    tensors = {{re.sub({pattern!r}, "", k): x for k, x in tensors.items(){which}}}
-    safetensors.torch.save_file(tensors, path, {{"format": "pt"}})"""
+  code = (
+    "import re, safetensors.torch as st; "
+    f"rename = lambda tensors: {{re.sub({pattern!r}, '', k): x for k, x in tensors.items(){which}}}; "
+    f"[st.save_file(rename(st.load(open(path, 'rb').read())), path, {{'format': 'pt'}}) for path in {paths!r}]"
+  )
+  return f"{paths[0]}: {said}. To take it out, in Python: {code}"
