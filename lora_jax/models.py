@@ -160,7 +160,7 @@ def load(
       generation = hf.read_json(path / "generation_config.json")
   else:
     tensors = gguf.open(path)
-    hf_config, tok = tensors.config, tokenizer_lib.from_gguf(tensors.metadata)
+    hf_config, tok = tensors.config, tokenizer_lib.from_gguf(tensors.metadata, str(path))
   if "model_type" not in hf_config:
     raise errors.UserError(f"{path}: config.json has no model_type")
   family = families.get(hf_config["model_type"])

@@ -5,7 +5,6 @@ are those of `transformers.AutoTokenizer` on the same files, without importing t
 """
 
 import dataclasses
-import datetime
 import functools
 import itertools
 import json
@@ -14,14 +13,10 @@ import pathlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-import jinja2
-import jinja2.ext
-import jinja2.nodes
-import jinja2.sandbox
 import numpy as np
 import tokenizers
 
-from lora_jax import errors, files
+from lora_jax import errors, files, templates
 from lora_jax.formats import _gguf_tokenizer, hf
 
 CHUNK = 4096  # texts that are encoded at once, as what `tokenizers` gives takes much memory
@@ -45,6 +40,7 @@ class Tokenizer:
     bos_id, eos_id, pad_id, cls_id, sep_id, mask_id: ids, or None where the model has no such token.
     ends: ids at which the model ends a text besides `eos_id`, such as those of generation_config.json.
     rows: how many rows the model's embedding has; None where that is not known.
+    source: where it was read from, for messages.
   """
 
   backend: tokenizers.Tokenizer = dataclasses.field(repr=False)
@@ -57,6 +53,7 @@ class Tokenizer:
   mask_id: int | None = None
   ends: tuple[int, ...] = ()
   rows: int | None = None
+  source: str = dataclasses.field(default="", compare=False)
 
   @property
   def vocab_size(self) -> int:
@@ -151,13 +148,9 @@ class Tokenizer:
       raise errors.UserError("this model has no chat template: use prompt and response, or an instruction-tuned model")
     ids = {k: getattr(self, f"{k}_id") for k in SPECIAL}
     names = {f"{k}_token": self.backend.id_to_token(i) for k, i in ids.items() if i is not None}
-    try:
-      given = {"tools": None, "documents": None} | names | variables
-      return _template(self.chat_template).render(
-        given, messages=[_message(m) for m in messages], add_generation_prompt=add_generation_prompt
-      )
-    except (jinja2.TemplateError, TypeError) as e:
-      raise errors.UserError(f"the chat template refuses the messages: {' '.join(str(e).split())}") from e
+    given = {"tools": None, "documents": None} | names | variables
+    given |= {"messages": [_message(m) for m in messages], "add_generation_prompt": add_generation_prompt}
+    return templates.render(self.chat_template, given, self.source)
 
   def save(self, directory: str | os.PathLike) -> None:
     """Writes tokenizer.json and tokenizer_config.json, which `from_directory` and transformers read."""
@@ -204,20 +197,24 @@ def from_directory(directory: str | os.PathLike) -> Tokenizer:
   known = {t.content for t in backend.get_added_tokens_decoder().values() if t.special}
   backend.add_special_tokens([v for v in tokens.values() if v is not None and v not in known])
   ids = {f"{k}_id": None if v is None else backend.token_to_id(v) for k, v in tokens.items()}
-  return Tokenizer(backend, _chat_template(directory, config.get("chat_template")), **ids)
+  return Tokenizer(backend, _chat_template(directory, config.get("chat_template")), **ids, source=str(directory))
 
 
-def from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
+def from_gguf(metadata: Mapping[str, Any], source: str = "") -> Tokenizer:
   """The tokenizer that a GGUF file describes in its metadata (`tokenizer.ggml.*`, `tokenizer.chat_template`).
 
   Byte-level BPE ("gpt2"), SentencePiece BPE with byte fallback ("llama"), WordPiece ("bert") and Unigram ("t5").
   Control tokens and those that have a role, such as bos, become special tokens, user-defined ones plain added tokens.
 
+  Args:
+    source: the file, for messages.
+
   Raises:
     UserError: another kind of tokenizer, or fields that are missing or inconsistent.
   """
   backend, ids = _gguf_tokenizer.build(metadata)
-  return Tokenizer(backend, metadata.get("tokenizer.chat_template"), **{f"{k}_id": i for k, i in ids.items()})
+  template = metadata.get("tokenizer.chat_template")
+  return Tokenizer(backend, template, **{f"{k}_id": i for k, i in ids.items()}, source=source)
 
 
 def _defaults(directory: pathlib.Path, config: Mapping[str, Any]) -> dict[str, str]:
@@ -247,33 +244,6 @@ def _message(message: Mapping[str, Any]) -> dict[str, Any]:
 
 def _chunks(texts: Sequence[str]) -> Iterator[Sequence[str]]:
   return (texts[i : i + CHUNK] for i in range(0, len(texts), CHUNK))
-
-
-class _Generation(jinja2.ext.Extension):
-  """`{% generation %} ... {% endgeneration %}`, by which templates mark what the model writes."""
-
-  tags = {"generation"}
-
-  def parse(self, parser):
-    line = next(parser.stream).lineno
-    return jinja2.nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
-
-
-@functools.lru_cache(maxsize=8)
-def _template(source: str) -> jinja2.Template:
-  def refuse(message):
-    raise jinja2.TemplateError(message)
-
-  def tojson(x, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
-    return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-  env = jinja2.sandbox.ImmutableSandboxedEnvironment(
-    trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
-  )
-  env.filters["tojson"] = tojson
-  env.globals["raise_exception"] = refuse
-  env.globals["strftime_now"] = lambda fmt: datetime.datetime.now().strftime(fmt)
-  return env.from_string(source)
 
 
 def _read(path: pathlib.Path) -> str:
