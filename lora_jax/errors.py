@@ -17,6 +17,28 @@ class UserError(Exception):
     super().__init__("".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(message)))
 
 
+def line(error: BaseException) -> str:
+  """What an error says, in one line of at most 500 characters."""
+  return f"{' '.join(str(error).split()):.500}"
+
+
+@contextlib.contextmanager
+def parsing(what: str) -> Iterator[None]:
+  """Whatever the block raises becomes a UserError, "`what`: the reason": it reads what others have written.
+
+  It is for what no check before it has foreseen; what the block refuses itself says more.
+  """
+  try:
+    yield
+  except UserError:
+    raise
+  except BaseException as e:
+    # What `tokenizers`, which is Rust, fails an assertion with is no Exception.
+    if not isinstance(e, Exception) and type(e).__name__ != "PanicException":
+      raise
+    raise UserError(f"{what}: {type(e).__name__}: {line(e)}") from e
+
+
 def is_full(error: BaseException) -> bool:
   """Whether an error is that a disk is full, or a quota: each library has a type of its own for it."""
   return any(text in str(error) for text in ("No space left on device", "Disk quota exceeded"))

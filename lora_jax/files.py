@@ -1,15 +1,75 @@
-"""Files that are whole or absent: written in one step, or made once and kept in a cache."""
+"""Files: read if they are files, and written whole or not at all, in one step or once into a cache."""
 
+import builtins
+import json
 import os
 import pathlib
 import shutil
+import stat
 import tempfile
 import time
 from collections.abc import Callable
+from typing import Any, BinaryIO
 
 from lora_jax import errors
 
 LEFTOVER_SECONDS = 24 * 3600
+LARGEST = 2**28  # bytes of a text that is read whole; the tokenizers of large vocabularies have 2**25
+KINDS = {
+  stat.S_IFDIR: "a directory",
+  stat.S_IFIFO: "a named pipe",
+  stat.S_IFSOCK: "a socket",
+  stat.S_IFCHR: "a device",
+  stat.S_IFBLK: "a device",
+}
+
+
+def open(path: str | os.PathLike) -> BinaryIO:  # noqa: A001
+  """A file that is there, for reading bytes.
+
+  Raises:
+    UserError: it is missing or cannot be read, or is no regular file: a pipe or a device may never answer.
+  """
+  path = os.fspath(path)
+  try:
+    kind = stat.S_IFMT(os.stat(path).st_mode)
+    if kind == stat.S_IFREG:
+      return builtins.open(path, "rb")
+  except FileNotFoundError:
+    raise errors.UserError(f"{path} does not exist") from None
+  except (OSError, ValueError) as e:  # ValueError: a null byte in its name
+    raise errors.UserError(f"cannot read {path}: {getattr(e, 'strerror', None) or e}") from e
+  raise errors.UserError(f"cannot read {path}: it is {KINDS.get(kind, 'of an unknown kind')}, expected a file")
+
+
+def read(path: str | os.PathLike, largest: float = LARGEST) -> str:
+  """The text of a file in UTF-8; UserError as `open`, and where it is longer than `largest` bytes or no such text."""
+  try:
+    with open(path) as f:
+      if (size := os.fstat(f.fileno()).st_size) > largest:
+        raise errors.UserError(f"cannot read {path}: it has {size:,} bytes, expected at most {largest:,}")
+      return f.read().decode()
+  except UnicodeDecodeError as e:
+    raise errors.UserError(f"cannot read {path}: it is no UTF-8: {e}") from e
+  except OSError as e:
+    raise errors.UserError(f"cannot read {path}: {e.strerror}") from e
+
+
+def parse_json(text: str | bytes, where: str) -> Any:
+  """A JSON value; UserError, "`where`: no JSON: the reason", for what is none or cannot be worked with.
+
+  The latter is what is nested too deeply for Python, integers that are too long for it, and lone surrogates, which
+  no text in UTF-8 has.
+  """
+  try:
+    value = json.loads(text)
+    if (b"\\u" if isinstance(text, bytes) else "\\u") in text:
+      json.dumps(value, ensure_ascii=False).encode()
+  except RecursionError as e:
+    raise errors.UserError(f"{where}: no JSON: it is nested too deeply") from e
+  except ValueError as e:
+    raise errors.UserError(f"{where}: no JSON: {errors.line(e)}") from e
+  return value
 
 
 def cache(kind: str) -> pathlib.Path:
@@ -55,7 +115,7 @@ def write(path: pathlib.Path, content: bytes) -> None:
   # The same each time, so that what a killed process has left is written over.
   part = path.with_name(f"{path.name}{WRITER}.tmp")
   try:
-    with part.open("wb") as f:
+    with builtins.open(part, "wb") as f:
       f.write(content)
       f.flush()
       os.fsync(f.fileno())

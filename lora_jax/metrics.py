@@ -153,16 +153,26 @@ def _tensorboard() -> ModuleType:
 def read_metrics(path: str | pathlib.Path) -> list[dict[str, float]]:
   """The rows of a `metrics.jsonl`, null as nan; a torn last line is left out, no file is no rows."""
   path = pathlib.Path(path)
-  lines = path.read_bytes().splitlines() if path.exists() else []
+  if not path.exists():
+    return []
+  with files.open(path) as f:
+    lines = f.read().splitlines()
   rows = []
   for i, line in enumerate(lines):
     try:
-      row = json.loads(line)
-      rows.append({"step": row["step"], **{k: math.nan if v is None else v for k, v in row.items()}})
-    except (ValueError, TypeError, KeyError) as e:
+      row = files.parse_json(line, f"{path}:{i + 1}")
+      if not _is_row(row):
+        raise errors.UserError(f'{path}:{i + 1}: expected a JSON object of numbers with a whole "step"')
+      rows.append({k: math.nan if v is None else v for k, v in row.items()})
+    except errors.UserError:
       if i + 1 < len(lines):
-        raise errors.UserError(f'{path}:{i + 1}: expected a JSON object with "step"') from e
+        raise
   return rows
+
+
+def _is_row(x: Any) -> bool:
+  is_number = lambda v: isinstance(v, int | float) and not isinstance(v, bool)
+  return isinstance(x, dict) and type(x.get("step")) is int and all(v is None or is_number(v) for v in x.values())
 
 
 def read_texts(path: str | pathlib.Path) -> dict[str, list[dict[str, str]]]:

@@ -44,18 +44,12 @@ def render(source: str, variables: Mapping[str, Any], where: str) -> str:
   except costs.Costly as e:
     raise errors.UserError(f"{what} {e}") from e
   except jinja2.TemplateSyntaxError as e:
-    raise errors.UserError(f"{what} is no Jinja template: line {e.lineno}: {_line(e)}") from e
+    raise errors.UserError(f"{what} is no Jinja template: line {e.lineno}: {errors.line(e)}") from e
   except jinja2.TemplateError as e:
-    raise errors.UserError(f"{what} refuses the messages: {_line(e)}") from e
+    raise errors.UserError(f"{what} refuses the messages: {errors.line(e)}") from e
   except Exception as e:  # a program can raise anything
-    raise errors.UserError(f"{what} fails on the messages: {type(e).__name__}: {_line(e)}") from e
+    raise errors.UserError(f"{what} fails on the messages: {type(e).__name__}: {errors.line(e)}") from e
   return text
-
-
-def _line(error: Exception) -> str:
-  """What an error says, on one line that a terminal can show."""
-  text = " ".join(str(error).split())
-  return f"{''.join(c if c.isprintable() else '?' for c in text):.500}"
 
 
 class _Namespace(jinja2.utils.Namespace):

@@ -10,7 +10,7 @@ import itertools
 import json
 import os
 import pathlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -63,7 +63,7 @@ class Tokenizer:
   @property
   def begin(self) -> tuple[int, ...]:
     """What `add_special_tokens` puts before a text, such as BOS."""
-    probe = self.backend.encode("a")
+    probe = self._run(self.backend.encode, "a")
     rows = zip(probe.ids, probe.sequence_ids, strict=True)
     return tuple(i for i, _ in itertools.takewhile(lambda row: row[1] is None, rows))
 
@@ -79,7 +79,7 @@ class Tokenizer:
       text = self.chat([{"role": "user", "content": "question"}, {"role": "assistant", "content": mark}])
     except errors.UserError:  # no template, or one that wants other messages
       return None
-    ids = self.backend.encode(text.rpartition(mark)[2], add_special_tokens=False).ids
+    ids = self._run(self.backend.encode, text.rpartition(mark)[2], add_special_tokens=False).ids
     added = self.backend.get_added_tokens_decoder()
     return ids[0] if ids and ids[0] in added and added[ids[0]].special else None
 
@@ -89,13 +89,13 @@ class Tokenizer:
     Raises:
       UserError: see `check`.
     """
-    ids = self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+    ids = self._run(self.backend.encode, text, add_special_tokens=add_special_tokens).ids
     self.check([ids])
     return ids
 
   def encode_batch(self, texts: Iterable[str], add_special_tokens: bool = False) -> list[list[int]]:
     """`encode` of each text, on all cores."""
-    encode = functools.partial(self.backend.encode_batch_fast, add_special_tokens=add_special_tokens)
+    encode = functools.partial(self._run, self.backend.encode_batch_fast, add_special_tokens=add_special_tokens)
     found = [x.ids for chunk in _chunks(list(texts)) for x in encode(chunk)]
     self.check(found)
     return found
@@ -117,7 +117,8 @@ class Tokenizer:
     """
     greedy = {i: t.content for i, t in self.backend.get_added_tokens_decoder().items() if t.lstrip or t.rstrip}
     for chunk in _chunks(texts):
-      for text, x in zip(chunk, self.backend.encode_batch(chunk, add_special_tokens=False), strict=True):
+      encoded = self._run(self.backend.encode_batch, chunk, add_special_tokens=False)
+      for text, x in zip(chunk, encoded, strict=True):
         ids, offsets = np.array(x.ids, np.int32), np.array(x.offsets, np.int32).reshape(-1, 2)
         ends = np.maximum.accumulate(offsets[:, 1])
         offsets = np.stack([np.minimum(offsets[:, 0], np.append(0, ends[:-1])), ends], axis=1)
@@ -130,7 +131,12 @@ class Tokenizer:
 
   def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
     """Text of ids; bytes that are no UTF-8 become U+FFFD."""
-    return self.backend.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
+    return self._run(self.backend.decode, [int(i) for i in ids], skip_special_tokens=skip_special_tokens)
+
+  def _run(self, fn: Callable, *args: Any, **kw: Any) -> Any:
+    """`fn(*args, **kw)` of the backend, which fails where a regex of the tokenizer takes too long."""
+    with errors.parsing(f"the tokenizer of {self.source or 'this model'} fails"):
+      return fn(*args, **kw)
 
   def chat(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = False, **variables: Any) -> str:
     """The chat template's text for messages such as {"role": "user", "content": "..."}.
@@ -179,23 +185,24 @@ def from_directory(directory: str | os.PathLike) -> Tokenizer:
   file = directory / "tokenizer.json"
   if not file.exists():
     raise errors.UserError(f"{directory} has no tokenizer.json; transformers' `save_pretrained` writes one")
-  text = _read(file)
-  try:
+  text = files.read(file)
+  with errors.parsing(f"{file} is no tokenizer"):
     backend = tokenizers.Tokenizer.from_str(text)
-  except Exception as e:  # `tokenizers` raises nothing narrower.
-    raise errors.UserError(f"{file} is no tokenizer: {e}") from e
-  backend.no_truncation()
-  backend.no_padding()
+    backend.no_truncation()
+    backend.no_padding()
   config = {}
   for name in ("special_tokens_map.json", "tokenizer_config.json"):
     if (directory / name).exists():
       config |= hf.read_json(directory / name)
   tokens = {k: v.get("content") if isinstance(v := config.get(f"{k}_token"), dict) else v for k in SPECIAL}
+  if bad := {k: v for k, v in tokens.items() if not isinstance(v, str | None)}:
+    raise errors.UserError(f"{directory}: expected special tokens that are strings, found {str(bad):.200}")
   tokens |= {k: v for k, v in _defaults(directory, config).items() if backend.token_to_id(v) is not None}
   if missing := {k: v for k, v in tokens.items() if v is not None and backend.token_to_id(v) is None}:
     raise errors.UserError(f"{directory}: tokens that tokenizer.json does not have: {missing}")
-  known = {t.content for t in backend.get_added_tokens_decoder().values() if t.special}
-  backend.add_special_tokens([v for v in tokens.values() if v is not None and v not in known])
+  with errors.parsing(f"{file} is no tokenizer"):
+    known = {t.content for t in backend.get_added_tokens_decoder().values() if t.special}
+    backend.add_special_tokens([v for v in tokens.values() if v is not None and v not in known])
   ids = {f"{k}_id": None if v is None else backend.token_to_id(v) for k, v in tokens.items()}
   return Tokenizer(backend, _chat_template(directory, config.get("chat_template")), **ids, source=str(directory))
 
@@ -213,7 +220,7 @@ def from_gguf(metadata: Mapping[str, Any], source: str = "") -> Tokenizer:
     UserError: another kind of tokenizer, or fields that are missing or inconsistent.
   """
   backend, ids = _gguf_tokenizer.build(metadata)
-  template = metadata.get("tokenizer.chat_template")
+  template = _text_or_none(metadata.get("tokenizer.chat_template"), f"chat template of {source or 'the GGUF file'}:")
   return Tokenizer(backend, template, **{f"{k}_id": i for k, i in ids.items()}, source=source)
 
 
@@ -228,10 +235,17 @@ def _defaults(directory: pathlib.Path, config: Mapping[str, Any]) -> dict[str, s
 def _chat_template(directory: pathlib.Path, value: Any) -> str | None:
   file = directory / "chat_template.jinja"
   if file.exists():
-    return _read(file)
+    return files.read(file)
+  where = f"chat template in {directory / 'tokenizer_config.json'}:"
   if isinstance(value, list):
-    table = {x.get("name"): x.get("template") for x in value if isinstance(x, dict)}
-    return errors.choose("default", table, f"chat template in {directory / 'tokenizer_config.json'}:")
+    table = {str(x.get("name")): x.get("template") for x in value if isinstance(x, dict)}
+    value = errors.choose("default", table, where)
+  return _text_or_none(value, where)
+
+
+def _text_or_none(value: Any, what: str) -> str | None:
+  if not isinstance(value, str | None):
+    raise errors.UserError(f"{what} expected a string, found {value!r:.100}")
   return value
 
 
@@ -244,10 +258,3 @@ def _message(message: Mapping[str, Any]) -> dict[str, Any]:
 
 def _chunks(texts: Sequence[str]) -> Iterator[Sequence[str]]:
   return (texts[i : i + CHUNK] for i in range(0, len(texts), CHUNK))
-
-
-def _read(path: pathlib.Path) -> str:
-  try:
-    return path.read_text(encoding="utf-8")
-  except (OSError, UnicodeDecodeError) as e:
-    raise errors.UserError(f"cannot read {path}: {e}") from e

@@ -428,11 +428,11 @@ BAD = {
   "batch of none": (dict(data__batch_size=0), r"batch_size=0"),
   "model": (dict(model__name="smollm2-135"), r"unknown model 'smollm2-135'.*did you mean 'smollm2-135m'"),
   "model directory": (dict(model__name=str(ROOT / "configs")), r"config\.json does not exist"),
-  "data file": (dict(task__path="nowhere/train.jsonl"), r"cannot read nowhere/train\.jsonl"),
-  "test file": (dict(task__test_path="nowhere/test.jsonl"), r"cannot read nowhere/test\.jsonl"),
+  "data file": (dict(task__path="nowhere/train.jsonl"), r"nowhere/train\.jsonl does not exist"),
+  "test file": (dict(task__test_path="nowhere/test.jsonl"), r"nowhere/test\.jsonl does not exist"),
   "validation file": (
     dict(task__validation_path="nowhere/val.jsonl", eval__every=2),
-    r"cannot read nowhere/val\.jsonl",
+    r"nowhere/val\.jsonl does not exist",
   ),
   "eval batch": (dict(eval__batch_size=0), r"config\.eval.*batch_size"),
   "eval examples": (dict(eval__examples=0), r"config\.eval.*examples"),
@@ -539,7 +539,7 @@ def start(args):
   [
     ("--config.optim.name=adan", r"config.optim.name 'adan'"),
     ("--config.data.batch_size=7", "config.data.batch_size=7"),
-    ("--config.task.path=nowhere.jsonl", "cannot read nowhere.jsonl"),
+    ("--config.task.path=nowhere.jsonl", "nowhere.jsonl does not exist"),
     ("--config.sweep.product.train.seed=3", "config.sweep.product.train.seed is a sequence of values, not 3"),
   ],
 )

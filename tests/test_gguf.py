@@ -216,8 +216,8 @@ def refused(path, *words):
 
 def test_foreign_files(tmp_path):
   path = tmp_path / "x.gguf"
-  refused(path, "No such file")
-  refused(tmp_path, "Is a directory")
+  refused(path, "does not exist")
+  refused(tmp_path, "it is a directory, expected a file")
   for content, word in ((b"", "empty"), (b"GG", "no GGUF"), (b"PK\x03\x04" + bytes(60), "no GGUF")):
     path.write_bytes(content)
     refused(path, word)

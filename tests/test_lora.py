@@ -375,7 +375,7 @@ def truncate(directory):
     (broken({"r": True, "lora_dropout": 1.0}), "r is True.*lora_dropout is 1.0, expected a number in"),
     (broken({"alpha_pattern": ["q_proj"]}), "alpha_pattern is .*, expected an object"),
     (broken({"alpha_pattern": {"q_proj": "16"}}), "alpha_pattern is .*, expected an object"),
-    (broken({"rank_pattern": {"(q_proj": 4}}), r"rank_pattern is \{'\(q_proj': 4\}, expected"),
+    (broken({"rank_pattern": {"(q_proj": 4}}), r"'\(q_proj' is no regular expression"),
     (broken({"modules_to_save": "score"}), "modules_to_save is 'score', expected a list"),
     (broken(tensors=lambda t: {k.removeprefix("base_model."): x for k, x in t.items()}), "prefix"),
     (broken(tensors=lambda t: {k.replace("q_proj", "w_proj"): x for k, x in t.items()}), "w_proj"),

@@ -522,7 +522,7 @@ USER, ASSISTANT = {"role": "user", "content": "a"}, {"role": "assistant", "conte
     ({"messages": [USER | {"content": None, "tool_calls": [CALL]}, ASSISTANT]}, r"messages\[0\] needs a string"),
     ({"messages": [USER | {"content": [{"type": "image_url"}]}, ASSISTANT]}, "a content that is no text: .*image_url"),
     ({"messages": [USER, ASSISTANT | {"tool_calls": "f"}]}, "'tool_calls' must be a list of objects, found f"),
-    ({"messages": [USER, ASSISTANT], "tools": "[{"}, "'tools' is a string that is no JSON"),
+    ({"messages": [USER, ASSISTANT], "tools": "[{"}, "'tools' is a string: no JSON"),
     ({"messages": [USER, ASSISTANT], "tools": {"f": 1}}, "'tools' must be a list of objects"),
     ({"messages": [USER, ASSISTANT], "documents": ["x"]}, "'documents' must be a list of objects"),
     ({"messages": [USER, ASSISTANT], "chat_template_kwargs": 1}, "'chat_template_kwargs' must be an object"),
@@ -538,7 +538,7 @@ def test_jsonl_bad_line(tmp_path, line, message):
 def test_jsonl_bad_file(tmp_path):
   with pytest.raises(errors.UserError, match="is empty"):
     jsonl.read(write(tmp_path / "a.jsonl", ["", " "]))
-  with pytest.raises(errors.UserError, match="cannot read .*missing.jsonl"):
+  with pytest.raises(errors.UserError, match="missing.jsonl does not exist"):
     jsonl.read(tmp_path / "missing.jsonl")
   (tmp_path / "b.jsonl").write_bytes(b"\xff\xfe")
   with pytest.raises(errors.UserError, match="UTF-8"):

@@ -39,6 +39,7 @@ FIELDS = {
 }
 
 
+@errors.parsing("GGUF tokenizer is damaged")
 def build(metadata: Mapping[str, Any]) -> tuple[tokenizers.Tokenizer, dict[str, int | None]]:
   """The tokenizer and its special tokens {bos, eos, pad, cls, sep, mask: id or None} of a file's metadata.
 
@@ -60,17 +61,12 @@ def build(metadata: Mapping[str, Any]) -> tuple[tokenizers.Tokenizer, dict[str, 
     raise errors.UserError(f"GGUF tokenizer: {bad} outside of a vocabulary of {len(tokens)}")
   special = {i for i, kind in enumerate(types) if kind == CONTROL or i in ids.values()}
   plain = {i for i, kind in enumerate(types) if kind == USER_DEFINED} - special
-  try:
-    backend = make(get, tokens, special | plain)
-    spelling = {i: t for t, i in backend.get_vocab().items()} if make is not _byte_level else {}
-    for group, is_special in ((special, True), (plain, False)):
-      added = (spelling.get(i, tokens[i]) for i in sorted(group))
-      backend.add_tokens([tokenizers.AddedToken(t, normalized=False, special=is_special) for t in added])
-    _frame(backend, {k: None if i is None else tokens[i] for k, i in ids.items()}, get)
-  except errors.UserError:
-    raise
-  except Exception as e:  # `tokenizers` raises nothing narrower.
-    raise errors.UserError(f"GGUF tokenizer is damaged: {' '.join(str(e).split())}") from e
+  backend = make(get, tokens, special | plain)
+  spelling = {i: t for t, i in backend.get_vocab().items()} if make is not _byte_level else {}
+  for group, is_special in ((special, True), (plain, False)):
+    added = (spelling.get(i, tokens[i]) for i in sorted(group))
+    backend.add_tokens([tokenizers.AddedToken(t, normalized=False, special=is_special) for t in added])
+  _frame(backend, {k: None if i is None else tokens[i] for k, i in ids.items()}, get)
   return backend, {k: i for k, i in ids.items() if k != "unk"}
 
 

@@ -5,16 +5,17 @@ keywords, from which the tree follows, and the tensors have the names of its lea
 that the methods have added.
 """
 
+import itertools
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax import errors, fused, methods, models, transformer, tree, weights
+from lora_jax import errors, fused, methods, models, patterns, transformer, tree, weights
 from lora_jax.formats import hf, peft
 
 TYPE = "LORA_JAX"
@@ -61,20 +62,37 @@ def load(model: models.Model, directory: str | os.PathLike) -> Any:
   config = hf.read_json(directory / "adapter_config.json")
   if config.get("peft_type") != TYPE:
     return peft.load(model, directory)
+  with errors.parsing(f"the adapter {directory} is damaged or of an unknown kind"):
+    return _load(model, directory, config)
+
+
+def _load(model: models.Model, directory: pathlib.Path, config: Mapping) -> Any:
   tensors = hf.Tensors([directory / "adapter_model.safetensors"])
   if not isinstance(config.get("method"), list):
     raise errors.UserError(f"{directory / 'adapter_config.json'}: 'method' is no list")
   try:
+    patterns.check([*_texts(config["method"])], tree.names(model.params), "method")
     methods.resolve(config["method"])
     shapes, mask = _shapes(model, config["method"])
     base = tree.flatten(fused.like(model.params, shapes))
     want = {k: s for k, s in tree.flatten(shapes).items() if fused.plain(k) not in base}
     want |= {k: s for k, s in tree.flatten(shapes).items() if k in tensors.names()}
     _check(want, tensors)
+    if bad := hf.not_finite({k: tensors.read(k) for k in want}):
+      raise errors.UserError("; ".join(bad))
   except errors.UserError as e:
     raise errors.UserError(f"{directory}: {e}") from None
   leaf = lambda k, s: jnp.asarray(tensors.read(k)).astype(s.dtype) if k in want else base[fused.plain(k)]
   return tree.map_named(leaf, shapes)
+
+
+def _texts(x: Any) -> Iterator[str]:
+  """All strings in a value, keys too: what may be a regex."""
+  if isinstance(x, Mapping | list):
+    for v in itertools.chain(x, x.values()) if isinstance(x, Mapping) else x:
+      yield from _texts(v)
+  elif isinstance(x, str):
+    yield x
 
 
 def _shapes(model: models.Model, method: list) -> tuple[Any, Any]:

@@ -22,16 +22,14 @@ def unpack(archive: str | os.PathLike, name: str) -> pathlib.Path:
   Raises:
     UserError: no complete archive, or no space.
   """
-  try:
-    with zipfile.ZipFile(archive) as file:
-      members = [m for m in file.infolist() if m.filename in FILES]
-      contents = repr(sorted((m.filename, m.CRC) for m in members)).encode()
-      directory = files.cache("models") / f"{name}-{zlib.crc32(contents):08x}"
-      if not directory.is_dir():
-        files.publish(directory, lambda work: _extract(file, members, work))
-      return directory
-  except (zipfile.BadZipFile, zlib.error, OSError) as e:
-    raise errors.UserError(f"{archive} could not be unpacked: {e}") from e
+  what = f"{archive} could not be unpacked"
+  with files.open(archive) as opened, errors.parsing(what), zipfile.ZipFile(opened) as file:
+    members = [m for m in file.infolist() if m.filename in FILES]
+    contents = repr(sorted((m.filename, m.CRC) for m in members)).encode()
+    directory = files.cache("models") / f"{name}-{zlib.crc32(contents):08x}"
+    if not directory.is_dir():
+      files.publish(directory, lambda work: _extract(file, members, work))
+    return directory
 
 
 def _extract(file: zipfile.ZipFile, members: list[zipfile.ZipInfo], directory: pathlib.Path) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import gguf
 import numpy as np
 
-from lora_jax import errors
+from lora_jax import errors, files
 from lora_jax.formats import _gguf_config, _gguf_tables as tables
 
 MAGIC = b"GGUF"
@@ -95,6 +95,11 @@ def open(path: str | os.PathLike) -> Checkpoint:
     UserError: no readable, whole GGUF file; an architecture, metadata key or tensor that is not known.
   """
   path = os.fspath(path)
+  with errors.parsing(f"{path} is damaged or of an unknown kind"):
+    return _open(path)
+
+
+def _open(path: str) -> Checkpoint:
   data, metadata, tensors = _load(path)
   name = str(metadata.get("general.architecture"))
   errors.choose(name, tables.ARCHITECTURES, f"architecture in {path}:")
@@ -174,10 +179,8 @@ def _decode(path: str, data: np.ndarray, tensor: Tensor) -> np.ndarray:
 
 
 def _load(path: str) -> tuple[np.ndarray, dict[str, Any], dict[str, Tensor]]:
-  try:
-    data = np.memmap(path, mode="r").view(np.ndarray) if os.path.getsize(path) else np.empty(0, np.uint8)
-  except OSError as e:
-    raise errors.UserError(f"cannot read {path}: {e.strerror}") from e
+  with files.open(path) as f, errors.parsing(f"cannot read {path}"):
+    data = np.memmap(f, mode="r").view(np.ndarray) if os.path.getsize(path) else np.empty(0, np.uint8)
   start = bytes(data[:4])
   if start != MAGIC:
     raise errors.UserError(f"{path} is no GGUF file: it {f'starts with {start!r}' if start else 'is empty'}")
@@ -186,8 +189,8 @@ def _load(path: str) -> tuple[np.ndarray, dict[str, Any], dict[str, Tensor]]:
     metadata, tensors = _header(at)
   except EOFError as e:
     raise errors.UserError(f"{path} is truncated: the header is longer than its {len(data)} bytes") from e
-  except ValueError as e:
-    raise errors.UserError(f"{path} is damaged or of an unknown kind, near byte {at.position}: {e}") from e
+  except Exception as e:  # numbers that are not what they seem can lead anywhere
+    raise errors.UserError(f"{path} is damaged or of an unknown kind, near byte {at.position}: {errors.line(e)}") from e
   end = max((t.start + t.nbytes for t in tensors.values()), default=0)
   if end > len(data):
     raise errors.UserError(f"{path} is truncated: it has {len(data)} of at least {end} bytes")

@@ -1,11 +1,10 @@
 """Hugging Face model directories: config.json and safetensors, single or sharded."""
 
-import builtins
 import json
 import os
 import pathlib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import ml_dtypes
 import numpy as np
@@ -29,13 +28,7 @@ DTYPES = {
 
 def read_json(path: str | os.PathLike) -> dict:
   """A JSON object from a file; UserError when it is missing or is none."""
-  path = pathlib.Path(path)
-  try:
-    value = json.loads(path.read_text(encoding="utf-8"))
-  except FileNotFoundError:
-    raise errors.UserError(f"{path} does not exist") from None
-  except (ValueError, OSError) as e:
-    raise errors.UserError(f"{path} is no readable JSON: {e}") from e
+  value = files.parse_json(files.read(path), str(path))
   if not isinstance(value, dict):
     raise errors.UserError(f"{path} should hold a JSON object, not {type(value).__name__}")
   return value
@@ -77,14 +70,17 @@ class Tensors:
     return np.memmap(mode="r", **self._where[k])
 
 
+def not_finite(tensors: Mapping[str, np.ndarray]) -> list[str]:
+  """A message for each tensor that has values which are not finite."""
+  return [f"{k} has values that are not finite" for k, x in tensors.items() if not np.isfinite(x).all()]
+
+
 def _header(path: str) -> dict[str, dict]:
   """What `np.memmap` needs for each tensor of a safetensors file, which the library has found to be whole."""
-  try:
-    with safetensors.safe_open(path, framework="numpy"), builtins.open(path, "rb") as f:
-      size = int.from_bytes(f.read(8), "little")
-      header = json.loads(f.read(size))
-  except (safetensors.SafetensorError, OSError) as e:
-    raise errors.UserError(f"{path} is no complete safetensors file: {e}") from e
+  what = f"{path} is no complete safetensors file"
+  with files.open(path) as f, errors.parsing(what), safetensors.safe_open(path, framework="numpy"):
+    size = int.from_bytes(f.read(8), "little")
+    header = files.parse_json(f.read(size), path)
   header.pop("__metadata__", None)
   unknown = sorted({v["dtype"] for v in header.values()} - DTYPES.keys())
   if unknown:

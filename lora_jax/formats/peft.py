@@ -10,12 +10,10 @@ All that reads an adapter takes the tensors that it knows out of `left` and adds
 `load` raises one error of all that, and of what is left.
 """
 
-import math
 import numbers
 import os
 import pathlib
 import re
-import sys
 from collections.abc import Collection, Mapping, Sequence
 from types import ModuleType
 from typing import Any
@@ -23,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from lora_jax import errors, families, fused, methods, models, prompts, transformer, tree, weights
-from lora_jax.formats import _peft_modules, hf, hub
+from lora_jax.formats import _peft_config, _peft_modules, hf, hub
 from lora_jax.methods import _biases, _lora_tables, tokens
 
 TOP = "base_model."  # before a method's PEFT_SHARED, tensors of no module, and modules beside soft prompts
@@ -234,56 +232,10 @@ def head(directory: str | os.PathLike) -> dict[str, Any]:
   return {"head": "classification", "n_labels": n_labels}
 
 
-def _check(where: pathlib.Path, config: Mapping) -> None:
-  """Raises UserError listing the numbers and patterns of an adapter's config that are of a wrong type."""
-
-  def number(x, kind=numbers.Real, least=-math.inf):
-    return isinstance(x, kind) and not isinstance(x, bool) and abs(x) <= sys.float_info.max and x >= least
-
-  def patterns(x, fits):
-    return isinstance(x, Mapping) and all(_is_regex(k) and fits(v) for k, v in x.items())
-
-  rank = lambda x: number(x, numbers.Integral, 1)
-  rules = {
-    "r": ("a positive whole number", rank),
-    "lora_alpha": ("a number", number),
-    "lora_dropout": ("a number in [0, 1)", lambda x: number(x, least=0) and x < 1),
-    "rank_pattern": ("an object of regular expressions and positive whole numbers", lambda x: patterns(x, rank)),
-    "init_r": ("a positive whole number", rank),
-    "num_virtual_tokens": ("a positive whole number", rank),
-    "vera_dropout": ("a number in [0, 1)", lambda x: number(x, least=0) and x < 1),
-    "alpha_pattern": ("an object of regular expressions and numbers", lambda x: patterns(x, number)),
-    "use_rslora": ("true or false", lambda x: isinstance(x, bool)),
-    "modules_to_save": ("a list of names", lambda x: isinstance(x, list) and all(isinstance(k, str) for k in x)),
-  }
-  if config.get("peft_type") == "ADALORA":  # whose pattern says which of the ranks are in use
-    flags = lambda x: isinstance(x, list) and all(isinstance(v, bool) for v in x)
-    rules["rank_pattern"] = ("an object of names and lists of true and false", lambda x: patterns(x, flags))
-    rules |= dict.fromkeys(("target_r", "deltaT", "total_step"), rules["init_r"])
-    rules |= dict.fromkeys(("tinit", "tfinal"), ("a whole number >= 0", lambda x: number(x, numbers.Integral, 0)))
-    rules |= dict.fromkeys(("beta1", "beta2"), ("a number in (0, 1)", lambda x: number(x) and 0 < x < 1))
-    rules["orth_reg_weight"] = ("a number >= 0", lambda x: number(x, least=0))
-  may_be_null = "vera_dropout lora_dropout rank_pattern alpha_pattern modules_to_save num_virtual_tokens total_step"
-  bad = [
-    f"{k} is {config[k]!r:.100}, expected {what}"
-    for k, (what, fits) in rules.items()
-    if k in config and not (fits(config[k]) or config[k] is None and k in may_be_null.split())
-  ]
-  if bad:
-    raise errors.UserError(f"{where}: {'; '.join(bad)}")
-
-
 def _unknown(config: Mapping) -> list[str]:
   """Options of a later PEFT that ask for something; a number is of something else, which would be there too."""
   asks = lambda x: x and (x is True or not isinstance(x, numbers.Number))
   return [f"option {k}={v!r:.100} is not known" for k, v in config.items() if k not in OPTIONS and asks(v)]
-
-
-def _is_regex(x: str) -> bool:
-  try:
-    return bool(re.compile(f"(.*\\.)?({x})$"))
-  except re.error:
-    return False
 
 
 def load(model: models.Model, directory: str | os.PathLike) -> Any:
@@ -297,8 +249,15 @@ def load(model: models.Model, directory: str | os.PathLike) -> Any:
       tensor does not belong to this model. All misfits are listed.
   """
   directory = resolve(directory)
+  with errors.parsing(f"the adapter {directory} is damaged or of an unknown kind"):
+    return _load(model, directory)
+
+
+def _load(model: models.Model, directory: pathlib.Path) -> Any:
   config = hf.read_json(directory / "adapter_config.json")
-  _check(directory / "adapter_config.json", config)
+  flat = tree.flatten(model.params, is_leaf=weights.is_node)
+  modules = {k.module.format(*i) for k in model.keys for i in np.ndindex(flat[k.path].shape[: k.hf.count("{}")])}
+  _peft_config.check(directory / "adapter_config.json", config, sorted(modules))
   method = errors.choose(str(config.get("peft_type")), METHODS, f"peft_type in {directory / 'adapter_config.json'}:")
   source = hf.Tensors([directory / "adapter_model.safetensors"])
   soft = method.PEFT_TYPE in PROMPTS
@@ -310,6 +269,7 @@ def load(model: models.Model, directory: str | os.PathLike) -> Any:
   wrong += [] if set(source.names()) - top else ["the adapter holds no tensors"]
   wrong += _unknown(config)
   left = {k.removeprefix(TOP if k in top else prefix): source.read(k) for k in known}
+  wrong += hf.not_finite(left)
   config, left = _peft_modules.renamed(model, config, left)
   if (method is tokens or config.get("trainable_token_indices")) and _mistied(model):
     wrong.append(MISTIED)

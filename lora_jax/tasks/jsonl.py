@@ -22,7 +22,7 @@ import math
 import pathlib
 from collections.abc import Mapping, Sequence
 
-from lora_jax import errors, tasks
+from lora_jax import errors, files, tasks
 from lora_jax.tasks import _packaged
 from lora_jax.tokenizer import THOUGHTS
 from lora_jax.values import Name
@@ -105,18 +105,11 @@ def read(path: str | pathlib.Path, ignore: Sequence[str] | str = ()) -> list[dic
   """
   path = pathlib.Path(path)
   ignore = {k.strip() for k in (ignore.split(",") if isinstance(ignore, str) else ignore)}
-  try:
-    lines = path.read_text(encoding="utf-8").split("\n")
-  except (OSError, UnicodeDecodeError) as e:
-    raise errors.UserError(f"cannot read {path}: {e}; expected a JSON Lines file in UTF-8") from e
+  lines = files.read(path, math.inf).split("\n")
   examples = []
   for number, line in enumerate(lines, 1):
     if line.strip():
-      try:
-        example = json.loads(line)
-      except json.JSONDecodeError as e:
-        raise errors.UserError(f"{path}:{number}: no JSON: {e}") from e
-      example = _cleared(example, ignore)
+      example = _cleared(files.parse_json(line, f"{path}:{number}"), ignore)
       if fault := _fault(example):
         raise errors.UserError(f"{path}:{number}: {fault}")
       examples.append(example)
@@ -204,8 +197,8 @@ def _variables_fault(example: dict) -> str | None:
   """What is wrong with what a chat template is given beside messages."""
   try:
     tools = _tools(example)
-  except (ValueError, RecursionError) as e:
-    return f"'tools' is a string that is no JSON: {e}"
+  except errors.UserError as e:
+    return str(e)
   for key, value in {"tools": tools, "documents": example.get("documents")}.items():
     if value is not None and (not isinstance(value, list) or not all(isinstance(x, dict) for x in value)):
       return f"{key!r} must be a list of objects, found {str(value)[:60]}"
@@ -223,7 +216,7 @@ def _joined(content: str | list[dict] | None) -> str | None:
 def _tools(example: dict) -> list[dict] | None:
   """The tools of a line: tables of one type a column have them as a string."""
   tools = example.get("tools")
-  return json.loads(tools) if isinstance(tools, str) and tools else tools or None
+  return files.parse_json(tools, "'tools' is a string") if isinstance(tools, str) and tools else tools or None
 
 
 def _texts(example: dict) -> tuple[list[str], str]:

@@ -1,0 +1,92 @@
+"""Types and ranges of what an adapter_config.json says, by key."""
+
+import math
+import numbers
+import pathlib
+import sys
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from lora_jax import errors, patterns
+
+MAY_BE_NULL = frozenset(
+  "vera_dropout lora_dropout rank_dropout rank_pattern alpha_pattern modules_to_save num_virtual_tokens total_step "
+  "target_modules exclude_modules feedforward_modules layers_to_transform layers_pattern target_parameters "
+  "trainable_token_indices token_indices task_type num_transformer_submodules".split()
+)
+
+
+def check(where: pathlib.Path, config: Mapping, modules: Collection[str]) -> None:
+  """Raises UserError listing what is of a wrong type, or for a regex that does not end.
+
+  Args:
+    where: the file.
+    modules: names that the regexes are to find.
+  """
+  bad = [
+    f"{k} is {config[k]!r:.100}, expected {what}"
+    for k, (what, fits) in _rules(config).items()
+    if k in config and not (fits(config[k]) or config[k] is None and k in MAY_BE_NULL)
+  ]
+  if bad:
+    raise errors.UserError(f"{where}: {'; '.join(bad)}")
+  whole = [config.get(k) for k in ("target_modules", "exclude_modules", "feedforward_modules")]
+  layers = config.get("layers_pattern") or ()
+  patterns.check([*filter(_text, whole)], modules, str(where), r"\A(?:{})\Z")
+  patterns.check([layers] if _text(layers) else layers, modules, str(where), r"\A.*\.{}\.(\d+)\.")
+  patterns.check(
+    [*(config.get("rank_pattern") or ()), *(config.get("alpha_pattern") or ())], modules, str(where), r"\A(.*\.)?({})$"
+  )
+
+
+def _number(x: Any, kind: type = numbers.Real, least: float = -math.inf) -> bool:
+  return isinstance(x, kind) and not isinstance(x, bool) and abs(x) <= sys.float_info.max and x >= least
+
+
+def _is_list(fits):
+  return lambda x: isinstance(x, list) and all(map(fits, x))
+
+
+def _is_table(fits):
+  return lambda x: isinstance(x, Mapping) and all(map(fits, x.values()))
+
+
+def _text(x: Any) -> bool:
+  return isinstance(x, str)
+
+
+def _rules(config: Mapping) -> dict:
+  """{key: (what its value should be, whether a value is that)}."""
+  whole = lambda x: _number(x, numbers.Integral, 0)
+  rank = lambda x: _number(x, numbers.Integral, 1)
+  names, wholes = _is_list(_text), _is_list(whole)
+  rules = {
+    "r": ("a positive whole number", rank),
+    "lora_alpha": ("a number", _number),
+    "lora_dropout": ("a number in [0, 1)", lambda x: _number(x, least=0) and x < 1),
+    "rank_pattern": ("an object of regular expressions and positive whole numbers", _is_table(rank)),
+    "alpha_pattern": ("an object of regular expressions and numbers", _is_table(_number)),
+    "use_rslora": ("true or false", lambda x: isinstance(x, bool)),
+    "modules_to_save": ("a list of names", names),
+    "peft_type": ("a string", _text),
+    "task_type": ("a string", _text),
+    "layers_to_transform": ("a whole number or a list of them", lambda x: whole(x) or wholes(x)),
+    "target_parameters": ("a list of names", names),
+    "token_indices": ("a list of whole numbers", wholes),
+    "trainable_token_indices": (
+      "a list of whole numbers, or an object of names and such lists",
+      lambda x: wholes(x) or _is_table(wholes)(x),
+    ),
+  }
+  several = ("target_modules", "exclude_modules", "feedforward_modules", "layers_pattern")
+  rules |= dict.fromkeys(several, ("a regular expression or a list of names", lambda x: _text(x) or names(x)))
+  rules |= dict.fromkeys(("init_r", "num_virtual_tokens", "num_transformer_submodules"), rules["r"])
+  rules |= dict.fromkeys(("vera_dropout", "rank_dropout"), rules["lora_dropout"])
+  if config.get("peft_type") == "ADALORA":  # whose pattern says which of the ranks are in use
+    flags = _is_table(_is_list(lambda v: isinstance(v, bool)))
+    rules["rank_pattern"] = ("an object of names and lists of true and false", flags)
+    rules |= dict.fromkeys(("target_r", "deltaT", "total_step"), rules["r"])
+    rules |= dict.fromkeys(("tinit", "tfinal"), ("a whole number >= 0", whole))
+    rules |= dict.fromkeys(("beta1", "beta2"), ("a number in (0, 1)", lambda x: _number(x) and 0 < x < 1))
+    rules["orth_reg_weight"] = ("a number >= 0", lambda x: _number(x, least=0))
+  return rules

@@ -1,0 +1,55 @@
+"""Regular expressions that come with a file: whether they are any, and whether they end.
+
+Python's `re` backtracks without a limit, and nothing can interrupt it.
+"""
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Collection
+
+from lora_jax import errors
+
+SECONDS = 10  # that all searches together may take
+TRY = """
+import json, re, sys
+patterns, names = json.load(sys.stdin)
+for i, pattern in enumerate(patterns):
+  print(i, flush=True)
+  search = re.compile(pattern).search
+  for name in names:
+    search(name)
+"""
+
+
+def check(patterns: Collection[str], names: Collection[str], where: str, form: str = "{}") -> None:
+  """Raises UserError, which `where` begins, for a pattern that is no regex or takes too long to search the names.
+
+  Those that may are tried in a process that can be ended.
+
+  Args:
+    form: what a pattern, at `{}`, is a part of when it is searched with.
+  """
+  whole = {p: form.replace("{}", p) for p in patterns}
+  for p, regex in whole.items():
+    try:
+      re.compile(regex)
+    except (re.error, RecursionError, OverflowError) as e:
+      raise errors.UserError(f"{where}: {p!r:.200} is no regular expression: {errors.line(e)}") from e
+  if not (doubtful := [p for p in whole if _may_take_long(p)]):
+    return
+  given = json.dumps([[whole[p] for p in doubtful], [*names]]).encode()
+  try:
+    subprocess.run([sys.executable, "-I", "-S", "-c", TRY], input=given, capture_output=True, timeout=SECONDS)
+  except subprocess.TimeoutExpired as e:
+    p = doubtful[int((e.stdout or b"0").split()[-1])]
+    raise errors.UserError(
+      f"{where}: the regular expression {p!r:.200} takes more than {SECONDS} seconds to search"
+    ) from None
+
+
+def _may_take_long(pattern: str) -> bool:
+  """Whether there is more than one place in a regex where a search can go on in several ways."""
+  repeats, groups = len(re.findall(r"[*+?{]", pattern)), pattern.count("(")
+  return repeats > 1 or groups > 1 or bool(re.search(r"\)[*+?{]|\\\d", pattern))
