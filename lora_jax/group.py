@@ -362,6 +362,7 @@ def result(directory: pathlib.Path) -> dict[str, Any]:
   summary = hf.read_json(directory / "summary.json")
   if "error" in summary:
     return summary
+  report.check(summary, str(directory / "summary.json"))
   rows = [r for r in metrics.read_metrics(directory / "metrics.jsonl") if "train/loss" in r]
   kept = [p for part in ("adapter", "model") for p in (directory / part).glob("*.safetensors")]
   losses = {"step": [r["step"] for r in rows], "loss": [r["train/loss"] for r in rows]}

@@ -163,10 +163,12 @@ def load(
     hf_config, tok = tensors.config, tokenizer_lib.from_gguf(tensors.metadata, str(path))
   if "model_type" not in hf_config:
     raise errors.UserError(f"{path}: config.json has no model_type")
-  family = families.get(hf_config["model_type"])
-  if head is not None:
-    errors.choose(head, family.ARCHITECTURES, f"head of a {hf_config['model_type']} model")
-  head, chosen = head or families.head(family, hf_config), head is not None
+  with errors.parsing(f"{path}: config.json"):
+    family = families.get(hf_config["model_type"])
+    if head is not None:
+      errors.choose(head, family.ARCHITECTURES, f"head of a {hf_config['model_type']} model")
+    head, chosen = head or families.head(family, hf_config), head is not None
+    config = family.config(hf_config)
   if tensors is None:
     config, params = _restore(path, sharding)
     if (head, n_labels or config.n_labels) != (config.head, config.n_labels):
@@ -174,7 +176,6 @@ def load(
     config, fresh = dataclasses.replace(config, dtype=dtype or config.dtype, **choices), ()
     params = jax.tree.map(lambda x, s: x.astype(s.dtype), params, transformer.shapes(config))
   else:
-    config = family.config(hf_config)
     dtype = dtype or _stored_dtype(tensors)
     config = dataclasses.replace(config, dtype=dtype, head=head, n_labels=n_labels or config.n_labels, **choices)
     config, params, fresh = _build(config, family, tensors, sharding, str(path), chosen)

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from lora_jax import __version__, files, metrics, plots
+from lora_jax import __version__, errors, files, metrics, plots
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 NO_PERCENT = ("loss", "perplexity", "examples", "tokens", "seconds")  # metrics that are no share of a whole
@@ -89,6 +89,24 @@ def summary(
     "versions": versions(),
     **more,
   }
+
+
+def check(summary: Mapping[str, Any], where: str) -> None:
+  """Raises UserError, which `where` begins, listing what is of a wrong type in a summary that was read from a file.
+
+  Numbers may be null: those that are not finite are written so.
+  """
+  text = lambda x: isinstance(x, str)
+  number = lambda x: x is None or isinstance(x, int | float) and not isinstance(x, bool)
+  numbers = lambda x: isinstance(x, Mapping) and all(map(number, x.values()))
+  rules = dict.fromkeys(("model", "method", "task", "group"), ("a string", text))
+  rules |= dict.fromkeys(("trainable_params", "total_params", "wall_seconds"), ("a number", number))
+  rules["eval"] = ("objects of numbers", lambda x: isinstance(x, Mapping) and all(map(numbers, x.values())))
+  rules["train"] = ("an object of numbers", numbers)
+  rules["versions"] = ("an object", lambda x: isinstance(x, Mapping))
+  found = {k: summary[k] for k in rules if k in summary}
+  if bad := [f"{k} is {v!r:.60}, expected {rules[k][0]}" for k, v in found.items() if not rules[k][1](v)]:
+    raise errors.UserError(f"{where}: {'; '.join(bad)}")
 
 
 def write_report(

@@ -11,6 +11,7 @@ import functools
 import gc
 import itertools
 import json
+import numbers
 import os
 import pathlib
 import shutil
@@ -143,7 +144,7 @@ def _finished(config: Mapping, found: Mapping, workdir: pathlib.Path) -> bool:
 
 def _clock(path: pathlib.Path) -> Callable[[], None]:
   """A function that writes to `path` the seconds since now, added to those of earlier calls."""
-  started, earlier = time.perf_counter(), hf.read_json(path)["seconds"] if path.exists() else 0.0
+  started, earlier = time.perf_counter(), hf.read_json(path, seconds=numbers.Real)["seconds"] if path.exists() else 0.0
 
   def tick():
     if jax.process_index() == 0:
@@ -154,19 +155,27 @@ def _clock(path: pathlib.Path) -> Callable[[], None]:
 
 def _seconds(workdir: pathlib.Path) -> float:
   """What all calls and shards in a directory took; of an older one what its summary says."""
-  shards = [hf.read_json(p)["seconds"] for p in workdir.glob("seconds/*.json")]
+  shards = [hf.read_json(p, seconds=numbers.Real)["seconds"] for p in workdir.glob("seconds/*.json")]
   whole = workdir / "summary.json"
-  return sum(shards) if shards or not whole.exists() else hf.read_json(whole)["wall_seconds"]
+  return sum(shards) if shards or not whole.exists() else hf.read_json(whole, wall_seconds=numbers.Real)["wall_seconds"]
 
 
 def _plan(configs: Mapping[str, Config], workdir: pathlib.Path, most: int) -> list[list[str]]:
   """The groups of what is not finished: as they were where an earlier call has begun, whose checkpoints go on."""
   left = {n for n in configs if not group_lib.finished(workdir / "members" / n)}
-  known = [hf.read_json(p)["members"] for p in sorted(workdir.glob("groups/*/members.json"))]
+  known = [_members(p) for p in sorted(workdir.glob("groups/*/members.json"))]
   begun = [names for names in known if left & set(names) and configs.keys() >= set(names)]
   new = left.difference(*begun)
   order = [n for names in groups(configs) for n in names]
   return sorted([*begun, *groups({n: configs[n] for n in configs if n in new}, most)], key=lambda g: order.index(g[0]))
+
+
+def _members(path: pathlib.Path) -> list[str]:
+  """The names of a group's members."""
+  names = hf.read_json(path, members=list)["members"]
+  if not all(isinstance(n, str) for n in names):
+    raise errors.UserError(f"{path}: members should be names, not {names!r:.60}")
+  return names
 
 
 def _told(plan: Sequence[Sequence[str]], n: int, shard: tuple[int, int]) -> str:
@@ -302,7 +311,7 @@ def _fitting(configs, workdir, directory, task, mesh, model, before, command, me
 def _clear(names: Collection[str], workdir: pathlib.Path) -> None:
   """Deletes the checkpoints of groups of these members all of which have their results."""
   for path in workdir.glob("groups/*/members.json") if jax.process_index() == 0 else ():
-    members = hf.read_json(path)["members"]
+    members = _members(path)
     if set(members) <= set(names) and all(group_lib.finished(workdir / "members" / n) for n in members):
       shutil.rmtree(path.parent / "checkpoints", ignore_errors=True)
 
@@ -327,7 +336,7 @@ def summary(config: Mapping, found: Mapping, workdirs: Sequence[pathlib.Path]) -
 
   Those whose directories are not there are taken from a summary.json that is.
   """
-  kept = [hf.read_json(w / "summary.json") for w in workdirs if (w / "summary.json").exists()]
+  kept = [_kept(w / "summary.json") for w in workdirs if (w / "summary.json").exists()]
   earlier = {m["name"]: m for s in kept for m in s["members"]}
   rows = []
   for name, (overrides, _) in found.items():
@@ -343,6 +352,17 @@ def summary(config: Mapping, found: Mapping, workdirs: Sequence[pathlib.Path]) -
   out["missing"] = [n for n in found if n not in here]
   out["analyses"] = _analyses(out, found, workdirs, kept) if table else {}
   return out | {"versions": next((r["versions"] for r in (*rows, *kept) if "versions" in r), report.versions())}
+
+
+def _kept(path: pathlib.Path) -> dict:
+  """The summary of a sweep that is in a directory."""
+  found = hf.read_json(path, members=list, versions=dict)
+  for m in found["members"]:
+    if not isinstance(m, Mapping) or not isinstance(m.get("name"), str):
+      raise errors.UserError(f"{path}: expected members that have names, found {m!r:.60}")
+    if "error" not in m:
+      report.check(m, f"{path}: {m['name']}")
+  return found
 
 
 def _programs(rows: Sequence[Mapping], found: Mapping) -> list[list[str]]:
@@ -405,7 +425,9 @@ def join(workdirs: Sequence[str | os.PathLike], out: str | os.PathLike, command:
     if configs[-1] != configs[0]:
       raise errors.UserError(f"{p} and {paths[0]} are of different configs")
   found = variants.members(configs[0])
-  joined = summary(configs[0], found, paths)
+  damaged = f"the results in {', '.join(map(str, paths))} are damaged"
+  with errors.parsing(damaged):
+    joined = summary(configs[0], found, paths)
   if not joined["members"]:
     raise errors.UserError(f"no member is finished in {', '.join(map(str, paths))}")
   missing = joined["missing"]
@@ -414,8 +436,10 @@ def join(workdirs: Sequence[str | os.PathLike], out: str | os.PathLike, command:
   # Where a run may go on it would take the summary for that of all.
   if not missing or out.resolve() not in [p.resolve() for p in paths]:
     metrics.write_json(out / "summary.json", joined)
-  write_report(out, joined, command)
+  with errors.parsing(damaged):
+    write_report(out, joined, command)
+    table = text_table(joined)
   if missing:
     metrics.say(f"{len(missing)} of {len(found)} members are missing, such as {missing[0]}")
-  metrics.say(text_table(joined))
+  metrics.say(table)
   return joined

@@ -26,11 +26,18 @@ DTYPES = {
 }
 
 
-def read_json(path: str | os.PathLike) -> dict:
-  """A JSON object from a file; UserError when it is missing or is none."""
+def read_json(path: str | os.PathLike, **kinds: type) -> dict:
+  """A JSON object from a file; UserError when it is missing or is none.
+
+  Args:
+    kinds: keys that it must have, and of which type their values are.
+  """
   value = files.parse_json(files.read(path), str(path))
   if not isinstance(value, dict):
     raise errors.UserError(f"{path} should hold a JSON object, not {type(value).__name__}")
+  for k, kind in kinds.items():
+    if not isinstance(value.get(k), kind) or isinstance(value[k], bool):
+      raise errors.UserError(f"{path}: {k} should be {kind.__name__}, not {value.get(k)!r:.60}")
   return value
 
 
