@@ -11,6 +11,7 @@ import functools
 import json
 import threading
 import types
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -23,7 +24,7 @@ from jinja2 import nodes
 from lora_jax import errors, template_costs as costs
 
 LONGEST = 2**18  # characters of a template
-STEPS = 2**24  # of every rendering, about ten seconds
+STEPS = 2**23  # of every rendering; no template has been found that takes ten seconds with them
 STEPS_A_CHARACTER = 64  # of the conversation, so that long ones have their share
 A_CALL = 8  # steps of calling anything
 
@@ -103,7 +104,9 @@ class _Meter(jinja2.sandbox.ImmutableSandboxedEnvironment):
   def _built(self, source: str) -> jinja2.Template:
     if len(source) > LONGEST:
       raise costs.Costly(f"has {len(source):,} characters, more than {LONGEST:,}")
-    return self.from_string(costs.Payments().visit(self.parse(source)).set_environment(self))
+    with warnings.catch_warnings():
+      warnings.simplefilter("ignore", SyntaxWarning)  # of the Python that Jinja makes
+      return self.from_string(costs.Payments().visit(self.parse(source)).set_environment(self))
 
   def spend(self, characters: int) -> None:
     """Pays for what reads or makes so many characters."""
