@@ -175,6 +175,9 @@ def batches(
     own["multiple"] = math.lcm(rows, jax.process_count()) // jax.process_count()
   settings = config_lib.for_batches(config, kind)
   examples = task.load("train") if examples is None else examples
+  if config.data.train_examples > len(examples):
+    there = f"task {task.name!r} has {len(examples):,} to train on"
+    raise errors.UserError(f"config.data.train_examples={config.data.train_examples:,}: {there}")
   if config.data.train_examples:
     examples = _sample(examples, config.data.train_examples, config.data.seed)
   return kind.train_iterator(

@@ -32,6 +32,7 @@ from lora_jax import compare, errors, report, subspace, values as values_lib
 PLAIN = (*report.NO_PERCENT, "bleu", "nist", "cider")  # metrics that are no share of a whole, whatever their size
 SIZES = re.compile(r"_(params|bytes)$")
 LOWER = re.compile(r"(^|_)(loss|perplexity|ter|error|seconds)($|_)")  # metrics of which less is better
+NAMED = ("method", "task", "objective")  # sections that overrides with a name replace
 PATHS = ("rows", "columns", "x", "lines")
 
 
@@ -76,6 +77,11 @@ class Layout:
     return next((found[t] for t in texts if t in found), texts[0])
 
 
+# Keys of a table; a metric is one or several.
+KEYS = values_lib.fields(Layout, without=("metrics",))
+KEYS |= {"metric": values_lib.Field(str | Sequence[str], ""), "published": values_lib.Field(Any, {})}
+
+
 def of(summary: Mapping[str, Any]) -> Layout:
   """The layout of a sweep; without one its members are the rows.
 
@@ -86,18 +92,15 @@ def of(summary: Mapping[str, Any]) -> Layout:
     UserError: a key that no layout has, a path that leads to nothing in any member, or an analysis that cannot be.
   """
   config, members = summary.get("config") or {}, summary["members"]
-  given = dict(summary.get("table") or config.get("table") or {"rows": "name"})
-  valid = {f.name for f in dataclasses.fields(Layout)} - {"metrics"} | {"metric"}
-  for k in given:
-    errors.choose(k, dict.fromkeys(valid), "key config.table.")
-  metric = given.pop("metric", "") or _main_metric(members)
-  sources = _pairs(given.pop("published", {}), "config.table.published")
+  given = values_lib.resolve(KEYS, summary.get("table") or config.get("table") or {"rows": "name"}, "config.table")
+  metric = given.pop("metric") or _main_metric(members)
+  sources = _pairs(given.pop("published"), "config.table.published")
   published = {k: _rows(v, f"config.table.published.{k}") for k, v in sources.items()}
   for k in ("row_labels", "column_labels"):
-    _pairs(given.get(k, ()), f"config.table.{k}")
+    _pairs(given[k], f"config.table.{k}")
   whole = not summary.get("missing")
   for k in PATHS:
-    path = given.get(k, "")
+    path = given[k]
     if "." in path and whole and members and all(value(summary, m, path) is None for m in members):
       known = {p for part in (config, *(m["overrides"] for m in members)) for p in _paths(part)}
       raise errors.UserError(f"config.table.{k}={path!r} is in no member; {errors.nearest(path, known)}")
@@ -161,9 +164,7 @@ def value(summary: Mapping[str, Any], member: Mapping[str, Any], path: str) -> A
   found = (summary.get("config") or {}).get(section, member.get(section))
   if section in overrides:
     change = overrides[section]
-    update = (
-      isinstance(found, Mapping) and isinstance(change, Mapping) and not (section == "method" and "name" in change)
-    )
+    update = isinstance(found, Mapping) and isinstance(change, Mapping) and not (section in NAMED and "name" in change)
     found = {**found, **change} if update else change
   for k in steps:
     found = found.get(k) if isinstance(found, Mapping) else None

@@ -242,7 +242,7 @@ def test_a_sweep_ends_with_its_intrinsic_dimension(config, tmp_path):  # noqa: F
 @pytest.mark.parametrize(
   "table, message",
   [
-    ({"d90": 90}, "config.table.d90=90 is a share"),
+    ({"d90": 90}, r"config.table.d90=90(.0)? is a share"),
     ({"d90": 0.9, "x": "method.rank"}, "others without one: full finetuning"),
     ({"d90": 0.9}, "config.table.x=''"),
     ({"subspace": {"matrix": "q"}}, r"config\.table\.subspace\.matrix; did you mean 'matrices'"),
