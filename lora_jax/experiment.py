@@ -130,7 +130,10 @@ def check(config: Mapping | Config) -> tasks.Task:
   task = tasks.get(**config.task)
   classifies = config.objective["name"] == "classification"
   if classifies and not task.n_outputs:
-    raise errors.UserError(f"task {task.name!r} has no labels or numbers for config.objective.name='classification'")
+    how = "; config.task.labels lists them, or is 'all'" if "labels" in config.task else ""
+    raise errors.UserError(
+      f"task {task.name!r} has no labels or numbers for config.objective.name='classification'{how}"
+    )
   for split in ("train", *scored):
     task.load(split)  # what is wrong with them is said now, not after training
   return task

@@ -239,7 +239,7 @@ def test_without_a_layout_members_are_rows(swept):
 @pytest.mark.parametrize(
   "table, message",
   [
-    ({"row": "method.rank"}, "unknown key config.table. 'row'; did you mean 'rows'"),
+    ({"row": "method.rank"}, "unknown key config.table.row; did you mean 'rows'"),
     ({"rows": "method.rnk"}, r"config\.table\.rows='method\.rnk' is in no member; did you mean 'method\.rank'"),
     ({"published": {"a": 3}}, r"config\.table\.published"),
     ({"published": "MNLI"}, r"config\.table\.published is a dict or a list of pairs"),

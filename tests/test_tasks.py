@@ -432,6 +432,10 @@ def test_jsonl_labels(tmp_path):
   for labels in ("yes", ["yes"], ["yes", "yes"]):
     with pytest.raises(errors.UserError, match="config.task.labels=.*(two or more different|a list)"):
       tasks.get("jsonl", path=path, labels=labels)
+  assert tasks.get("jsonl", path=path, labels="all").labels == ("maybe", "no", "yes")
+  one = write(tmp_path / "b.jsonl", [{"prompt": "p", "response": "yes"}])
+  with pytest.raises(errors.UserError, match="labels='all': .* has 1 different responses in 1 lines"):
+    tasks.get("jsonl", path=one, labels="all")
   text = tasks.get("jsonl", path=path)
   assert text.n_outputs == 0 and text.target is None and text.metrics([1], [1]) == {}
 

@@ -21,6 +21,7 @@ import json
 import math
 import pathlib
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 from lora_jax import errors, files, tasks
 from lora_jax.tasks import _packaged
@@ -29,6 +30,7 @@ from lora_jax.values import Name
 
 PROMPT_LOSS_WEIGHT = None
 ROLES = ("system", "user", "assistant", "tool")
+MOST_LABELS = 1000  # of "all"; more are free text
 PAIR = ("prompt", "response")
 CHAT = ("messages", "tools", "documents", "chat_template_kwargs")
 MESSAGE = ("role", "content", "weight", "name", "tool_calls", "tool_call_id", *THOUGHTS)
@@ -41,7 +43,7 @@ def load(
   path: Name,
   validation_path: Name | None = None,
   test_path: Name | None = None,
-  ignore: Sequence[str] | str = (),
+  ignore: str | Sequence[str] = (),
 ) -> Sequence[dict]:
   """Examples of a split, as they are in the file.
 
@@ -80,13 +82,23 @@ def format(example: dict) -> tasks.Formatted | tasks.Chat:
   return tasks.Chat(messages, _tools(example), documents | (example.get("chat_template_kwargs") or {}))
 
 
-def labels(*, labels: Sequence[str] | None = None) -> Sequence[str] | None:
+def labels(
+  *, path: Name, labels: Sequence[str] | Literal["all"] | None = None, ignore: Sequence[str] | str = ()
+) -> Sequence[str] | None:
   """The responses to choose from; None for free text.
 
   Args:
-    labels: all responses, as they are in the file, for a classification task.
+    labels: all responses, as they are in the file, for a classification task; "all" takes the different responses of
+      `path`, in order of the alphabet.
   """
-  if labels is not None and (isinstance(labels, str) or len(set(labels)) != len(labels) or len(labels) < 2):
+  if labels == "all":
+    examples = read(path, ignore)
+    found = sorted({format(e).response for e in examples})
+    if not 2 <= len(found) <= MOST_LABELS:
+      many = f"{len(found):,} different responses in {len(examples):,} lines"
+      raise errors.UserError(f"config.task.labels='all': {path} has {many}; a classification has 2 to {MOST_LABELS}")
+    return found
+  if labels is not None and (len(set(labels)) != len(labels) or len(labels) < 2):
     raise errors.UserError(f"config.task.labels={labels!r}: expected a list of two or more different responses")
   return labels
 
