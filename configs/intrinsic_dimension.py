@@ -41,6 +41,7 @@ def members(size: str) -> dict:
 
 def get_config(size: str = ""):
   config = common.get_sweep(size)
+  config.data.eos = True  # the results and the search of the rates are of runs that learned the end of the text too
   if not size:
     config.model.name = "hf:google-bert/bert-base-uncased"
     config.task = {"name": "glue", "subset": "mrpc"}
