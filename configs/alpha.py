@@ -9,9 +9,9 @@ https://arxiv.org/abs/2312.03732).
 Command: python -m experiments.run --config configs/alpha.py:smol
   SmolLM2-135M-Instruct on Rotten Tomatoes sentences, from packages: runs offline.
   `configs/alpha.py` is the same ablation on MNLI with SmolLM2-1.7B from the hub. Not run yet.
-Hardware: one NVIDIA H100: 61 s (smol).
-Expected (smol, mean of 3 seeds): 80.3 to 80.7 at alpha 1, and best at 64 for rank 4 (86.2), at 256 for ranks 16 (85.9)
-  and 64 (86.7); experiments/results/alpha.
+Hardware: one NVIDIA H200: 45 s (smol).
+Expected (smol, mean of 3 seeds): 80.8 to 80.9 at alpha 1, 82.6 to 82.9 at 4, 85.3 to 86.5 at 16 and above, whatever the
+  rank; best at 256: 86.0, 86.5 and 86.4 for ranks 4, 16 and 64; experiments/results/alpha.
 Published: no table; rsLoRA has curves over ranks, of perplexity.
 """
 

@@ -7,9 +7,9 @@ Command: python -m experiments.run --config configs/data_size.py:smol
   SmolLM2-135M-Instruct on Rotten Tomatoes sentences, from packages: runs offline; 36 members in 4 groups.
   `configs/data_size.py` is 48 members in 4 groups on MNLI with RoBERTa-base from the hub, of which one GPU holds the 12
   copies that full finetuning needs. Not run yet.
-Hardware: one NVIDIA H200: 3 min 7 s (smol), at most 23 GiB.
-Expected (smol, mean of 3 seeds, 100 1k 6.8k): LoRA 78.9 83.3 84.6, full 80.4 82.8 84.5, BitFit 78.1 83.1 85.4, IA3 79.3
-82.3 83.6; 75.4 before.
+Hardware: one NVIDIA H200: 2 min 29 s (smol), at most 24 GiB.
+Expected (smol, mean of 3 seeds, 100 1k 6.8k): LoRA 80.3 83.0 85.4, full 79.9 83.1 85.3, BitFit 79.4 83.7 85.5, IA3 80.0
+82.6 83.7; 75.4 before.
 Published (GPT-3 175B, MNLI-m, 100 1k 10k 392k): full 60.2 85.8 88.9 89.5, PreEmbed 37.6 75.2 79.5 88.6, PreLayer 48.3
 82.5 85.9 89.6, LoRA 63.8 85.6 89.2 91.7.
 """

@@ -9,8 +9,8 @@ Command: python -m experiments.run --config configs/subspace.py:smol
   SmolLM2-135M-Instruct on Rotten Tomatoes sentences, from packages: runs offline.
   `configs/subspace.py` is MNLI with SmolLM2-1.7B from the hub. Not run yet.
   --config.table.subspace.layers="(0,12,23)" looks at others.
-Hardware: one NVIDIA H100: 21 s (smol).
-Expected (smol): experiments/results/subspace; 84.2 to 84.7% accuracy, amplification of q 2.2 at rank 4, 0.06 at 64.
+Hardware: one NVIDIA H200: 14 s (smol).
+Expected (smol): experiments/results/subspace; 84.4 to 85.9% accuracy, amplification of q 1.9 at rank 4, 0.05 at 64.
 Published (GPT-3 175B, layer 48): the first direction of ranks 8 and 64 overlaps by more than 0.5, others little. In the
 report below ours, table 7, Wq: amplification 21.59 at rank 4 (of its rounded norms; its text says 21.5), 1.88 at rank
 64.
