@@ -3,7 +3,7 @@
 import shlex
 from collections.abc import Sequence
 
-from lora_jax import command_line
+from lora_jax import command_line, values
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -13,11 +13,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def run(argv: Sequence[str]) -> None:
   """`main` with its errors."""
-  parser = command_line.Parser("experiments.report", "Joins the results of a sweep that several directories hold.")
+  parser = command_line.Parser(
+    "python -m experiments.report", "Joins the results of a sweep that several directories hold."
+  )
   parser.add_argument(
     "directories", nargs="+", metavar="DIR", help="directories of one sweep, such as those of its shards"
   )
-  parser.add_argument("--out", metavar="DIR", help="where the summary, tables and plots are written; the first DIR")
+  parser.value("--out", values.Name, None, "where the summary, tables and plots are written; the first DIR")
   flags = parser.parse_args(argv)
   from lora_jax import sweep
 

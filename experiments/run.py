@@ -11,25 +11,25 @@ import shlex
 import threading
 from collections.abc import Mapping, Sequence
 
-from lora_jax import command_line, errors
+from lora_jax import command_line, errors, values
 
 
 def parser() -> command_line.Parser:
   """The flags beside `--config.KEY=VALUE`."""
-  found = command_line.Parser("experiments.run", "Runs an experiment.")
+  found = command_line.Parser("python -m experiments.run", "Runs an experiment.")
   found.add_argument("--config", required=True, metavar="FILE[:ARG]", help="config file, and what it takes")
-  found.add_argument("--workdir", default="", metavar="DIR", help="where the run is written; runs/<config> by default")
+  found.value("--workdir", values.Name, None, "where the run is written; runs/<config> by default")
   found.add_argument(
     "--distributed", action="store_true", help="join the other processes of a cluster (SLURM, TPU, MPI)"
   )
   share = "run the I-th of N shares of a sweep's members; a SLURM array's own numbers by default"
-  found.add_argument("--shard", default="", metavar="I/N", help=share)
+  found.value("--shard", values.Name, None, share)
   return found
 
 
 def main(argv: Sequence[str] | None = None) -> None:
   """Runs the command line."""
-  command_line.run(run, argv)
+  command_line.run(run, argv, "interrupted; the same command goes on from what is there")
 
 
 def run(argv: Sequence[str]) -> None:
@@ -92,14 +92,19 @@ def start_device() -> None:
     jax.devices()
 
 
-def shard(text: str) -> tuple[int, int]:
+def shard(text: str | None) -> tuple[int, int]:
   """(i, n) of --shard, else of the SLURM array that this is a task of, else (0, 1)."""
   if not text:
     return array_task(os.environ)
   index, slash, count = text.partition("/")
-  if not (slash and index.isdecimal() and count.isdecimal()):
-    raise errors.UserError(f"--shard={text}: expected i/n, such as 0/4")
-  return int(index), int(count)
+  if not slash or None in (numbers := [number(index), number(count)]):
+    raise errors.UserError(f"--shard={text[:100]}: expected i/n, such as 0/4")
+  return tuple(numbers)
+
+
+def number(text: str) -> int | None:
+  """The whole number that a text is, in the digits 0 to 9 and of a length that can be one; else None."""
+  return int(text) if text.isascii() and text.isdecimal() and len(text) < 20 else None
 
 
 def array_task(environment: Mapping[str, str]) -> tuple[int, int]:
@@ -108,9 +113,9 @@ def array_task(environment: Mapping[str, str]) -> tuple[int, int]:
   if not all(found.values()):
     return 0, 1
   found["MAX"] = environment.get("SLURM_ARRAY_TASK_MAX") or found["ID"]
-  if wrong := {f"SLURM_ARRAY_TASK_{k}": v for k, v in found.items() if not v.isdecimal()}:
+  if wrong := {f"SLURM_ARRAY_TASK_{k}": v[:100] for k, v in found.items() if number(v) is None}:
     raise errors.UserError(f"these variables are no numbers: {wrong}")
-  task, first, count, last = (int(found[k]) for k in ("ID", "MIN", "COUNT", "MAX"))
+  task, first, count, last = (number(found[k]) for k in ("ID", "MIN", "COUNT", "MAX"))
   last = max(task, last)
   if last - first >= count:  # of --array=0,2,5 or 0-6:2 the shares between would never run
     raise errors.UserError(

@@ -33,7 +33,7 @@ def load(name: str) -> dict:
     raise errors.UserError(f"{file} needs an argument: --config={file}:{needed[0].upper()}")
   try:
     config = function(arg) if colon else function()
-  except Exception as e:
+  except (Exception, SystemExit) as e:
     raise _fault(path, e) from e
   if not isinstance(config, ml_collections.ConfigDict | Mapping):
     raise errors.UserError(f"{file}: get_config() returned {values.shown(config)}, not a config")

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from lora_jax import beam, data, errors, prompts, sampling as sampling_lib, transformer
+from lora_jax import beam, data, errors, memory, prompts, sampling as sampling_lib, transformer
 
 NEVER = (-1,)  # as tokens that end a text: no model predicts it
 MIN_SLOTS = 256  # of a cache, so that short prompts of all lengths share one program
@@ -69,6 +69,15 @@ def run_prompts(config, params, tokens: jax.Array, lengths: jax.Array, *, slots:
   else:
     logits, cache = prefill(config, params, tokens, lengths, slots)
   return logits, cache, jnp.zeros((B, slots), jnp.int32).at[:, : tokens.shape[1]].set(tokens), lengths
+
+
+def _finite(ran: tuple) -> tuple:
+  """What `run_prompts` gives; UserError where the model predicts nothing, as any token is as likely as another then."""
+  if (wrong := np.asarray(jnp.isnan(ran[0]).any(1))).any():
+    raise errors.UserError(
+      f"the model gives NaN after prompt {int(wrong.argmax())}: its weights hold NaN or inf, or need another dtype"
+    )
+  return ran
 
 
 def append(state: State, sampling: sampling_lib.Sampling | None, end: jax.Array, ngram: int = 0) -> State:
@@ -129,13 +138,20 @@ def align(tokens: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]
   return np.take_along_axis(tokens, real_first, axis=1), mask.sum(1, dtype=np.int32)
 
 
-def _fit(config, tokens, mask, new: int, prefix: int = 0) -> tuple[np.ndarray, np.ndarray, int]:
-  """Prompts padded on the right to a bucket, their lengths, and how many slots they and `new` tokens need."""
+def _fit(config, tokens, mask, new: int, prefix: int = 0, beams: int = 1) -> tuple[np.ndarray, np.ndarray, int]:
+  """Prompts padded on the right to a bucket, their lengths, and how many slots they and `new` tokens need.
+
+  What has no room on the devices, even if it is spread over all of them, raises UserError.
+  """
   tokens, lengths = align(tokens, np.ones(np.shape(tokens), bool) if mask is None else mask)
   if lengths.min() < 1:
     raise errors.UserError("a prompt has no tokens")
   longest, most = int(lengths.max()), config.max_seq_len - prefix if config.position == "learned" else 1 << 30
   need = new + (1 if config.encoder_layers else longest)
+  rows = len(tokens) * beams
+  memory.check(
+    {f"the keys and values of {rows:,} texts of {need:,} tokens": memory.cache(config, rows, need)}, jax.device_count()
+  )
   if max(need, longest) > most:
     raise errors.UserError(
       f"a prompt of {longest} tokens and {new} new ones exceed the {most} positions of the model; "
@@ -203,9 +219,11 @@ def continuations(
   params = prompts.bake(params)
   tokens, lengths, slots = _fit(config, tokens, mask, max_new_tokens, prompts.prefix_length(params))
   keys = sampling_lib.keys(seed, [row[:n] for row, n in zip(tokens, lengths, strict=True)])
-  sampling = sampling_lib.Sampling(np.float32(temperature), np.int32(top_k), np.float32(top_p), keys)
+  sampling = sampling_lib.Sampling(
+    np.float32(temperature), np.int32(min(top_k, config.vocab_size)), np.float32(top_p), keys
+  )
   end = np.asarray(end, np.int32)
-  state = _begin(*run_prompts(config, params, tokens, lengths, slots=slots, start=start))
+  state = _begin(*_finite(run_prompts(config, params, tokens, lengths, slots=slots, start=start)))
   params = prompts.without(params)
   offsets, every = np.array(state.start)[:, None], every or max_new_tokens
   for limit in (*range(every, max_new_tokens, every), max_new_tokens):
@@ -239,7 +257,7 @@ def beam_search(
   rest = {k: how[k] for k in ("no_repeat_ngram", "early_stopping") if k in how}
   check(max_new_tokens, beams=beams, **rest)
   params = prompts.bake(params)
-  tokens, lengths, slots = _fit(config, tokens, mask, max_new_tokens, prompts.prefix_length(params))
-  logits, cache, ids, lengths = run_prompts(config, params, tokens, lengths, slots=slots, start=start)
+  tokens, lengths, slots = _fit(config, tokens, mask, max_new_tokens, prompts.prefix_length(params), beams)
+  logits, cache, ids, lengths = _finite(run_prompts(config, params, tokens, lengths, slots=slots, start=start))
   how |= dict(beams=beams, max_new_tokens=max_new_tokens, end=end)
   return beam.search(config, prompts.without(params), cache, logits, ids, lengths, **how)

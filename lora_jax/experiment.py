@@ -254,7 +254,7 @@ def least_memory(config: Config, task: tasks.Task, model: models.Model, members:
   }
   if c.causal and config.eval.max_new_tokens:
     what = "the keys and values of config.eval.batch_size texts of max_new_tokens"
-    need[what] = memory.cache(c, scored, config.eval.max_new_tokens)
+    need[what] = memory.cache(c, scored, memory.SHORTEST + config.eval.max_new_tokens)
   return {k: members * n for k, n in need.items()}
 
 

@@ -38,10 +38,10 @@ def states(config: Any, rows: int, length: int = SHORTEST) -> int:
   return rows * length * config.d_model * np.dtype(config.dtype).itemsize
 
 
-def cache(config: Any, rows: int, new: int) -> int:
-  """Bytes of the keys and values of `rows` texts while a model writes `new` tokens to each."""
+def cache(config: Any, rows: int, length: int) -> int:
+  """Bytes of the keys and values of `rows` texts of so many tokens, those that a model writes among them."""
   heads = config.n_layers * config.n_kv_heads * config.head_dim
-  return 2 * heads * rows * (SHORTEST + new) * np.dtype(config.dtype).itemsize
+  return 2 * heads * rows * length * np.dtype(config.dtype).itemsize
 
 
 def check(need: Mapping[str, int], devices: int = 1) -> None:

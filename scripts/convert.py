@@ -8,6 +8,7 @@
 --model DIR --to orbax --out DIR                    our own tree, which loads sharded without transposing
 """
 
+import argparse
 import contextlib
 import dataclasses
 import os
@@ -15,74 +16,75 @@ import pathlib
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Literal
 
-from absl import app, flags
+from annotated_types import Gt, Le
 
-MODEL = flags.DEFINE_string("model", None, "Directory, .gguf file, packaged name or hf:org/name[@revision].")
-ADAPTER = flags.DEFINE_string("adapter", None, "Adapter on --model, which is merged: a directory or hf:org/name.")
-RUN = flags.DEFINE_string("run", None, "Directory of a run of experiments.run, instead of --model.")
-STEP = flags.DEFINE_integer("step", None, "Which checkpoint of --run; the newest by default.")
-TO = flags.DEFINE_enum("to", "hf", ["hf", "orbax", "adapter"], "What is written.")
-RANK = flags.DEFINE_integer(
-  "rank",
-  None,
-  "With --to=adapter: converts it to plain LoRA of this rank at most, and prints the errors.",
-  lower_bound=1,
-)
-VARIANCE = flags.DEFINE_float(
-  "variance", None, "Instead of --rank: how much of each matrix's squared singular values the smallest rank explains."
-)
-DTYPE = flags.DEFINE_enum(
-  "dtype", None, ["bfloat16", "float16", "float32"], "Of the weights of --model; as they are by default."
-)
-HEAD = flags.DEFINE_string(
-  "head", None, "lm, mlm, classification or none; by default what the adapter is for, else the model's own."
-)
-N_LABELS = flags.DEFINE_integer(
-  "n_labels", None, "Outputs of a classifier; by default as many as the adapter or the model has.", lower_bound=1
-)
-OUT = flags.DEFINE_string("out", None, "Directory to write; it must not hold anything.", required=True)
+from lora_jax import command_line, errors, workdir
+from lora_jax.values import Count, Name, Size
+
+Flags = argparse.Namespace
 
 
-def main(argv: list[str]) -> None:
-  if len(argv) > 1:
-    raise app.UsageError(f"unexpected argument {argv[1]!r}")
-  import safetensors
+def parser() -> command_line.Parser:
+  """The flags."""
+  p = command_line.Parser("python scripts/convert.py", "Converts models between formats, with adapters merged in.")
+  p.value("--model", Name, None, "directory, .gguf file, packaged name or hf:org/name[@revision]")
+  p.value("--adapter", Name, None, "adapter on --model, which is merged: a directory or hf:org/name")
+  p.value("--run", Name, None, "directory of a run of experiments.run, instead of --model")
+  p.value("--step", Size, None, "which checkpoint of --run; the newest by default")
+  p.value("--to", Literal["hf", "orbax", "adapter"], "hf", "what is written: hf, orbax or adapter")
+  p.value("--rank", Count, None, "with --to=adapter: converts it to LoRA of this rank at most, and prints the errors")
+  share = "instead of --rank: how much of each matrix's squared singular values the smallest rank explains"
+  p.value("--variance", Annotated[float, Gt(0), Le(1)], None, share)
+  dtypes = Literal["bfloat16", "float16", "float32"]
+  p.value("--dtype", dtypes, None, "of the weights of --model; as they are by default")
+  heads = Literal["lm", "mlm", "classification", "none"]
+  p.value(
+    "--head", heads, None, "lm, mlm, classification or none; by default what the adapter is for, else the model's"
+  )
+  p.value("--n_labels", Count, None, "outputs of a classifier; by default as many as the adapter or the model has")
+  p.add_argument("--out", required=True, help="directory to write; it must not hold anything")
+  return p
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+  """Runs the command line."""
+  command_line.run(run, argv)
+
+
+def run(argv: Sequence[str]) -> None:
+  """`main` with its errors."""
+  flags = parser().parse_args(argv)
+  check_flags(flags)
   from absl import logging
 
-  from lora_jax import errors
-
   logging.set_verbosity(logging.WARNING)
+  import safetensors
+
   try:
-    check_flags()
-    with whole(pathlib.Path(OUT.value)) as directory:
-      run(directory)
-  except (errors.UserError, OSError, safetensors.SafetensorError) as e:
-    sys.exit(f"error: {e}")
-  except KeyboardInterrupt:
-    sys.exit(130)
-  print(f"wrote {OUT.value}")
+    with whole(workdir.check(flags.out, "--out")) as directory:
+      convert(flags, directory)
+  except (OSError, safetensors.SafetensorError) as e:
+    raise errors.UserError(f"cannot write {flags.out}: {errors.line(e)}") from e
+  print(f"wrote {flags.out}")
 
 
-def check_flags() -> None:
+def check_flags(flags: Flags) -> None:
   """Raises UserError for flags that would do nothing."""
-  from lora_jax import errors
-
-  if (MODEL.value is None) == (RUN.value is None):
+  if (flags.model is None) == (flags.run is None):
     raise errors.UserError("give --model or --run")
-  idle = {"with --run": "head n_labels dtype adapter"} if RUN.value else {"without --run": "step"}
-  idle |= {"with --to=adapter": "dtype"} if TO.value == "adapter" else {"without --to=adapter": "rank variance"}
+  idle = {"with --run": "head n_labels dtype adapter"} if flags.run is not None else {"without --run": "step"}
+  idle |= {"with --to=adapter": "dtype"} if flags.to == "adapter" else {"without --to=adapter": "rank variance"}
   for when, names in idle.items():
-    if wrong := [f"--{k}" for k in names.split() if flags.FLAGS[k].value is not None]:
+    if wrong := [f"--{k}" for k in names.split() if getattr(flags, k) is not None]:
       raise errors.UserError(f"{', '.join(wrong)} would do nothing {when}")
 
 
 @contextlib.contextmanager
 def whole(out: pathlib.Path) -> Iterator[pathlib.Path]:
   """A directory to fill, whose content moves to `out` at the end, or goes if that is not reached."""
-  from lora_jax import errors
-
   if out.exists() and not out.is_dir():
     raise errors.UserError(f"{out} is no directory")
   if out.is_dir() and any(out.iterdir()):
@@ -102,53 +104,53 @@ def whole(out: pathlib.Path) -> Iterator[pathlib.Path]:
         out.rmdir()
 
 
-def run(directory: pathlib.Path) -> None:
+def convert(flags: Flags, directory: pathlib.Path) -> None:
   """Loads, merges and writes what the flags name."""
-  from lora_jax import errors, experiment, lowrank, models, tree, weights
+  from lora_jax import experiment, lowrank, models, tree, weights
   from lora_jax.formats import adapter, peft
 
-  if RUN.value:
-    model, mask, method, steps = experiment.restored(RUN.value, STEP.value)
+  if flags.run:
+    model, mask, method, steps = experiment.restored(flags.run, flags.step)
     trained = {k for k, m in tree.flatten(mask).items() if m}
   else:
-    model, changed = load()
+    model, changed = load(flags)
     trained = {*model.head_leaves, *changed}
-  if RANK.value is not None or VARIANCE.value is not None:
-    params, report = lowrank.to_lora(model.params, RANK.value, VARIANCE.value)
+  if flags.rank is not None or flags.variance is not None:
+    params, report = lowrank.to_lora(model.params, flags.rank, flags.variance)
     print(lowrank.table(report))
     peft.save(model, params, directory, trained, method={"name": "lora"})
-  elif TO.value == "adapter" and RUN.value:
+  elif flags.to == "adapter" and flags.run:
     adapter.save(model, model.params, mask, method, directory, steps)
-  elif TO.value == "adapter":
+  elif flags.to == "adapter":
     try:
       peft.save(model, model.params, directory, trained)
     except peft.NoForm as e:
       raise errors.UserError(f"{e}; --rank or --variance converts what changes weights to LoRA") from None
   else:
-    models.save(dataclasses.replace(model, params=weights.merge(model.params)), directory, form=TO.value)
+    models.save(dataclasses.replace(model, params=weights.merge(model.params)), directory, form=flags.to)
 
 
-def load():
+def load(flags: Flags):
   """(--model with --adapter on it, leaves of the model that the adapter has instead).
 
   Says on standard error which weights are neither's.
   """
-  from lora_jax import errors, models, tree, weights
+  from lora_jax import models, tree, weights
   from lora_jax.formats import adapter, peft
 
-  how = peft.head(ADAPTER.value) if ADAPTER.value else {}
-  how |= {k: v for k, v in {"head": HEAD.value, "n_labels": N_LABELS.value}.items() if v is not None}
-  model = models.load(MODEL.value, dtype=DTYPE.value, **how)
-  if N_LABELS.value and model.config.head != "classification":
+  how = peft.head(flags.adapter) if flags.adapter else {}
+  how |= {k: v for k, v in {"head": flags.head, "n_labels": flags.n_labels}.items() if v is not None}
+  model = models.load(flags.model, dtype=flags.dtype, **how)
+  if flags.n_labels and model.config.head != "classification":
     raise errors.UserError(f"--n_labels would do nothing with the head {model.config.head!r}; give --head")
   before = tree.flatten(model.params)
-  if ADAPTER.value:
-    model = dataclasses.replace(model, params=adapter.load(model, ADAPTER.value))
+  if flags.adapter:
+    model = dataclasses.replace(model, params=adapter.load(model, flags.adapter))
   after = tree.flatten(weights.strip(model.params))
   if fresh := [k for k in model.fresh if after[k] is before[k]]:
-    print(f"warning: {MODEL.value} has no {', '.join(fresh)}: written at random", file=sys.stderr)
-  return model, [k for k in before if after[k] is not before[k]] if ADAPTER.value else []
+    print(f"warning: {flags.model} has no {', '.join(fresh)}: written at random", file=sys.stderr)
+  return model, [k for k in before if after[k] is not before[k]] if flags.adapter else []
 
 
 if __name__ == "__main__":
-  app.run(main)
+  main()

@@ -5,124 +5,125 @@ input, line by line, and the conversation goes on until it ends (Ctrl-D). Text g
 written, all else to standard error. `--adapter` takes what Hugging Face's `peft` writes.
 """
 
+import argparse
 import dataclasses
-import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Literal
 
-from absl import app, flags
+from lora_jax import command_line, errors
+from lora_jax.values import Count, Name, NonNegative, Seed, Share, Size
 
-MODEL = flags.DEFINE_string("model", None, "A directory, a .gguf file, the name of a packaged model, or hf:org/name.")
-PROMPT = flags.DEFINE_string("prompt", None, "What to continue, or the only message of a chat; else standard input.")
-CHAT = flags.DEFINE_bool("chat", False, "Use the model's chat template.")
-SYSTEM = flags.DEFINE_string("system", None, "The system message of a chat.")
-ADAPTER = flags.DEFINE_string("adapter", None, "A PEFT adapter: a directory, or hf:org/name[@revision].")
-MERGE = flags.DEFINE_bool("merge", False, "Merge the adapter into the weights, which is faster.")
-DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32", "float16"], "Of weights and activations.")
-NEW = flags.DEFINE_integer("max_new_tokens", 256, "Length of an answer.")
-TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "Randomness; 0 takes the most likely token.")
-TOP_K = flags.DEFINE_integer("top_k", 0, "Only so many of the most likely tokens; 0 is all.")
-TOP_P = flags.DEFINE_float("top_p", 1.0, "Only the most likely tokens, up to this probability together.")
-SEED = flags.DEFINE_integer("seed", 0, "Of random numbers.")
-BEAMS = flags.DEFINE_integer("beams", 1, "Beam search with so many beams; the text comes at once, at the end.")
-LENGTH_PENALTY = flags.DEFINE_float(
-  "length_penalty", 1.0, "Of beam search: scores are divided by length to this power."
-)
-NO_REPEAT = flags.DEFINE_integer("no_repeat_ngram", 0, "No sequence of so many tokens comes twice; 0 allows all.")
-STOP = flags.DEFINE_multi_string("stop", [], "Text that ends an answer; may be repeated.")
-flags.mark_flag_as_required("model")
+Flags = argparse.Namespace
 
 
-def main(argv: list[str]) -> None:
-  if len(argv) > 1:
-    raise app.UsageError(f"unexpected argument {argv[1]!r}; write --prompt {argv[1]!r}")
+def parser() -> command_line.Parser:
+  """The flags."""
+  p = command_line.Parser("python scripts/generate.py", "Text from a model.")
+  p.add_argument(
+    "--model", required=True, help="a directory, a .gguf file, the name of a packaged model, or hf:org/name"
+  )
+  p.add_argument("--prompt", help="what to continue, or the only message of a chat; else standard input")
+  p.add_argument("--chat", action="store_true", help="use the model's chat template")
+  p.add_argument("--system", help="the system message of a chat")
+  p.value("--adapter", Name, None, "a PEFT adapter: a directory, or hf:org/name[@revision]")
+  p.add_argument("--merge", action="store_true", help="merge the adapter into the weights, which is faster")
+  p.value("--dtype", Literal["bfloat16", "float32", "float16"], "bfloat16", "of weights and activations")
+  p.value("--max_new_tokens", Count, 256, "length of an answer")
+  p.value("--temperature", NonNegative, 0.0, "randomness; 0 takes the most likely token")
+  p.value("--top_k", Size, 0, "only so many of the most likely tokens; 0 is all")
+  p.value("--top_p", Share, 1.0, "only the most likely tokens, up to this probability together")
+  p.value("--seed", Seed, 0, "of random numbers")
+  p.value("--beams", Count, 1, "beam search with so many beams; the text comes at once, at the end")
+  p.value("--length_penalty", float, 1.0, "of beam search: scores are divided by length to this power")
+  p.value("--no_repeat_ngram", Size, 0, "no sequence of so many tokens comes twice; 0 allows all")
+  p.add_argument("--stop", action="append", default=[], help="text that ends an answer; may be repeated")
+  return p
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+  """Runs the command line."""
+  command_line.run(run, argv)
+
+
+def run(argv: Sequence[str]) -> None:
+  """Answers the prompt, or each line of standard input."""
+  flags = parser().parse_args(argv)
+  check_flags(flags)
   from absl import logging
 
-  from lora_jax import errors
-
-  logging.set_verbosity(logging.WARNING)
-  try:
-    run()
-  except errors.UserError as e:
-    sys.exit(f"error: {e}")
-  except KeyboardInterrupt:
-    sys.exit(130)
-  except BrokenPipeError:  # such as by `| head`; nothing can be written when Python flushes at its end
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def run() -> None:
-  """Answers the prompt, or each line of standard input."""
-  check_flags()
-  from lora_jax import errors, models, weights
+  from lora_jax import models, weights
   from lora_jax.formats import adapter, peft
 
-  head = peft.head(ADAPTER.value) if ADAPTER.value else {}
-  model = models.load(MODEL.value, dtype=DTYPE.value, **head)
+  logging.set_verbosity(logging.WARNING)
+  head = peft.head(flags.adapter) if flags.adapter else {}
+  model = models.load(flags.model, dtype=flags.dtype, **head)
   if model.tokenizer is None:
-    raise errors.UserError(f"{MODEL.value} has no tokenizer.json, so that it takes no text")
-  if ADAPTER.value:
-    params = adapter.load(model, ADAPTER.value)
-    model = dataclasses.replace(model, params=weights.merge(params) if MERGE.value else params)
-  messages = [{"role": "system", "content": SYSTEM.value}] if SYSTEM.value else []
-  for prompt in prompts():
-    if not CHAT.value:
-      answer(model, prompt)
+    raise errors.UserError(f"{flags.model} has no tokenizer.json, so that it takes no text")
+  if flags.adapter:
+    params = adapter.load(model, flags.adapter)
+    model = dataclasses.replace(model, params=weights.merge(params) if flags.merge else params)
+  messages = [{"role": "system", "content": flags.system}] if flags.system else []
+  for prompt in prompts(flags):
+    if not flags.chat:
+      answer(flags, model, prompt)
       continue
     messages.append({"role": "user", "content": prompt})
     text = model.tokenizer.chat(messages, add_generation_prompt=True)
-    messages.append({"role": "assistant", "content": answer(model, model.tokenizer.encode(text))})
+    messages.append({"role": "assistant", "content": answer(flags, model, model.tokenizer.encode(text))})
 
 
-def check_flags() -> None:
+def check_flags(flags: Flags) -> None:
   """Raises UserError for values out of range, and for flags that would do nothing."""
-  from lora_jax import errors
-
-  beam = BEAMS.value != 1
+  beam, default = flags.beams != 1, parser().get_default
   idle = {"with --beams": "temperature top_k top_p seed"} if beam else {"without --beams": "length_penalty"}
-  idle |= {} if CHAT.value else {"without --chat": "system"}
-  idle |= {} if ADAPTER.value else {"without --adapter": "merge"}
+  idle |= {} if flags.chat else {"without --chat": "system"}
+  idle |= {} if flags.adapter else {"without --adapter": "merge"}
   for when, names in idle.items():
-    if wrong := [f"--{k}" for k in names.split() if flags.FLAGS[k].value != flags.FLAGS[k].default]:
+    if wrong := [f"--{k}" for k in names.split() if getattr(flags, k) != default(k)]:
       raise errors.UserError(f"{', '.join(wrong)} would do nothing {when}")
   from lora_jax import decode
 
-  decode.check(NEW.value, TEMPERATURE.value, TOP_K.value, TOP_P.value, NO_REPEAT.value, BEAMS.value)
+  decode.check(flags.max_new_tokens, flags.temperature, flags.top_k, flags.top_p, flags.no_repeat_ngram, flags.beams)
 
 
-def prompts() -> Iterator[str]:
+def prompts(flags: Flags) -> Iterator[str]:
   """`--prompt`; or in a chat the lines of standard input, and else all of it."""
-  from lora_jax import errors
-
-  if PROMPT.value is not None:
-    yield PROMPT.value
+  if flags.prompt is not None:
+    yield flags.prompt
   elif sys.stdin is None:
     raise errors.UserError("there is nothing to continue: give --prompt, or text on standard input")
-  elif not CHAT.value:
-    yield sys.stdin.read()
+  elif not flags.chat:
+    yield read(sys.stdin.read)
   else:
     terminal = sys.stdin.isatty()
     while True:
       print("> " if terminal else "", end="", file=sys.stderr, flush=True)
-      if not (line := sys.stdin.readline()):
+      if not (line := read(sys.stdin.readline)):
         return
       if line.strip():
         yield line.strip()
 
 
-def answer(model, prompt: str | list[int]) -> str:
+def read(text: Callable[[], str]) -> str:
+  """What `text` reads of standard input; UserError where it is no UTF-8."""
+  with errors.parsing("standard input"):
+    return text()
+
+
+def answer(flags: Flags, model, prompt: str | list[int]) -> str:
   """Prints the continuation as it is written, and how fast that was."""
   from lora_jax import generate
 
-  how = dict(max_new_tokens=NEW.value, no_repeat_ngram=NO_REPEAT.value, stop=STOP.value)
-  if BEAMS.value > 1:
-    how |= dict(beams=BEAMS.value, length_penalty=LENGTH_PENALTY.value)
+  how = dict(max_new_tokens=flags.max_new_tokens, no_repeat_ngram=flags.no_repeat_ngram, stop=flags.stop)
+  if flags.beams > 1:
+    how |= dict(beams=flags.beams, length_penalty=flags.length_penalty)
     (text,) = generate.generate(model, [prompt], **how)
     print(text, flush=True)
     return text
   start, times, pieces = time.perf_counter(), [], []
-  how |= dict(temperature=TEMPERATURE.value, top_k=TOP_K.value, top_p=TOP_P.value, seed=SEED.value)
+  how |= dict(temperature=flags.temperature, top_k=flags.top_k, top_p=flags.top_p, seed=flags.seed)
   for piece in generate.stream(model, prompt, **how, progress=lambda n: times.append(time.perf_counter())):
     pieces.append(piece)
     print(piece, end="", flush=True)
@@ -136,4 +137,4 @@ def answer(model, prompt: str | list[int]) -> str:
 
 
 if __name__ == "__main__":
-  app.run(main)
+  main()

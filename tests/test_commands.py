@@ -82,6 +82,9 @@ def test_arrays_with_gaps_are_refused(slurm, values):
   [
     ("lora_table5.py:smol", [], "error: the 3 tasks of this SLURM array .* consecutive"),
     ("lora_table5.py:smol", ["--shard=4"], "error: --shard=4: expected i/n"),
+    ("lora_table5.py:smol", ["--shard=٣/٤"], "error: --shard=.*: expected i/n"),
+    ("lora_table5.py:smol", ["--shard=0/" + "9" * 5000], "error: --shard=.*: expected i/n"),
+    ("lora_table5.py:smol", ["--shard="], "error: --shard='': expected text that is not empty"),
     ("quickstart.py", ["--shard=0/4"], "error: --shard is for a config with a sweep"),
   ],
 )
@@ -126,6 +129,17 @@ def test_results_of_directories_are_joined(monkeypatch, tmp_path):
     assert "python -m experiments.report" in (written / "report.md").read_text()
     for file in ("config.json", "summary.json"):
       assert json.loads((written / file).read_text()) == json.loads((TABLE5 / file).read_text())
+
+
+def test_a_slurm_array_of_no_numbers_ends_in_one_message(slurm, tmp_path):
+  slurm(ID="9" * 5000, MIN=0, MAX=1, COUNT=2)
+  with pytest.raises(SystemExit, match="error: these variables are no numbers: .*SLURM_ARRAY_TASK_ID"):
+    run.main(["--config", f"{ROOT}/configs/lora_table5.py:smol", "--workdir", str(tmp_path / "w")])
+
+
+def test_what_the_system_refuses_ends_in_one_message():
+  with pytest.raises(SystemExit, match=r"error: .*No such file or directory: '/proc/nowhere'"):
+    report.main([str(TABLE5), "--out", "/proc/nowhere"])
 
 
 def test_what_cannot_be_joined_ends_in_one_message(tmp_path):

@@ -158,6 +158,7 @@ def test_what_cannot_be_set_is_one_message(change, message):
     ("def get_config():\n  return {}", ":smol", r"c\.py takes no argument, and is given 'smol'"),
     ("def get_config(size):\n  return {}", "", r"c\.py needs an argument: --config=.*c\.py:SIZE"),
     ("import sys\nsys.exit(3)", "", r"c\.py:2: SystemExit: 3"),
+    ("def get_config():\n  raise SystemExit(3)", "", r"c\.py:2: SystemExit: 3"),
     ("\udcff", "", r"c\.py"),
     ("def get_config():\n  return get_config()", "", r"c\.py:2: RecursionError"),
   ],

@@ -473,6 +473,27 @@ def directory(tmp_path_factory):
   return path
 
 
+@pytest.mark.parametrize("how", [dict(max_new_tokens=10**10), dict(max_new_tokens=4, beams=10**10)])
+def test_what_has_no_room_is_refused(directory, how):
+  model = models.load(str(directory / "model"), dtype="float32")
+  with pytest.raises(errors.UserError, match="cannot fit into memory: .* GiB for the keys and values of .* texts"):
+    generate.generate(model, ["ab"], **how)
+
+
+def test_a_top_k_beyond_the_vocabulary_is_all(directory):
+  model = models.load(str(directory / "model"), dtype="float32")
+  how = dict(max_new_tokens=6, temperature=1.0, seed=3)
+  assert generate.generate(model, ["ab"], top_k=2**40, **how) == generate.generate(model, ["ab"], **how)
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_a_model_that_predicts_nothing_writes_nothing(directory, beams):
+  model = models.load(str(directory / "model"), dtype="float32")
+  params = jax.tree.map(lambda x: x * np.nan, model.params)
+  with pytest.raises(errors.UserError, match="NaN after prompt 0"):
+    generate.generate(model, ["ab"], params=params, beams=beams)
+
+
 def command(directory, *flags, closed=False, **kw):
   root = pathlib.Path(__file__).parents[1]
   line = [
@@ -527,8 +548,10 @@ def test_command_line_chat_keeps_the_history(directory):
   [
     (["--model=nowhere", "--prompt=a"], "error: unknown model 'nowhere'"),
     ([], "error: there is nothing to continue"),
-    (["--beams=0", "--prompt=a"], "error: beams=0 must be at least 1"),
+    (["--beams=0", "--prompt=a"], "error: --beams=0: expected a whole number, at least 1"),
     (["--beams=2", "--top_k=3", "--seed=1"], "error: --top_k, --seed would do nothing with --beams"),
+    (["--max_new_tokens=10000000000", "--prompt=a"], "error: this cannot fit into memory: it needs at least"),
+    (["--adapter=", "--prompt=a"], "error: --adapter='': expected text that is not empty"),
     (["--system=x", "--prompt=a"], "error: --system would do nothing without --chat"),
     (["--merge", "--prompt=a"], "error: --merge would do nothing without --adapter"),
   ],
