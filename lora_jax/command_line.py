@@ -47,5 +47,9 @@ def run(
     if "--traceback" in argv or e.filename is None:
       raise
     sys.exit(f"error: {errors.line(e)}")
+  except Exception as e:  # jax's own type would have to be imported
+    if "--traceback" in argv or not (isinstance(e, MemoryError) or "RESOURCE_EXHAUSTED" in str(e)):
+      raise
+    sys.exit(f"error: there is too little memory: {errors.line(e)}")
   except KeyboardInterrupt:
     sys.exit(interrupted)

@@ -245,7 +245,10 @@ def least_memory(config: Config, task: tasks.Task, model: models.Model, members:
     masks.append(mask)
     return params
 
-  shapes = jax.eval_shape(trained, model.params)
+  try:
+    shapes = jax.eval_shape(trained, model.params)
+  except (OverflowError, MemoryError) as e:
+    raise errors.UserError(f"config.method asks for more than any memory has: {errors.line(e)}") from e
   scored = max(config.eval.batch_size // members, 1)
   need = {
     "what config.method trains": memory.size(tree.split(shapes, masks[0])[0]),
@@ -254,7 +257,8 @@ def least_memory(config: Config, task: tasks.Task, model: models.Model, members:
   }
   if c.causal and config.eval.max_new_tokens:
     what = "the keys and values of config.eval.batch_size texts of max_new_tokens"
-    need[what] = memory.cache(c, scored, memory.SHORTEST + config.eval.max_new_tokens)
+    what += f", each with {config.eval.beams:,} beams" if config.eval.beams > 1 else ""
+    need[what] = memory.cache(c, scored * config.eval.beams, memory.SHORTEST + config.eval.max_new_tokens)
   return {k: members * n for k, n in need.items()}
 
 

@@ -24,6 +24,7 @@ from lora_jax import (
   checkpoint,
   errors,
   families,
+  memory,
   sharding as sharding_lib,
   tokenizer as tokenizer_lib,
   transformer,
@@ -248,6 +249,7 @@ def _build(config, family, tensors, sharding, where, new_head) -> tuple[transfor
   if said := [f"{k} {v}".strip() for k, v in problems.items() if v]:
     raise errors.UserError(f"{where} does not fit its config: " + "; ".join(said))
 
+  memory.check({f"{p}, which {where} lacks": memory.size(want[p]) for p in fresh}, jax.device_count())
   device = jax.config.jax_default_device  # a `with` of it is this thread's alone
 
   def leaf(path):

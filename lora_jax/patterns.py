@@ -3,11 +3,13 @@
 Python's `re` backtracks without a limit, and nothing can interrupt it.
 """
 
+import itertools
 import json
 import re
 import subprocess
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
 
 from lora_jax import errors
 
@@ -47,6 +49,24 @@ def check(patterns: Collection[str], names: Collection[str], where: str, form: s
     raise errors.UserError(
       f"{where}: the regular expression {p!r:.200} takes more than {SECONDS} seconds to search"
     ) from None
+
+
+def texts(x: Any) -> Iterator[str]:
+  """All strings in a value, keys too: what may be a regex."""
+  if isinstance(x, Mapping | list | tuple):
+    for v in itertools.chain(x, x.values()) if isinstance(x, Mapping) else x:
+      yield from texts(v)
+  elif isinstance(x, str):
+    yield x
+
+
+def is_regex(text: str) -> bool:
+  """Whether a text is a regular expression, as many that are meant as others are too."""
+  try:
+    re.compile(text)
+  except (re.error, RecursionError, OverflowError):
+    return False
+  return True
 
 
 def _may_take_long(pattern: str) -> bool:

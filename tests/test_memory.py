@@ -2,7 +2,7 @@
 
 import pytest
 
-from lora_jax import config as config_lib, errors, experiment, memory, metrics, sweep
+from lora_jax import command_line, config as config_lib, errors, experiment, memory, metrics, models, patterns, sweep
 from tests.test_experiment import changed, compiled, config, files  # noqa: F401, fixtures
 
 
@@ -11,6 +11,7 @@ from tests.test_experiment import changed, compiled, config, files  # noqa: F401
   [
     (dict(method__rank=10**9), r"GiB for what config\.method trains; there are"),
     (dict(data__batch_size=8 * 10**9), r"GiB for the states of a layer, of config\.data\.batch_size rows; there are"),
+    (dict(eval__beams=10**11), r"texts of max_new_tokens, each with 100,000,000,000 beams"),
     (dict(eval__batch_size=10**10), r"of config\.eval\.batch_size rows"),
     (dict(eval__max_new_tokens=10**9), r"the keys and values of config\.eval\.batch_size texts of max_new_tokens"),
     (dict(data__pack=True, data__seq_len=10**10), r"of config\.data\.batch_size rows"),
@@ -20,6 +21,31 @@ def test_what_cannot_fit_is_refused(config, tmp_path, values, message):  # noqa:
   with pytest.raises(errors.UserError, match=f"this cannot fit into memory: it needs at least .*{message}"):
     experiment.run(changed(config, **values), tmp_path / "run")
   assert not (tmp_path / "run").exists()
+
+
+def test_a_rank_beyond_every_index_is_refused(config, tmp_path):  # noqa: F811
+  with pytest.raises(errors.UserError, match=r"config\.method asks for more than any memory has"):
+    experiment.run(changed(config, method__rank=10**12), tmp_path / "run")
+
+
+def test_a_new_head_that_cannot_fit_is_refused(files):  # noqa: F811
+  with pytest.raises(errors.UserError, match=r"cannot fit into memory: .* GiB for classifier/kernel, which .* lacks"):
+    models.load(str(files / "model"), head="classification", n_labels=10**12)
+
+
+def test_a_regex_of_a_method_that_does_not_end_is_refused(config, tmp_path, monkeypatch):  # noqa: F811
+  monkeypatch.setattr(patterns, "SECONDS", 1)
+  with pytest.raises(errors.UserError, match="takes more than 1 seconds to search"):
+    experiment.run(changed(config, method__targets="(.*)*(.*)*x"), tmp_path / "run")
+
+
+@pytest.mark.parametrize("error", [MemoryError("x"), RuntimeError("RESOURCE_EXHAUSTED: Out of memory\nx")])
+def test_running_out_of_memory_ends_in_one_message(error):
+  def command(argv):
+    raise error
+
+  with pytest.raises(SystemExit, match="error: there is too little memory: .*x"):
+    command_line.run(command, [])
 
 
 def test_what_is_needed_is_what_is_trained(config):  # noqa: F811

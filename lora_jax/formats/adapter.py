@@ -5,10 +5,9 @@ keywords, from which the tree follows, and the tensors have the names of its lea
 that the methods have added.
 """
 
-import itertools
 import os
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -71,7 +70,7 @@ def _load(model: models.Model, directory: pathlib.Path, config: Mapping) -> Any:
   if not isinstance(config.get("method"), list):
     raise errors.UserError(f"{directory / 'adapter_config.json'}: 'method' is no list")
   try:
-    patterns.check([*_texts(config["method"])], tree.names(model.params), "method")
+    patterns.check([*patterns.texts(config["method"])], tree.names(model.params), "method")
     methods.resolve(config["method"])
     shapes, mask = _shapes(model, config["method"])
     base = tree.flatten(fused.like(model.params, shapes))
@@ -84,15 +83,6 @@ def _load(model: models.Model, directory: pathlib.Path, config: Mapping) -> Any:
     raise errors.UserError(f"{directory}: {e}") from None
   leaf = lambda k, s: jnp.asarray(tensors.read(k)).astype(s.dtype) if k in want else base[fused.plain(k)]
   return tree.map_named(leaf, shapes)
-
-
-def _texts(x: Any) -> Iterator[str]:
-  """All strings in a value, keys too: what may be a regex."""
-  if isinstance(x, Mapping | list):
-    for v in itertools.chain(x, x.values()) if isinstance(x, Mapping) else x:
-      yield from _texts(v)
-  elif isinstance(x, str):
-    yield x
 
 
 def _shapes(model: models.Model, method: list) -> tuple[Any, Any]:

@@ -24,7 +24,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lora_jax import errors, fused, tree, values, weights
+from lora_jax import errors, fused, patterns, tree, values, weights
 
 Method = Mapping[str, Any] | Sequence[Mapping[str, Any]]  # {"name": ..., keywords}, or several
 
@@ -85,6 +85,8 @@ def prepare(method: Method, tokenizer: Any = None, labels: Sequence[str] = ()) -
 
 def init(key: jax.Array, params: Any, method: Method) -> tuple[Any, Any]:
   """(params, mask) of one method or several, each applied to what those before it gave."""
+  regexes = [t for _, kw in parts(method) for t in patterns.texts(kw) if patterns.is_regex(t)]
+  patterns.check(regexes, tree.names(params), "method")
   trained = set()
   for i, (module, kw) in enumerate(parts(method)):
     params, mask = module.init(jax.random.fold_in(key, i) if i else key, params, **kw)
