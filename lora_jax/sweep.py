@@ -254,15 +254,14 @@ def _alone(name: str, config: Config, workdir: pathlib.Path, model, before) -> N
   try:
     experiment.run(config, workdir / "members" / name, model=model, before=before)
   except errors.UserError as e:
-    _failed([name], workdir, e)
+    _failed(name, workdir / "members" / name, e)
 
 
-def _failed(names: Sequence[str], workdir: pathlib.Path, error: errors.UserError) -> None:
-  """What went wrong is the result of the members that it happened to."""
-  metrics.say(f"{', '.join(names)}: {error}")
-  for directory in (workdir / "members" / n for n in names):
-    if jax.process_index() == 0 and not group_lib.finished(directory):
-      metrics.write_json(directory / "summary.json", {"error": str(error), "group": group_lib.identity(names)})
+def _failed(name: str, directory: pathlib.Path, error: errors.UserError) -> None:
+  """What went wrong is the result of the member that it happened to."""
+  metrics.say(f"{name}: {error}")
+  if jax.process_index() == 0 and not group_lib.finished(directory):
+    metrics.write_json(directory / "summary.json", {"error": str(error), "group": group_lib.identity([name])})
 
 
 def _together(configs, workdir, *rest) -> list[list[str]]:
@@ -292,9 +291,8 @@ def _fitting(configs, workdir, directory, task, mesh, model, before, command, me
     if limit is None or need <= limit:
       built = group_lib.build(configs, task, mesh, model)
       need = 0 if group_lib.fits(built, limit) else built.step.memory_bytes
-  except errors.UserError as e:
-    _failed(names, workdir, e)
-    return []
+  except errors.UserError:  # it may be the fault of one, which is found when it is alone
+    return cut(names, 2)
   if limit is not None and need > limit:
     parts = cut(names, min(-(-need // limit), len(names)))
     there = f"{need / memory.GIB:.2f} GiB of {limit / memory.GIB:.2f}"

@@ -140,6 +140,8 @@ def test_unused_rank_stays_zero_in_training(base):
   [
     ({"targets": "w_q"}, "'w_q' matches nothing; did you mean|valid: .*q"),
     ({"targets": "al-linear"}, "did you mean 'all-linear'"),
+    ({"targets": ""}, "names no matrix; 'all-linear' is every one"),
+    ({"targets": ["q", " ,"]}, "names no matrix"),
     ({"targets": "layers/9/attn/q"}, "matches nothing"),
     ({"targets": "embed/positions"}, "matches nothing"),
     ({"layers_to_transform": [0, 3]}, r"\[3\] are no layers; the targets have 0 to 2"),

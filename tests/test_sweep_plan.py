@@ -100,20 +100,28 @@ def test_members_wait_for_the_adapters_that_they_start_from(swept, tmp_path, pre
   assert pretended[3:] == [["y"], ["alone"]] and not found["missing"]
 
 
-def test_a_mistake_is_the_result_of_the_members_of_its_group(swept, tmp_path, pretended, monkeypatch):
-  c = seeds(swept, 2)
+def test_a_mistake_is_the_result_of_its_member_alone(swept, tmp_path, pretended, monkeypatch):
+  """The others of its group train, together as far as they can."""
+  c = seeds(swept, 4)
   c["sweep"]["list"] = {"a": {"method": {"rank": 2}}, "b": {"method": {"name": "ia3"}}}
-  build = group.build
+  build, run = group.build, experiment.run
 
   def fails(configs, *args):
-    if "a-seed_0" in configs:
+    if "a-seed_1" in configs:
       raise errors.UserError("no such module")
     return build(configs, *args)
 
+  def alone(c, directory, **how):
+    if directory.name == "a-seed_1":
+      raise errors.UserError("no such module")
+    run(c, directory, **how)
+
   monkeypatch.setattr(group, "build", fails)
+  monkeypatch.setattr(experiment, "run", alone)
   found = sweep.run(c, tmp_path / "s")
-  assert [m.get("error") for m in found["members"]] == ["no such module"] * 2 + [None] * 2
-  assert (tmp_path / "s" / "summary.json").exists() and pretended == [["b-seed_0", "b-seed_1"]]
+  assert {m["name"]: m["error"] for m in found["members"] if "error" in m} == {"a-seed_1": "no such module"}
+  assert (tmp_path / "s" / "summary.json").exists()
+  assert pretended == [["a-seed_0"], ["a-seed_2", "a-seed_3"], [f"b-seed_{i}" for i in range(4)]]
 
 
 def test_a_group_that_has_begun_goes_on_as_it_was(swept, tmp_path, pretended, monkeypatch):

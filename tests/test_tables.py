@@ -244,6 +244,8 @@ def test_without_a_layout_members_are_rows(swept):
     ({"published": {"a": 3}}, r"config\.table\.published"),
     ({"published": "MNLI"}, r"config\.table\.published is a dict or a list of pairs"),
     ({"row_labels": ["a"]}, r"config\.table\.row_labels is a dict"),
+    (3, r"config\.table is a section with keys, not 3"),
+    ({"metric": 3}, r"config\.table\.metric=3: expected text, or a list, each text"),
   ],
 )
 def test_bad_layouts_are_refused_before_anything_runs(swept, table, message):

@@ -113,6 +113,8 @@ def _expand(target: str, linear: Mapping[str, Any] | None = None, what: str = ""
   """
   if target == "all-linear":
     return ["(^|/)layers/.*kernel$"]
+  if not target.strip(" ,"):  # as a regex it would find everything
+    raise errors.UserError(f"{what or 'targets'}={target!r} names no matrix; 'all-linear' is every one in the layers")
   if not re.fullmatch(r"[\w\s,-]+", target):
     return [target]
   words = [w.strip() for w in target.split(",") if w.strip()]
