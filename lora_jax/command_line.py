@@ -48,7 +48,7 @@ def run(
       raise
     sys.exit(f"error: {errors.line(e)}")
   except Exception as e:  # jax's own type would have to be imported
-    if "--traceback" in argv or not (isinstance(e, MemoryError) or "RESOURCE_EXHAUSTED" in str(e)):
+    if "--traceback" in argv or not errors.is_out_of_memory(e):
       raise
     sys.exit(f"error: there is too little memory: {errors.line(e)}")
   except KeyboardInterrupt:

@@ -44,6 +44,11 @@ def is_full(error: BaseException) -> bool:
   return any(text in str(error) for text in ("No space left on device", "Disk quota exceeded"))
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+  """Whether an error is that memory did not suffice; XLA has several for it, of one type with all its others."""
+  return isinstance(error, MemoryError) or any(t in str(error) for t in ("RESOURCE_EXHAUSTED", "Out of memory"))
+
+
 @contextlib.contextmanager
 def listed(wrong: list[str]) -> Iterator[None]:
   """Adds the message of a UserError that ends the block to `wrong`, so that one error can list several mistakes."""

@@ -270,7 +270,7 @@ def _together(configs, workdir, *rest) -> list[list[str]]:
   try:
     return _fitting(configs, workdir, directory, *rest)
   except jax.errors.JaxRuntimeError as e:
-    if "RESOURCE_EXHAUSTED" not in str(e) or any(directory.glob("checkpoints/[0-9]*")):
+    if not errors.is_out_of_memory(e) or any(directory.glob("checkpoints/[0-9]*")):
       raise
   gc.collect()  # what the group had on the device
   if jax.process_index() == 0:

@@ -85,8 +85,6 @@ def check_flags(flags: Flags) -> None:
 @contextlib.contextmanager
 def whole(out: pathlib.Path) -> Iterator[pathlib.Path]:
   """A directory to fill, whose content moves to `out` at the end, or goes if that is not reached."""
-  if out.exists() and not out.is_dir():
-    raise errors.UserError(f"{out} is no directory")
   if out.is_dir() and any(out.iterdir()):
     raise errors.UserError(f"{out} is not empty")
   new = not out.exists()

@@ -141,8 +141,11 @@ def test_a_failed_conversion_leaves_nothing(files, tmp_path):  # noqa: F811
     ),
     (("--model", "x", "--adapter", "y", "--to=adapter", "--dtype=float32", "--out", "{tmp}/z"), "with --to=adapter"),
     (("--model", "x", "--rank", "3", "--out", "{tmp}/z"), "error: --rank would do nothing without --to=adapter"),
-    (("--model", "x", "--out", "{tmp}/something"), "error: {tmp}/something is no directory"),
-    (("--model", "x", "--out", "{tmp}/something/z"), "error: [Errno 20] Not a directory: '{tmp}/something/z'"),
+    (("--model", "x", "--out", "{tmp}/something"), "error: --out={tmp}/something: {tmp}/something is a file"),
+    (
+      ("--model", "x", "--out", "{tmp}/something/z"),
+      "error: --out={tmp}/something/z: it is below {tmp}/something, which is a file",
+    ),
   ],
 )
 def test_mistakes_end_in_one_message(tmp_path, arguments, message):

@@ -39,7 +39,10 @@ def test_a_regex_of_a_method_that_does_not_end_is_refused(config, tmp_path, monk
     experiment.run(changed(config, method__targets="(.*)*(.*)*x"), tmp_path / "run")
 
 
-@pytest.mark.parametrize("error", [MemoryError("x"), RuntimeError("RESOURCE_EXHAUSTED: Out of memory\nx")])
+@pytest.mark.parametrize(
+  "error",
+  [MemoryError("x"), RuntimeError("RESOURCE_EXHAUSTED:\nx"), RuntimeError("INTERNAL: Out of memory allocating x")],
+)
 def test_running_out_of_memory_ends_in_one_message(error):
   def command(argv):
     raise error
