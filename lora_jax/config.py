@@ -135,15 +135,19 @@ class Config:
   def to_dict(self) -> dict[str, Any]:
     """Nested dicts that `resolve` makes this config of again, and that JSON can hold."""
     found = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-    found = {k: dataclasses.asdict(v) if dataclasses.is_dataclass(v) else v for k, v in found.items()}
+    found = {k: {n: getattr(v, n) for n in FIELDS[k]} if k in FIELDS else v for k, v in found.items()}
     return found | {"method": self.method[0] if len(self.method) == 1 else self.method}
 
 
 SECTIONS = tuple(f.name for f in dataclasses.fields(Config))
 
 
-def resolve(config: Mapping | Config) -> Config:
-  """The typed config; UserError lists every section, key and value that is wrong, before anything is loaded."""
+def resolve(config: Mapping | Config, known: dict | None = None) -> Config:
+  """The typed config; UserError lists every section, key and value that is wrong, before anything is loaded.
+
+  Args:
+    known: sections that have been resolved, which members of a sweep have in common; more are added.
+  """
   if isinstance(config, Config):
     return config
   if not isinstance(config, Mapping):
@@ -155,7 +159,7 @@ def resolve(config: Mapping | Config) -> Config:
   for k in SECTIONS:
     with errors.listed(wrong):
       if k not in missing:
-        found[k] = section(k, config.get(k, {}))
+        found[k] = _known(k, config.get(k, {}), {} if known is None else known)
   if wrong:
     raise errors.UserError("; ".join(wrong))
   if found["eval"].general:
@@ -163,6 +167,14 @@ def resolve(config: Mapping | Config) -> Config:
   if found["data"].seed is None:
     found["data"] = dataclasses.replace(found["data"], seed=found["train"].seed)
   return Config(**found)
+
+
+def _known(name: str, given: Any, known: dict) -> Any:
+  """A section's resolved value, found in `known` or put there."""
+  key = name, repr(given)
+  if key not in known:
+    known[key] = section(name, given)
+  return known[key]
 
 
 def section(name: str, given: Any) -> Any:

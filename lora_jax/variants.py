@@ -53,7 +53,7 @@ def members(config: Mapping) -> dict[str, tuple[Overrides, Config]]:
     _check_mapping(sweep.get(k, {}), f"config.sweep.{k}")
   parts = {"list": _list, "zip": _zip, "product": _product, "random": _random}
   options(sweep)
-  found = {}
+  found, known = {}, {}
   for combination in itertools.product(*(list(parts[k](sweep[k])) for k in PARTS if sweep.get(k))):
     name, overrides = "-".join(n for n, _ in combination), {}
     for _, change in combination:
@@ -62,7 +62,7 @@ def members(config: Mapping) -> dict[str, tuple[Overrides, Config]]:
       raise errors.UserError(f"config.sweep has {name} twice")
     whole = _merge(base, overrides)
     try:
-      found[name] = overrides, config_lib.resolve(whole)
+      found[name] = overrides, config_lib.resolve(whole, known)
     except errors.UserError as e:
       raise errors.UserError(f"config.sweep, member {name}: {e}") from None
     if whole.get("mesh") != base.get("mesh"):

@@ -29,6 +29,7 @@ from lora_jax import errors, fused, patterns, tree, values, weights
 Method = Mapping[str, Any] | Sequence[Mapping[str, Any]]  # {"name": ..., keywords}, or several
 
 
+@functools.cache
 def names() -> list[str]:
   """Names of all methods."""
   return [m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_")]
@@ -57,6 +58,7 @@ def _name(module: ModuleType) -> str:
   return module.__name__.rpartition(".")[2]
 
 
+@functools.cache
 def fields(name: str) -> dict[str, values.Field]:
   """The keywords of a method."""
   return values.fields(get(name).init, without=("key", "params"))

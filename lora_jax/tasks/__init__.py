@@ -110,6 +110,7 @@ class Task:
     return len(self.labels) if self.labels else int(self.target is not None)
 
 
+@functools.cache
 def names() -> list[str]:
   """Names of all tasks."""
   return sorted(m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_"))
@@ -132,6 +133,7 @@ def get(name: str, **keywords: Any) -> Task:
   )
 
 
+@functools.cache
 def fields(name: str) -> dict[str, values.Field]:
   """The keywords of a task."""
   _, functions = _module(name)
