@@ -267,7 +267,9 @@ def _build(config, family, tensors, sharding, where, new_head) -> tuple[transfor
     write = _writer(key.pattern, tuple(sizes.items()), place)
     for index, n in names:
       for start, piece in _pieces(key, tensors.read(n), index):
-        buffer = write(buffer, piece, start).block_until_ready()  # so that only one of the leaf is on the way
+        buffer, finite = write(buffer, piece, start)
+        if not finite:  # and waits, so that only one of the leaf is on the way
+          raise errors.UserError(f"{where}: {n} has values that are not finite, as {config.dtype}")
     return buffer
 
   # Processes have to place leaves in the same order.
@@ -315,14 +317,16 @@ def _pieces(key: families.Key, x: np.ndarray, index: tuple[int, ...]) -> Iterato
 def _writer(pattern: str, sizes: tuple, place: jax.sharding.Sharding | None) -> Callable:
   """A function that puts a tensor of a file, in our axes, in its place of a stacked leaf, on the device.
 
-  The host holds one tensor of the leaf at a time, and the device no second copy of it.
+  The host holds one tensor of the leaf at a time, and the device no second copy of it. The function also says whether
+  all values are finite.
   """
 
   def write(buffer, x, start):
     x = einops.rearrange(x, pattern, **dict(sizes)).astype(buffer.dtype)
-    return jax.lax.dynamic_update_slice(buffer, x.reshape((1,) * (buffer.ndim - x.ndim) + x.shape), start)
+    finite = jnp.isfinite(x).all()
+    return jax.lax.dynamic_update_slice(buffer, x.reshape((1,) * (buffer.ndim - x.ndim) + x.shape), start), finite
 
-  return jax.jit(write, donate_argnums=0, out_shardings=place)
+  return jax.jit(write, donate_argnums=0, out_shardings=(place, None))
 
 
 def export(model: Model) -> Iterator[tuple[str, np.ndarray]]:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lora_jax import errors, models, transformer, tree, weights
+from lora_jax import errors, models, patterns, transformer, tree, weights
 from lora_jax.formats import peft as peft_format
 from lora_jax.methods import lora
 from tests import noise, test_families
@@ -375,6 +375,9 @@ def truncate(directory):
     (broken({"r": 4}), "q_proj.lora_A.weight is .8, 16., expected .4, 16.*layers.2.self_attn.v_proj.lora_B"),
     (broken({"r": "8", "lora_alpha": float("nan")}), "adapter_config.json: r is '8', .*; lora_alpha is nan, expected"),
     (broken({"r": True, "lora_dropout": 1.0}), "r is True.*lora_dropout is 1.0, expected a number in"),
+    (broken({"r": 2**31}), "r is 2147483648, expected a whole number from 1 to 64"),
+    (broken({"target_modules": r"(\w+\.?)+x"}), "takes more than .* seconds to search"),
+    (broken(tensors=lambda t: {k: x * np.nan if "lora_B" in k else x for k, x in t.items()}), "lora_B.* not finite"),
     (broken({"alpha_pattern": ["q_proj"]}), "alpha_pattern is .*, expected an object"),
     (broken({"alpha_pattern": {"q_proj": "16"}}), "alpha_pattern is .*, expected an object"),
     (broken({"rank_pattern": {"(q_proj": 4}}), r"'\(q_proj' is no regular expression"),
@@ -392,7 +395,8 @@ def truncate(directory):
     (lambda d: (d / "adapter_config.json").write_text("[]"), "JSON object"),
   ],
 )
-def test_foreign_adapters_are_refused(tmp_path, base, edit, message):
+def test_foreign_adapters_are_refused(tmp_path, base, edit, message, monkeypatch):
+  monkeypatch.setattr(patterns, "SECONDS", 0.5)
   model = models.Model("tiny", CONFIG, base, None, {"model_type": "llama"})
   params, _ = adapted(base)
   peft_format.save(model, params, tmp_path)

@@ -7,8 +7,8 @@ import jax
 import numpy as np
 import pytest
 
-from lora_jax import errors, methods, models, transformer, tree
-from lora_jax.formats import peft as peft_format
+from lora_jax import errors, methods, models, patterns, transformer, tree
+from lora_jax.formats import adapter, hf, peft as peft_format
 
 METHODS = "lora dora lora_bias adalora vera ia3 norms loha lokr whole".split()
 MORE = {
@@ -108,3 +108,43 @@ def test_all_misfits_of_trained_tokens_are_listed(tmp_path, beside):
     more = [f"model.layers.{i}.self_attn.q_proj.lora_B" for i in range(3)] if beside else []
     for k in (f"{name.removeprefix('base_model.model.')} is {shape}", f"{key}: [70]", "['what']", *more):
       assert k in message, (k, message)
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_values_that_are_not_finite(tmp_path, name, value):
+  method = MORE.get(name, [{"name": name}])
+  model, tensors, write = save(tmp_path, method, **({"attn_bias": "qkv"} if name == "lora_bias" else {}))
+  bad = sorted(tensors)[-1]
+  tensors[bad].flat[-1] = value
+  write(tensors)
+  name = bad.removeprefix("base_model.").removeprefix("model.")
+  assert f"{name} has values that are not finite" in said(model, tmp_path)
+
+
+def test_adapters_in_our_form(tmp_path):
+  """The same holds of them: values, and regexes that do not end."""
+  config = transformer.Config(50, 16, 2, 4, 2, 4, 24, dtype="float32")
+  base = transformer.init(config, jax.random.key(0))
+  model = models.Model("tiny", config, base, None, {"model_type": "llama"})
+  method = [{"name": "houlsby"}, {"name": "lora", "targets": r"attn/(q|v)/kernel"}]
+  params, mask = methods.init(jax.random.key(1), base, method)
+  adapter.save(model, params, mask, method, tmp_path)
+  again = adapter.load(model, tmp_path)
+  assert jax.tree.all(jax.tree.map(np.array_equal, again, params))
+  path, config = tmp_path / "adapter_model.safetensors", json.loads((tmp_path / "adapter_config.json").read_text())
+  tensors = {k: np.array(x) for k, x in hf_tensors(path).items()}
+  bad = next(iter(tensors))
+  hf.save_tensors(path, tensors | {bad: np.full_like(tensors[bad], np.nan)})
+  with pytest.raises(errors.UserError, match=f"{bad} has values that are not finite"):
+    adapter.load(model, tmp_path)
+  config["method"][1]["targets"] = r"([\w/]+)+([\w/]+)+!"
+  (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+  with pytest.MonkeyPatch.context() as patch, pytest.raises(errors.UserError, match="takes more than .* to search"):
+    patch.setattr(patterns, "SECONDS", 0.5)
+    adapter.load(model, tmp_path)
+
+
+def hf_tensors(path):
+  source = hf.Tensors([path])
+  return {k: source.read(k) for k in source.names()}

@@ -6,7 +6,9 @@ import jax
 import numpy as np
 import pytest
 
-from lora_jax import decode, errors, models, sharding, train, transformer, tree
+from lora_jax import decode, errors, families, models, sharding, train, transformer, tree
+from lora_jax.families import _values
+from lora_jax.formats import hf
 
 BASE = dict(
   vocab_size=97,
@@ -159,6 +161,32 @@ def test_bad_files_are_refused(tmp_path):
   (tmp_path / "config.json").write_text("{")
   with pytest.raises(errors.UserError, match="config.json"):
     models.load(str(tmp_path))
+
+
+@pytest.mark.parametrize(("value", "dtype"), [(np.nan, "bfloat16"), (-np.inf, "float32"), (1e30, "float16")])
+def test_weights_that_are_not_finite_are_refused(tmp_path, value, dtype):
+  """By the name of the tensor; what the dtype has no number for is none."""
+  reference(tmp_path)
+  tensors = hf.Tensors([tmp_path / "model.safetensors"])
+  tensors = {k: np.array(tensors.read(k)) for k in tensors.names()}
+  name = "model.layers.1.mlp.down_proj.weight"
+  tensors[name].flat[7] = value
+  hf.save_tensors(tmp_path / "model.safetensors", tensors)
+  with pytest.raises(errors.UserError, match=f"{name} has values that are not finite, as {dtype}"):
+    models.load(str(tmp_path), dtype)
+
+
+@pytest.mark.parametrize("name", families.names())
+def test_numbers_of_a_config_that_are_not_finite_are_refused(name):
+  """Whatever a family reads as a number."""
+  numbers = [k for keys, what, _ in _values.RULES for k in keys.split() if "number" in what]
+  for k in numbers:
+    for x in (float("nan"), float("inf"), -float("inf"), 1e400, 10**400):
+      with pytest.raises(errors.UserError, match=f"{k} is "):
+        families.get(name).config({"model_type": name, k: x})
+  for k in ("rope_theta", "factor"):
+    with pytest.raises(errors.UserError, match=f"{k} is nan"):
+      families.rope({"model_type": name}, {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4} | {k: float("nan")})
 
 
 def test_unknown_names():

@@ -9,23 +9,25 @@ from typing import Any
 
 from lora_jax import errors, patterns
 
+SMALL = 64  # ranks up to this may be unused defaults
 MAY_BE_NULL = frozenset(
-  "vera_dropout lora_dropout rank_dropout rank_pattern alpha_pattern modules_to_save num_virtual_tokens total_step "
+  "vera_dropout lora_dropout rank_pattern alpha_pattern modules_to_save num_virtual_tokens total_step "
   "target_modules exclude_modules feedforward_modules layers_to_transform layers_pattern target_parameters "
   "trainable_token_indices token_indices task_type num_transformer_submodules".split()
 )
 
 
-def check(where: pathlib.Path, config: Mapping, modules: Collection[str]) -> None:
+def check(where: pathlib.Path, config: Mapping, modules: Collection[str], longest: int) -> None:
   """Raises UserError listing what is of a wrong type, or for a regex that does not end.
 
   Args:
     where: the file.
     modules: names that the regexes are to find.
+    longest: axis of a tensor of the adapter, which no rank is larger than.
   """
   bad = [
     f"{k} is {config[k]!r:.100}, expected {what}"
-    for k, (what, fits) in _rules(config).items()
+    for k, (what, fits) in _rules(config, max(longest, SMALL)).items()
     if k in config and not (fits(config[k]) or config[k] is None and k in MAY_BE_NULL)
   ]
   if bad:
@@ -55,13 +57,14 @@ def _text(x: Any) -> bool:
   return isinstance(x, str)
 
 
-def _rules(config: Mapping) -> dict:
+def _rules(config: Mapping, longest: int) -> dict:
   """{key: (what its value should be, whether a value is that)}."""
   whole = lambda x: _number(x, numbers.Integral, 0)
-  rank = lambda x: _number(x, numbers.Integral, 1)
+  positive = lambda x: _number(x, numbers.Integral, 1)
+  rank = lambda x: positive(x) and x <= longest
   names, wholes = _is_list(_text), _is_list(whole)
   rules = {
-    "r": ("a positive whole number", rank),
+    "r": (f"a whole number from 1 to {longest}, the longest axis of a tensor", rank),
     "lora_alpha": ("a number", _number),
     "lora_dropout": ("a number in [0, 1)", lambda x: _number(x, least=0) and x < 1),
     "rank_pattern": ("an object of regular expressions and positive whole numbers", _is_table(rank)),
@@ -81,11 +84,13 @@ def _rules(config: Mapping) -> dict:
   several = ("target_modules", "exclude_modules", "feedforward_modules", "layers_pattern")
   rules |= dict.fromkeys(several, ("a regular expression or a list of names", lambda x: _text(x) or names(x)))
   rules |= dict.fromkeys(("init_r", "num_virtual_tokens", "num_transformer_submodules"), rules["r"])
-  rules |= dict.fromkeys(("vera_dropout", "rank_dropout"), rules["lora_dropout"])
+  rules["vera_dropout"] = rules["lora_dropout"]
+  if config.get("peft_type") == "LOKR":  # where a rank that is too large asks for a whole matrix
+    rules |= {"r": ("a positive whole number", positive), "rank_pattern": ("an object of ranks", _is_table(positive))}
   if config.get("peft_type") == "ADALORA":  # whose pattern says which of the ranks are in use
     flags = _is_table(_is_list(lambda v: isinstance(v, bool)))
     rules["rank_pattern"] = ("an object of names and lists of true and false", flags)
-    rules |= dict.fromkeys(("target_r", "deltaT", "total_step"), rules["r"])
+    rules |= dict.fromkeys(("target_r", "deltaT", "total_step"), ("a positive whole number", positive))
     rules |= dict.fromkeys(("tinit", "tfinal"), ("a whole number >= 0", whole))
     rules |= dict.fromkeys(("beta1", "beta2"), ("a number in (0, 1)", lambda x: _number(x) and 0 < x < 1))
     rules["orth_reg_weight"] = ("a number >= 0", lambda x: _number(x, least=0))

@@ -257,9 +257,10 @@ def _load(model: models.Model, directory: pathlib.Path) -> Any:
   config = hf.read_json(directory / "adapter_config.json")
   flat = tree.flatten(model.params, is_leaf=weights.is_node)
   modules = {k.module.format(*i) for k in model.keys for i in np.ndindex(flat[k.path].shape[: k.hf.count("{}")])}
-  _peft_config.check(directory / "adapter_config.json", config, sorted(modules))
-  method = errors.choose(str(config.get("peft_type")), METHODS, f"peft_type in {directory / 'adapter_config.json'}:")
   source = hf.Tensors([directory / "adapter_model.safetensors"])
+  longest = max((n for k in source.names() for n in source.shape(k)), default=0)
+  _peft_config.check(directory / "adapter_config.json", config, sorted(modules), longest)
+  method = errors.choose(str(config.get("peft_type")), METHODS, f"peft_type in {directory / 'adapter_config.json'}:")
   soft = method.PEFT_TYPE in PROMPTS
   prefix, bare = (TOP, {PROMPT}) if soft else (PREFIX, set())
   top = {TOP + k for k in getattr(method, "PEFT_SHARED", ())}
