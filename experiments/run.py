@@ -56,7 +56,9 @@ def run(argv: Sequence[str]) -> None:
   command = shlex.join(["python", "-m", "experiments.run", *argv])
   try:
     if "sweep" in config:
-      sweep.run(config, workdir, command, shard=shard(flags.shard))
+      members = sweep.run(config, workdir, command, shard=shard(flags.shard))["members"]
+      if members and all("error" in m for m in members):
+        raise errors.UserError(f"no member ended well; {members[0]['name']}: {members[0]['error']}")
     elif flags.shard:
       raise errors.UserError("--shard is for a config with a sweep")
     else:

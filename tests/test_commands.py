@@ -148,3 +148,14 @@ def test_what_cannot_be_joined_ends_in_one_message(tmp_path):
   with pytest.raises(SystemExit, match="error: .* has no config.json: it holds no run"):
     report.main([str(tmp_path)])
   assert not list(tmp_path.iterdir())
+
+
+def test_a_sweep_of_which_all_members_fail_is_an_error(monkeypatch, tmp_path):
+  failed, ran = {"name": "a", "error": "no such module"}, {"name": "b", "train": {}}
+  command = ["--config", f"{ROOT}/configs/alpha.py:smol", "--workdir", str(tmp_path / "w")]
+  monkeypatch.setattr(logging, "set_verbosity", lambda level: None)
+  monkeypatch.setattr(sweep, "run", lambda *a, **kw: {"members": [failed]})
+  with pytest.raises(SystemExit, match="error: no member ended well; a: no such module"):
+    run.main(command)
+  monkeypatch.setattr(sweep, "run", lambda *a, **kw: {"members": [failed, ran]})
+  run.main(command)

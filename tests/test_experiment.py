@@ -431,7 +431,7 @@ BAD = {
   "data file": (dict(task__path="nowhere/train.jsonl"), r"nowhere/train\.jsonl does not exist"),
   "test file": (dict(task__test_path="nowhere/test.jsonl"), r"nowhere/test\.jsonl does not exist"),
   "validation file": (
-    dict(task__validation_path="nowhere/val.jsonl", eval__every=2),
+    dict(task__validation_path="nowhere/val.jsonl"),
     r"nowhere/val\.jsonl does not exist",
   ),
   "eval batch": (dict(eval__batch_size=0), r"config\.eval.*batch_size"),

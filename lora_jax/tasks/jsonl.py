@@ -56,6 +56,8 @@ def load(
     ignore: keys of lines and messages to leave out, such as ("id", "source") or "id,source".
   """
   own = {"validation": validation_path, "test": test_path}
+  for given in filter(None, own.values()):  # also those that are not read yet, or in this run
+    files.open(given).close()
   if own.get(split):
     return read(own[split], ignore)
   free = [s for s in tasks.SPLITS if not own.get(s)]
