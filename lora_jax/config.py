@@ -190,6 +190,8 @@ def section(name: str, given: Any) -> Any:
     given = {"name": "causal_lm"} | dict(given)
   if not given.get("name"):
     raise errors.UserError(f"{where} needs a name")
+  if not isinstance(given["name"], str):
+    raise errors.UserError(f"{where}.name is {values.shown(given['name'])}, expected a name")
   named, own = given["name"], {k: v for k, v in given.items() if k != "name"}
   return {"name": named, **values.resolve(named_fields(name, named), own, where)}
 

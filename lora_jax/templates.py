@@ -26,6 +26,7 @@ from lora_jax import errors, template_costs as costs
 LONGEST = 2**18  # characters of a template
 STEPS = 2**23  # of every rendering; no template has been found that takes ten seconds with them
 STEPS_A_CHARACTER = 64  # of the conversation, so that long ones have their share
+STEPS_A_PAIR = 64  # of messages, as Gemma 4's template looks back from each to those before it
 A_CALL = 8  # steps of calling anything
 
 
@@ -117,7 +118,8 @@ class _Meter(jinja2.sandbox.ImmutableSandboxedEnvironment):
   def borrow(self) -> None:
     """Adds, once, what the size of the conversation allows; `Costly` when that is not enough."""
     if self._given is not None:
-      self.left += STEPS_A_CHARACTER * costs.size(dict(self._given))
+      longest = max((len(x) for x in self._given.values() if isinstance(x, list | tuple)), default=0)
+      self.left += STEPS_A_CHARACTER * costs.size(dict(self._given)) + STEPS_A_PAIR * longest**2
       self._given = None
     if self.left < 0:
       raise costs.Costly("takes too many steps, or makes too much text")

@@ -139,6 +139,7 @@ def test_any_key_can_be_set_on_the_command_line():
     ({"optim.learning_rate": "-1"}, "config.optim.learning_rate=-1: expected a number, at least 0"),
     ({"method": "[{'name': 'lora'}]", "method.rank": "3"}, r"config.method is a list; give it as a whole"),
     ({"train": "6"}, "config.train is a section with keys, not 6"),
+    ({"task": {"name": ["jsonl"]}}, r"config.task.name is .*jsonl.*, expected a name"),
   ],
 )
 def test_what_cannot_be_set_is_one_message(change, message):

@@ -197,6 +197,12 @@ def test_long_conversations_have_their_share():
   assert templates.render(source, {"messages": messages}, "x").count("a") == 3 * 10**6
 
 
+def test_long_conversations_may_be_compared_with_themselves():
+  source = "{% for m in messages %}{% for x in messages %}{% if x.role == m.role %}{% endif %}{% endfor %}.{% endfor %}"
+  messages = [{"role": "user", "content": "a"}] * 1200
+  assert templates.render(source, {"messages": messages}, "x") == "." * 1200
+
+
 def test_threads_do_not_share_their_steps():
   render = lambda source: templates.render(source, {"messages": CHATS[2]}, "x")
   want = render(SOURCES[2])
