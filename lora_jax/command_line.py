@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -22,7 +23,9 @@ class Parser(argparse.ArgumentParser):
     self.add_argument(flag, type=lambda given: read(hint, given, flag), default=default, help=text)
 
   def error(self, message: str) -> None:
-    raise errors.UserError(f"{message}; --help lists the flags")
+    unknown = re.match(r"unrecognized arguments: (--[^\s=]+)", message)
+    near = errors.nearest(unknown[1], self._option_string_actions) if unknown else ""
+    raise errors.UserError(f"{message}; {near if near.startswith('did you mean') else '--help lists the flags'}")
 
 
 def run(

@@ -537,7 +537,7 @@ def start(args):
 @pytest.mark.parametrize(
   "arg, message",
   [
-    ("--config.optim.name=adan", r"config.optim.name 'adan'"),
+    ("--config.optim.name=adan", "config.optim.name='adan'"),
     ("--config.data.batch_size=7", "config.data.batch_size=7"),
     ("--config.task.path=nowhere.jsonl", "nowhere.jsonl does not exist"),
     ("--config.sweep.product.train.seed=3", "config.sweep.product.train.seed is a sequence of values, not 3"),
@@ -571,9 +571,9 @@ def test_the_command_line_makes_a_sweep_of_any_config(config, tmp_path):
   [
     (["--config.optim.learning_rat=1"], "learning_rate"),
     (["--config.optm.name=sgd"], "optim"),
-    (["--config.train.steps=many"], "--config.train.steps=many"),
-    (["--wrkdir=x"], "workdir"),
-    (["extra"], "unexpected argument 'extra'"),
+    (["--config.train.steps=many"], "config.train.steps='many': expected a whole number"),
+    (["--wrkdir=x"], "--wrkdir=x; did you mean '--workdir'?"),
+    (["extra"], "unrecognized arguments: extra"),
     (["--config", "nowhere.py"], "nowhere.py"),
   ],
 )
