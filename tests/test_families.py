@@ -822,6 +822,7 @@ def test_any_name_of_a_shared_tensor_is_read(tmp_path, case, tied):
 @pytest.mark.parametrize("case", ["t5", "mt5"])
 def test_two_tables_for_one_are_refused(tmp_path, case):
   """transformers embeds the encoder's text with a table of its own then."""
+  pytest.importorskip("torch")
   from safetensors.torch import save_file
 
   ref, state, _ = tie_case(case, True)
