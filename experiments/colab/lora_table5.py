@@ -5,7 +5,7 @@
 # budget of trained parameters, several seeds each. All members of the sweep train at once, as one program over one
 # frozen base model, and each ends as a run of its own would have.
 #
-# On an H100 the whole table (`SEEDS = (0, 1, 2)`, 200 steps of 32 sentences, bfloat16) takes 39 s. It has not been
+# On an H200 the whole table (`SEEDS = (0, 1, 2)`, 200 steps of 32 sentences, bfloat16) takes 34 s. It has not been
 # timed on Colab's T4. On a CPU the values below make a small table, of one seed and few sentences, in about a quarter
 # of an hour on two cores: enough to see how it is made, too little to tell the columns apart.
 
@@ -97,7 +97,7 @@ display(Image(curves.loss_plot(summary), width=700))
 # ## The whole table
 #
 # From `experiments/results/lora_table5`, which is committed with the code: three seeds, 200 steps, 850 test
-# sentences, one H100.
+# sentences, one H200.
 
 # %%
 results = pathlib.Path(experiments.__file__).parent / "results"
