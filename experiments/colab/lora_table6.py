@@ -104,7 +104,7 @@ task = tasks.get("rotten_tomatoes")
 prompts = [task.format({"text": s, "label": 0}).prompt for s in sentences]
 model = models.load(MODEL, dtype=DTYPE)
 adapted = peft.load(model, f"{WORKDIR}/members/{best['name']}/adapter")
-labels = generate.generate(model, prompts, params=adapted, max_new_tokens=4)
+labels = generate.generate(model, prompts, params=adapted, max_new_tokens=1)
 display(Markdown(report.table(["sentence", "label"], list(zip(sentences, labels, strict=True)))))
 
 # %% [markdown]
