@@ -234,6 +234,14 @@ def test_a_token_across_the_border_is_learned_and_said(capsys):
   assert not capsys.readouterr().err
 
 
+def test_a_token_from_an_answer_into_the_next_question_is_learned():
+  """A template without anything between messages, and a vocabulary that has two line breaks as one token."""
+  tok = dataclasses.replace(get("merging"), chat_template="{% for m in messages %}{{ m.content }}{% endfor %}")
+  ids, learned = whole(data.encode(tok, tasks.Chat(tuple(chat_of("a", "f\n", "\nd", "g"))), 99, 0.0, eos=False))
+  assert [tok.backend.id_to_token(i) for i in ids] == ["a", "f", "\u010a\u010a", "d", "g"]
+  assert learned == [False, True, True, False, True]
+
+
 def test_blanks_that_a_special_token_swallows_are_not_its_own():
   tok = get("rstrip")
   ids, learned = whole(data.encode(tok, tasks.Formatted("is<|assistant|>", " good"), 99, 0.0, eos=False))
