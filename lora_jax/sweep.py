@@ -138,7 +138,8 @@ def _finished(config: Mapping, found: Mapping, workdir: pathlib.Path) -> bool:
   except errors.UserError as e:
     raise errors.UserError(f"{workdir / 'config.json'}: {e}") from None
   resolved = lambda found: {name: c.to_dict() for name, (_, c) in found.items()}
-  config_lib.differ(resolved(members), resolved(found), workdir)
+  table = lambda config: {"table": json.loads(metrics.dumps(config.get("table") or {}))}
+  config_lib.differ(resolved(members) | table(theirs), resolved(found) | table(config), workdir)
   return (workdir / "summary.json").exists()
 
 

@@ -427,6 +427,16 @@ def test_target_len_is_of_encoder_decoders_alone():
     experiment.batches(settings, models.Model("x", decoder, {}, unigram(), {}), TASK, examples=[])
 
 
+def test_what_prompts_count_is_of_decoders_alone():
+  given = {"model": {"name": "x"}, "method": {"name": "lora"}, "task": {"name": "rotten_tomatoes"}}
+  given |= {"objective": {"prompt_loss_weight": 0.1}, "data": {"batch_size": 2, "seq_len": 8}, "train": {"steps": 1}}
+  config = config_lib.resolve(given)
+  with pytest.raises(
+    errors.UserError, match="config.objective.prompt_loss_weight: an encoder-decoder does not predict"
+  ):
+    config_lib.for_batches(config, seq2seq)
+
+
 def test_what_begins_a_text(model):
   assert generate.start_id(model) == START
   own = dataclasses.replace(model, generation={"decoder_start_token_id": 5})

@@ -124,6 +124,22 @@ def test_a_mistake_is_the_result_of_its_member_alone(swept, tmp_path, pretended,
   assert pretended == [["a-seed_0"], ["a-seed_2", "a-seed_3"], [f"b-seed_{i}" for i in range(4)]]
 
 
+def test_a_directory_is_of_one_sweep(swept, tmp_path, pretended):
+  """However its config is written."""
+  c = seeds(swept, 2)
+  summary = sweep.run(c, tmp_path / "s")
+  same = c | {"optim": c["optim"] | {"b1": 0.9}, "table": None}
+  assert sweep.run(same, tmp_path / "s") == summary and len(pretended) == 1
+  others = {
+    "seed_2.data.batch_size was None, now 8": seeds(swept, 3),
+    "seed_0.optim.b1 was 0.9, now 0.8": c | {"optim": c["optim"] | {"b1": 0.8}},
+    "table.rows was None, now 'train.seed'": c | {"table": {"rows": "train.seed"}},
+  }
+  for message, other in others.items():
+    with pytest.raises(errors.UserError, match=f"belongs to another config .*{message}"):
+      sweep.run(other, tmp_path / "s")
+
+
 def test_a_group_that_has_begun_goes_on_as_it_was(swept, tmp_path, pretended, monkeypatch):
   """Whatever fits by now: its checkpoint is of those members."""
   c = seeds(swept, 5)
