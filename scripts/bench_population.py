@@ -12,7 +12,8 @@ import jax
 from absl import app, flags
 
 from configs import lora_table5
-from lora_jax import config as config_lib, experiment, group, memory, sharding
+from lora_jax import memory, sharding
+from lora_jax.runs import config as config_lib, experiment, group
 
 SIZES = flags.DEFINE_list("sizes", ["1", "8", "32", "64"], "Populations.")
 MODEL = flags.DEFINE_string("model", "smollm2-135m", "Model.")

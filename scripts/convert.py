@@ -21,7 +21,8 @@ from typing import Annotated, Literal
 
 from annotated_types import Gt, Le
 
-from lora_jax import command_line, errors, workdir
+from lora_jax import errors
+from lora_jax.runs import command_line, workdir
 from lora_jax.values import Count, Name, Size
 
 Flags = argparse.Namespace
@@ -104,8 +105,10 @@ def whole(out: pathlib.Path) -> Iterator[pathlib.Path]:
 
 def convert(flags: Flags, directory: pathlib.Path) -> None:
   """Loads, merges and writes what the flags name."""
-  from lora_jax import experiment, lowrank, models, tree, weights
+  from lora_jax import models, tree, weights
   from lora_jax.formats import adapter, peft
+  from lora_jax.merging import lowrank
+  from lora_jax.runs import experiment
 
   if flags.run:
     model, mask, method, steps = experiment.restored(flags.run, flags.step)

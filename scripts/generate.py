@@ -12,7 +12,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
-from lora_jax import command_line, errors
+from lora_jax import errors
+from lora_jax.runs import command_line
 from lora_jax.values import Count, Name, NonNegative, Seed, Share, Size
 
 Flags = argparse.Namespace
@@ -83,7 +84,7 @@ def check_flags(flags: Flags) -> None:
   for when, names in idle.items():
     if wrong := [f"--{k}" for k in names.split() if getattr(flags, k) != default(k)]:
       raise errors.UserError(f"{', '.join(wrong)} would do nothing {when}")
-  from lora_jax import decode
+  from lora_jax.inference import decode
 
   decode.check(flags.max_new_tokens, flags.temperature, flags.top_k, flags.top_p, flags.no_repeat_ngram, flags.beams)
 
@@ -114,7 +115,7 @@ def read(text: Callable[[], str]) -> str:
 
 def answer(flags: Flags, model, prompt: str | list[int]) -> str:
   """Prints the continuation as it is written, and how fast that was."""
-  from lora_jax import generate
+  from lora_jax.inference import generate
 
   how = dict(max_new_tokens=flags.max_new_tokens, no_repeat_ngram=flags.no_repeat_ngram, stop=flags.stop)
   if flags.beams > 1:

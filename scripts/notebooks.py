@@ -28,7 +28,7 @@ METADATA = {
   "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
   "language_info": {"name": "python"},
 }
-PROGRESS = re.compile(r"^(step|evaluating \w+) [\d,]+/[\d,]+")  # lines of metrics.Progress, which hold times
+PROGRESS = re.compile(r"^(step|evaluating \w+) [\d,]+/[\d,]+")  # lines of progress.Progress, which hold times
 FOREIGN = re.compile(r"%\|.*\||Warning\b|^(WARNING|[WEI]\d{4} )")  # progress bars and logs of other libraries
 MACHINE = re.compile(r"(?<![\w.:/<-])/(tmp|home|root|usr|opt|var|mnt|work|private|Users)/|site-packages|[A-Z]:\\")
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f]")

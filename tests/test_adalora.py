@@ -8,9 +8,11 @@ import numpy as np
 import optax
 import pytest
 
-from lora_jax import errors, methods, models, optim, train, transformer, tree, weights
+from lora_jax import errors, methods, models, tree, weights
 from lora_jax.formats import adapter, peft as peft_format
-from lora_jax.methods import _adalora, adalora
+from lora_jax.methods import adalora, budget
+from lora_jax.model import transformer
+from lora_jax.training import optim, train
 from tests import noise
 from tests.noise import moved
 from tests.test_dora import apply
@@ -103,7 +105,7 @@ def as_ours(module):
   a, e, b = (array(getattr(module, f"lora_{c}")["default"]) for c in "AEB")
   rank = len(e)
   w = array(module.base_layer.weight).T
-  return _adalora.AdaLoRA(w, a.T, e[:, 0], b.T, jnp.float32(module.scaling["default"] / (rank + 1e-5)))
+  return budget.AdaLoRA(w, a.T, e[:, 0], b.T, jnp.float32(module.scaling["default"] / (rank + 1e-5)))
 
 
 @pytest.mark.parametrize(
@@ -154,12 +156,12 @@ def test_budget_and_pruning_are_those_of_peft(schedule):
     pruned.append(sum(int((w.e == 0).sum()) for w in trainable.values()))
   assert pruned[-1] == 2 * (6 - 2)
   assert len(set(pruned)) > 2
-  budgets = [_adalora.budget(s, 12, 4, schedule["tinit"], steps - schedule["tfinal"]) for s in range(1, steps + 1)]
+  budgets = [budget.budget(s, 12, 4, schedule["tinit"], steps - schedule["tfinal"]) for s in range(1, steps + 1)]
   assert budgets == [theirs.base_model.rankallocator.budget_schedule(s)[0] for s in range(1, steps + 1)]
 
 
 def test_budget_falls_as_a_cubic():
-  budgets = [_adalora.budget(s, 100, 20, 5, 45) for s in range(60)]
+  budgets = [budget.budget(s, 100, 20, 5, 45) for s in range(60)]
   assert budgets[:6] == [100] * 6 and budgets[45:] == [20] * 15
   assert budgets[25] == 20 + 80 // 8
   assert budgets == sorted(budgets, reverse=True)
@@ -195,7 +197,7 @@ def test_training_reaches_the_target_in_one_program_and_members_are_runs(base):
     weights=np.ones(TOKENS.shape, np.float32),
     segment_ids=np.ones_like(TOKENS),
   )
-  from lora_jax import objectives
+  from lora_jax.training import objectives
 
   step = train.make_step(
     train.Forward(CONFIG), objectives.OBJECTIVES["causal_lm"], optimiser, rate, penalty=methods.penalty(spec)
@@ -213,7 +215,7 @@ def test_training_reaches_the_target_in_one_program_and_members_are_runs(base):
   alone = [single(t) for t in starts]
   both, metrics = jax.jit(jax.vmap(run))(jax.tree.map(lambda *xs: jnp.stack(xs), *starts))
   for i, (state, seen) in enumerate(alone):
-    kept = [np.asarray(w.e) != 0 for w in jax.tree.leaves(state.trainable, is_leaf=_adalora.is_node)]
+    kept = [np.asarray(w.e) != 0 for w in jax.tree.leaves(state.trainable, is_leaf=budget.is_node)]
     assert sum(k.sum() for k in kept) == 2 * 6
     assert seen["loss"][-1] < seen["loss"][0]
     together = jax.tree.map(lambda x: x[i], both.trainable)
@@ -237,8 +239,8 @@ def test_peft_loads_what_we_save_and_so_do_we(tmp_path, targets, pruned):
   ref, model = load(tmp_path / "base", num_key_value_heads=2)
   params = moved(*adalora.init(KEY, model.params, targets=targets, init_r=4, target_r=2, alpha=40.0), size=0.3)
   if pruned:
-    drop = lambda w: w.replace(e=w.e * (jax.random.uniform(KEY, w.e.shape) > 0.5)) if _adalora.is_node(w) else w
-    params = jax.tree.map(drop, params, is_leaf=_adalora.is_node)
+    drop = lambda w: w.replace(e=w.e * (jax.random.uniform(KEY, w.e.shape) > 0.5)) if budget.is_node(w) else w
+    params = jax.tree.map(drop, params, is_leaf=budget.is_node)
   peft_format.save(model, params, tmp_path / "adapter")
   saved = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
   assert bool(saved["rank_pattern"]) == pruned

@@ -14,7 +14,8 @@ import pytest
 from flax import linen as nn, nnx
 
 import lora_jax
-from lora_jax import bridges, errors, foreign, methods, tree, weights
+from lora_jax import bridges, errors, methods, tree, weights
+from lora_jax.bridges import function
 from tests import noise
 
 KEY = jax.random.key(1)
@@ -97,7 +98,7 @@ def noisy(adapter, seed=5, size=0.1):
 
 @pytest.mark.slow
 def test_the_example_of_the_docstring():
-  result = doctest.testmod(foreign)
+  result = doctest.testmod(function)
   assert result.attempted > 10 and not result.failed
 
 

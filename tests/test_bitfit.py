@@ -9,9 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lora_jax import errors, fused, methods, models, optim, transformer, tree, warm_start, weights
+from lora_jax import errors, methods, models, tree, weights
 from lora_jax.formats import adapter, peft as peft_format
 from lora_jax.methods import bitfit, norms
+from lora_jax.model import transformer
+from lora_jax.runs import warm_start
+from lora_jax.training import optim
+from lora_jax.weights import fused
 from tests import test_families
 from tests.test_families import TOKENS, jitted
 from tests.test_ia3 import model_of

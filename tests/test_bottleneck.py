@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lora_jax import errors, layers, methods, transformer, tree, weights
-from lora_jax.methods import _bottleneck, houlsby, parallel, pfeiffer
+from lora_jax import errors, methods, tree, weights
+from lora_jax.methods import bottleneck, houlsby, parallel, pfeiffer
+from lora_jax.model import layers, transformer
 from tests import noise, test_families
 
 KEY = jax.random.key(3)
@@ -75,7 +76,7 @@ def hooked(torch, ref, model, params, name):
 
 def _adapters(params, path=()):
   for k, v in params.items():
-    if isinstance(v, _bottleneck.Bottleneck):
+    if isinstance(v, bottleneck.Bottleneck):
       yield "/".join(path), v
     elif isinstance(v, dict):
       yield from _adapters(v, (*path, k))

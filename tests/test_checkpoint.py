@@ -15,7 +15,8 @@ import numpy as np
 import optax
 import pytest
 
-from lora_jax import checkpoint, errors, tree
+from lora_jax import errors, tree
+from lora_jax.formats import checkpoint
 
 pytest.importorskip("orbax.checkpoint")
 

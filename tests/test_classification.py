@@ -8,8 +8,11 @@ import pytest
 import tokenizers
 
 from configs import common
-from lora_jax import classify, errors, experiment, models, tasks, tokenizer, transformer, tree
+from lora_jax import errors, models, tasks, tokenizer, tree
+from lora_jax.batches import classification
 from lora_jax.formats import peft
+from lora_jax.model import transformer
+from lora_jax.runs import experiment
 from tests.test_usage import as_reported
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
@@ -133,7 +136,7 @@ def test_a_classifier_beside_a_frozen_encoder(files, tmp_path):
 def test_padding_does_not_change_a_classification(files):
   model = models.load(str(files / "bert"), dtype="float32", head="classification")
   task = tasks.get(**config(files)["task"])
-  batch = classify.eval_batches(task, list(task.load("test")), model.tokenizer, batch_size=8, seq_len=16)[0]
+  batch = classification.eval_batches(task, list(task.load("test")), model.tokenizer, batch_size=8, seq_len=16)[0]
   run = experiment.train.Forward(model.config).classify
   together = run(model.params, batch)
   for row, n in enumerate(batch["lengths"]):

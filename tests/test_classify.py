@@ -9,7 +9,8 @@ import pytest
 import tokenizers
 from hypothesis import strategies as st
 
-from lora_jax import classify, data, errors, tasks, tokenizer
+from lora_jax import errors, tasks, tokenizer
+from lora_jax.batches import causal, classification
 from tests.test_tokenizer import bytes_bpe, encoder_directory, template, wordpiece
 
 BUILDS = {"bert": wordpiece, "distilbert": template, "roberta": bytes_bpe}
@@ -38,7 +39,7 @@ def both(request, tmp_path_factory):
 @hypothesis.settings(deadline=None, max_examples=150)
 def test_encode_equals_transformers(both, texts, seq_len):
   ours, theirs = both
-  got, truncated = classify.encode(ours, texts, seq_len)
+  got, truncated = classification.encode(ours, texts, seq_len)
   # In lists, since transformers takes an empty second text for none otherwise.
   kw = dict(return_token_type_ids=True)
   full = [theirs(*([t] for t in x), **kw) for x in texts]
@@ -55,27 +56,27 @@ def test_both_of_a_pair_are_cut_in_every_order(both):
     for b in range(1, 9):
       for seq_len in range(5, 14):
         x = (" fox" * a, " dogs" * b)
-        (got,), _ = classify.encode(ours, [x], seq_len)
+        (got,), _ = classification.encode(ours, [x], seq_len)
         assert got["tokens"].tolist() == theirs(*x, truncation=True, max_length=seq_len)["input_ids"]
 
 
 def test_a_frame_without_room_is_refused(both):
   ours, _ = both
   special = ours.backend.num_special_tokens_to_add(True)
-  assert len(classify.encode(ours, [("fox", "dogs")], special + 1)[0][0]["tokens"]) == special + 1
+  assert len(classification.encode(ours, [("fox", "dogs")], special + 1)[0][0]["tokens"]) == special + 1
   with pytest.raises(errors.UserError, match=f"seq_len={special} has no room for text beside {special} special"):
-    classify.encode(ours, [("fox", "dogs")], special)
+    classification.encode(ours, [("fox", "dogs")], special)
 
 
 def test_decoders_have_no_frame_or_begin_a_text():
   backend = bytes_bpe()
   backend.post_processor = tokenizers.processors.ByteLevel()
   plain = tokenizer.Tokenizer(backend, pad_id=1)
-  got, _ = classify.encode(plain, [("fox",), ("fox", " dogs"), ("",)], 20)
+  got, _ = classification.encode(plain, [("fox",), ("fox", " dogs"), ("",)], 20)
   assert [x["tokens"].tolist() for x in got] == [plain.encode("fox"), plain.encode("fox dogs"), [1]]
   assert got[2]["token_types"].tolist() == [0]
   backend.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-  (got,), _ = classify.encode(tokenizer.Tokenizer(backend, bos_id=0), [("fox",)], 20)
+  (got,), _ = classification.encode(tokenizer.Tokenizer(backend, bos_id=0), [("fox",)], 20)
   assert got["tokens"].tolist() == [0, *plain.encode("fox")]
 
 
@@ -117,7 +118,7 @@ def numbers(tok, batch):
 
 
 def iterator(tok, targets, labels=("no", "yes"), **kw):
-  return classify.train_iterator(*task(targets, labels), tok, **{"batch_size": 4, "seq_len": 24, **kw})
+  return classification.train_iterator(*task(targets, labels), tok, **{"batch_size": 4, "seq_len": 24, **kw})
 
 
 def test_an_epoch_has_every_example_once_with_its_label(tok):
@@ -128,7 +129,7 @@ def test_an_epoch_has_every_example_once_with_its_label(tok):
     for _ in range(13):
       batch = next(it)
       assert set(batch) == set("tokens token_types positions segment_ids lengths labels weights".split())
-      assert batch["tokens"].shape[1] == data.bucket(batch["lengths"].max(), 24) and (batch["weights"] == 1).all()
+      assert batch["tokens"].shape[1] == causal.bucket(batch["lengths"].max(), 24) and (batch["weights"] == 1).all()
       found = list(numbers(tok, batch))
       assert batch["labels"].tolist() == [targets[i] for i in found] and batch["labels"].dtype == np.int32
       epochs[-1] += found
@@ -142,7 +143,7 @@ def test_regression_has_float_labels_that_may_be_negative(tok):
   batch = next(iterator(tok, targets, labels=None))
   assert batch["labels"].dtype == np.float32 and (batch["weights"] == 1).all()
   assert batch["labels"].tolist() == [targets[i] for i in numbers(tok, batch)]
-  batches = classify.eval_batches(*task(targets, None), tok, batch_size=5, seq_len=24)
+  batches = classification.eval_batches(*task(targets, None), tok, batch_size=5, seq_len=24)
   assert sum(b["weights"].sum() for b in batches) == 12
 
 
@@ -165,7 +166,7 @@ def test_state_is_restored_exactly_and_processes_share_the_batch(tok):
 
 def test_eval_batches_hold_every_example_once(tok):
   targets = [i % 2 if i != 5 else -1 for i in range(21)]
-  batches = classify.eval_batches(*task(targets), tok, batch_size=4, seq_len=16)
+  batches = classification.eval_batches(*task(targets), tok, batch_size=4, seq_len=16)
   seen, lengths = [], []
   for batch in batches:
     index, hidden = batch["index"], batch["index"] == 5
@@ -176,7 +177,7 @@ def test_eval_batches_hold_every_example_once(tok):
     seen += index.tolist()
     lengths += batch["lengths"].tolist()
   assert sorted(seen) == [-1, -1, -1, *range(21)] and lengths == sorted(lengths, reverse=True)
-  assert classify.eval_batches(*task([]), tok, batch_size=4, seq_len=16) == []
+  assert classification.eval_batches(*task([]), tok, batch_size=4, seq_len=16) == []
 
 
 def test_what_cannot_be_learned_is_refused(tok):
@@ -188,4 +189,4 @@ def test_what_cannot_be_learned_is_refused(tok):
     iterator(tok, [0, 1], process_count=3)
   text = tasks.get("jsonl", path="x")
   with pytest.raises(errors.UserError, match="'jsonl' has neither labels nor numbers"):
-    classify.eval_batches(text, [{"prompt": "a", "response": "b"}], tok, batch_size=1, seq_len=8)
+    classification.eval_batches(text, [{"prompt": "a", "response": "b"}], tok, batch_size=1, seq_len=8)

@@ -17,7 +17,7 @@ pytest.importorskip("ipykernel")
 import nbformat.v4
 from PIL import Image
 
-from lora_jax import plots
+from lora_jax.results import plots
 from scripts import notebooks
 from tests.test_experiment import files  # noqa: F401, a fixture
 

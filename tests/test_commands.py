@@ -8,7 +8,9 @@ import pytest
 from absl import logging
 
 from experiments import report, run
-from lora_jax import errors, experiment, plots, sweep
+from lora_jax import errors
+from lora_jax.results import plots
+from lora_jax.runs import experiment, sweep
 
 ROOT = pathlib.Path(__file__).parents[1]
 TABLE5 = ROOT / "experiments" / "results" / "lora_table5"

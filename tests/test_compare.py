@@ -9,16 +9,17 @@ import numpy as np
 import pytest
 
 from configs import methods as config
-from lora_jax import compare, labels, methods, tasks
+from lora_jax import methods, tasks
+from lora_jax.results import comparison, point_labels
 
 ROOT = pathlib.Path(__file__).parents[1]
-KINDS = {kind: names.split() for kind, (_, names) in compare.KINDS.items()}
+KINDS = {kind: names.split() for kind, (_, names) in comparison.KINDS.items()}
 
 
 def test_every_method_is_of_one_kind():
   assert sorted(itertools.chain(*KINDS.values())) == sorted(methods.names())
-  assert len({colour for colour, _ in compare.KINDS.values()}) == len(KINDS)
-  assert compare.kind("galore") == "whole weights" and compare.kind("ia3+lora") == "scales and biases"
+  assert len({colour for colour, _ in comparison.KINDS.values()}) == len(KINDS)
+  assert comparison.kind("galore") == "whole weights" and comparison.kind("ia3+lora") == "scales and biases"
 
 
 @pytest.mark.parametrize(
@@ -28,8 +29,8 @@ def test_the_main_metric_is_the_first_of_the_task(subset, metric):
   """Also where others of what a run logs come before it in the alphabet."""
   task = tasks.get("glue", subset=subset)
   found = task.metrics([0, 1, 1], [0, 1, 0]) | task.score({"label": 1}, " yes") | {"general_loss": 3.0}
-  assert compare.main_metric(found) == metric
-  assert compare.main_metric({"general_loss": 3.0}) is None
+  assert comparison.main_metric(found) == metric
+  assert comparison.main_metric({"general_loss": 3.0}) is None
 
 
 def test_kinds_are_those_of_the_readme():
@@ -43,7 +44,7 @@ def test_kinds_are_those_of_the_readme():
 def test_the_config_has_all_methods_kind_by_kind():
   assert sorted(config.METHODS) == sorted(methods.names())
   assert all(method["name"] == name for name, (method, _) in config.METHODS.items())
-  kinds = [kind for kind, _ in itertools.groupby(config.METHODS, compare.kind)]
+  kinds = [kind for kind, _ in itertools.groupby(config.METHODS, comparison.kind)]
   assert sorted(kinds) == sorted(KINDS)
 
 
@@ -57,22 +58,22 @@ def test_names_cover_neither_each_other_nor_points(spread):
   at[1] = at[0]  # two points in one place
   half = np.stack([np.linspace(12, 30, 20), np.full(20, 6.0)], -1)
   frame = (-150, -150, 550, 550)
-  found = labels.places(at, half, 4.0, frame)
+  found = point_labels.places(at, half, 4.0, frame)
   assert not (overlaps(found, half, found, half) & ~np.eye(20, dtype=bool)).any()
   assert not overlaps(found, half, at, np.zeros_like(at)).any()
   assert ((found - half >= -150) & (found + half <= 550)).all()
-  np.testing.assert_array_equal(found, labels.places(at, half, 4.0, frame))
+  np.testing.assert_array_equal(found, point_labels.places(at, half, 4.0, frame))
 
 
 def test_a_name_alone_is_right_beside_its_point():
-  (place,) = labels.places(np.array([[50.0, 50.0]]), np.array([[20.0, 5.0]]), 4.0, (0, 0, 200, 100))
+  (place,) = point_labels.places(np.array([[50.0, 50.0]]), np.array([[20.0, 5.0]]), 4.0, (0, 0, 200, 100))
   np.testing.assert_allclose(place, (50 + 4 + 20, 50))
 
 
 def test_plots_of_what_has_no_score_or_nothing_forgotten_can_be_drawn():
   """Committed rows, without what a task may not have; of no row at all there is a plot too."""
   summary = json.loads((ROOT / "experiments/results/methods/summary.json").read_text())
-  found = compare.rows(summary["members"])[:3]
+  found = comparison.rows(summary["members"])[:3]
   found = [r | {"forgetting": None, "after": None if i else 0.5} for i, r in enumerate(found)]
   empty = [r | {"after": None, "metric": None} for r in found]
-  assert all(compare.tradeoff(rows).startswith(b"\x89PNG") for rows in (found, empty))
+  assert all(comparison.tradeoff(rows).startswith(b"\x89PNG") for rows in (found, empty))

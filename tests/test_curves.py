@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from lora_jax import curves, plots, tables
 from lora_jax.methods import intrinsic
+from lora_jax.results import curves, plots, tables
 from tests.summaries import DIMENSIONS, REACHED, SEEDS, by_rank, dimensions, fails, member, rows, several, summary
 
 

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from lora_jax import data, errors, tasks
+from lora_jax import errors, tasks
+from lora_jax.batches import causal
 
 PAD, BOS, EOS = 7, 1, 2
 T = 40
@@ -80,7 +81,7 @@ def corpus(n=53, seed=0):
 
 
 def iterator(formatted, tokenizer=None, **kw):
-  return data.train_iterator(*task(formatted), tokenizer or Bytes(), **{"batch_size": 4, "seq_len": T, **kw})
+  return causal.train_iterator(*task(formatted), tokenizer or Bytes(), **{"batch_size": 4, "seq_len": T, **kw})
 
 
 def examples_of(batch):
@@ -116,17 +117,17 @@ def originals(formatted, plw=0.1, tokenizer=None):
 
 @pytest.mark.parametrize("seq_len", [1, 5, 32, 33, 64, 100, 1024])
 def test_bucket_is_the_smallest_that_fits(seq_len):
-  known = data.buckets(seq_len)
+  known = causal.buckets(seq_len)
   assert known == sorted(set(known)) and known[-1] == seq_len
   for n in range(1, seq_len + 1):
-    b = data.bucket(n, seq_len)
+    b = causal.bucket(n, seq_len)
     assert n <= b <= seq_len and (b == known[0] or known[known.index(b) - 1] < n)
     assert b <= max(32, 1.5 * n)
   assert len(known) <= 2 * max(1, np.log2(seq_len / 16))
 
 
 def test_encode():
-  got = data.encode(Bytes(), tasks.Formatted("ab", " c"), T, 0.25)
+  got = causal.encode(Bytes(), tasks.Formatted("ab", " c"), T, 0.25)
   assert got["tokens"].tolist() == [100, 101, 35, 102]
   assert got["targets"].tolist() == [101, 35, 102, EOS]
   assert got["weights"].tolist() == [0.25, 1, 1, 1]
@@ -148,7 +149,7 @@ def test_encode():
   ],
 )
 def test_encode_special_tokens(formatted, kw, tokenizer, ids, weights):
-  got = data.encode(tokenizer, tasks.Formatted(*formatted), T, 0.5, **kw)
+  got = causal.encode(tokenizer, tasks.Formatted(*formatted), T, 0.5, **kw)
   assert [*got["tokens"], got["targets"][-1]] == ids
   assert got["weights"].tolist() == weights
 
@@ -159,7 +160,7 @@ def chat(*contents):
 
 
 def test_chat_learns_every_assistant_turn():
-  got = data.encode(Bytes(add_bos=True), chat("q1", "a1", "q2", "a2"), 100, 0.0)
+  got = causal.encode(Bytes(add_bos=True), chat("q1", "a1", "q2", "a2"), 100, 0.0)
   assert got["tokens"][0] == BOS and BOS not in got["tokens"][1:]
   text = "<u>q1$\n<a>a1$\n<u>q2$\n<a>a2$"
   assert got["targets"].tolist() == Bytes().encode(text)
@@ -169,7 +170,7 @@ def test_chat_learns_every_assistant_turn():
 
 
 def test_chat_template_that_rewrites_turns_gives_an_example_for_each_answer():
-  (first, second), truncated = data.encode_all(
+  (first, second), truncated = causal.encode_all(
     Bytes(rewrites=True), [chat("q1", "think a1", "q2", "think a2")], 100, 0.0
   )
   for got, asked, answer in (
@@ -185,9 +186,9 @@ def test_chat_template_that_rewrites_turns_gives_an_example_for_each_answer():
 def test_evaluation_prompt_is_a_prefix_of_the_training_ids():
   for tokenizer in (Bytes(), Bytes(add_bos=True)):
     for f in (tasks.Formatted("ab", " c"), tasks.Formatted("", "c"), chat("q1", "a1", "q2", "a2")):
-      (batch,) = data.eval_batches(*task([f]), tokenizer, batch_size=1, seq_len=100)
+      (batch,) = causal.eval_batches(*task([f]), tokenizer, batch_size=1, seq_len=100)
       n = batch["lengths"][0]
-      train = data.encode(tokenizer, f, 100, 0.0)
+      train = causal.encode(tokenizer, f, 100, 0.0)
       assert batch["tokens"][0, :n].tolist() == train["tokens"][:n].tolist()
       assert train["weights"][n - 1] == 1 and train["weights"][n - 1 :].all()
 
@@ -199,8 +200,8 @@ def test_evaluation_prompt_is_a_prefix_of_the_training_ids():
 def test_truncation_keeps_the_response(p, r, seq_len, add_bos, eos, plw):
   tokenizer = Bytes(add_bos=add_bos)
   f = tasks.Formatted("".join(chr(97 + i % 26) for i in range(p)), "".join(chr(65 + i % 26) for i in range(r)))
-  (got,), truncated = data.encode_all(tokenizer, [f], seq_len, plw, eos)
-  (full,), none = data.encode_all(tokenizer, [f], 1000, plw, eos)
+  (got,), truncated = causal.encode_all(tokenizer, [f], seq_len, plw, eos)
+  (full,), none = causal.encode_all(tokenizer, [f], 1000, plw, eos)
   assert none == 0 and truncated == (len(full["tokens"]) > seq_len)
   assert len(got["tokens"]) == min(len(full["tokens"]), seq_len)
   response = full["targets"][len(full["targets"]) - r - eos :]
@@ -217,7 +218,7 @@ def test_truncation_keeps_the_response(p, r, seq_len, add_bos, eos, plw):
 
 @pytest.mark.parametrize("seq_len", range(1, 30))
 def test_truncated_chat_keeps_its_weights(seq_len):
-  short, full = (data.encode(Bytes(add_bos=True), chat("q1", "a1", "q2", "a2"), n, 0.0) for n in (seq_len, 100))
+  short, full = (causal.encode(Bytes(add_bos=True), chat("q1", "a1", "q2", "a2"), n, 0.0) for n in (seq_len, 100))
   n = len(short["tokens"])
   assert n == min(seq_len, len(full["tokens"]))
   if n > 4:
@@ -233,7 +234,7 @@ def test_the_end_is_learned_after_free_text_but_not_after_a_label():
   )
 
   def learned(formatted, labels, **kw):
-    batch = next(data.train_iterator(*task([formatted], labels), Bytes(), batch_size=1, seq_len=T, **kw))
+    batch = next(causal.train_iterator(*task([formatted], labels), Bytes(), batch_size=1, seq_len=T, **kw))
     return batch["targets"][batch["weights"] == 1].tolist()
 
   ended, alone = [102, EOS], [102]
@@ -278,10 +279,10 @@ def test_packing_fills_rows_and_padding_uses_buckets():
   for _ in range(60):
     batch = next(it)
     longest = (batch["segment_ids"] > 0).sum(1).max()
-    assert batch["tokens"].shape == (2, data.bucket(longest, 100))
+    assert batch["tokens"].shape == (2, causal.bucket(longest, 100))
     assert all(v.shape == batch["tokens"].shape for v in batch.values())
     shapes.add(batch["tokens"].shape[1])
-  assert shapes <= set(data.buckets(100)) and len(shapes) > 2
+  assert shapes <= set(causal.buckets(100)) and len(shapes) > 2
 
 
 LAYOUTS = [{}, {"pack": True}, {"share_rows": True}]
@@ -352,8 +353,8 @@ def test_rows_are_shared_by_the_examples_of_the_padded_batch():
 
 
 def test_a_batch_that_needs_more_rows_than_others_gets_twice_as_many():
-  rows = data.encode_all(Bytes(), corpus(16), T)[0]
-  batch = data.compact(rows, slice(0, 16), T, PAD, 1)
+  rows = causal.encode_all(Bytes(), corpus(16), T)[0]
+  batch = causal.compact(rows, slice(0, 16), T, PAD, 1)
   n = len(batch["tokens"])
   assert n in (4, 8, 16) and sorted(examples_of(batch)) == sorted(originals(corpus(16)))
   assert batch["segment_ids"][n // 2 :].any(), "half as many would do"
@@ -389,12 +390,12 @@ def test_bad_settings():
 def test_eval_batches_hold_every_prompt_once(add_bos):
   formatted = corpus(21)
   tokenizer = Bytes(add_bos=add_bos)
-  batches = data.eval_batches(*task(formatted), tokenizer, batch_size=4, seq_len=16)
+  batches = causal.eval_batches(*task(formatted), tokenizer, batch_size=4, seq_len=16)
   index = np.concatenate([b["index"] for b in batches])
   assert sorted(index[index >= 0]) == list(range(21)) and (index < 0).sum() == 3
   lengths = []
   for b in batches:
-    assert b["tokens"].shape == (4, data.bucket(b["lengths"].max(), 16)) and b["tokens"].dtype == np.int32
+    assert b["tokens"].shape == (4, causal.bucket(b["lengths"].max(), 16)) and b["tokens"].dtype == np.int32
     for tokens, n, i in zip(b["tokens"], b["lengths"], b["index"], strict=True):
       assert n >= 1 and (tokens[n:] == PAD).all()
       if i >= 0:
@@ -403,28 +404,28 @@ def test_eval_batches_hold_every_prompt_once(add_bos):
         assert tokens[:n].tolist() == cut
         lengths.append(n)
   assert lengths == sorted(lengths, reverse=True)
-  one = data.eval_batches(*task(formatted), tokenizer, batch_size=4, seq_len=60, same_length=True)
+  one = causal.eval_batches(*task(formatted), tokenizer, batch_size=4, seq_len=60, same_length=True)
   longest = max(b["lengths"].max() for b in one)
-  assert {b["tokens"].shape for b in one} == {(4, data.bucket(longest, 60))}
-  other = data.eval_batches(*task(formatted), tokenizer, batch_size=4, seq_len=60)
+  assert {b["tokens"].shape for b in one} == {(4, causal.bucket(longest, 60))}
+  other = causal.eval_batches(*task(formatted), tokenizer, batch_size=4, seq_len=60)
   assert all(np.array_equal(a["lengths"], b["lengths"]) for a, b in zip(one, other, strict=True))
 
 
 def test_labels_of_each_prompt():
   formatted = [tasks.Formatted("x", " a"), chat("q", " a")]
-  (batch,) = data.eval_batches(*task(formatted, (" a", " bcd")), Bytes(), batch_size=3, seq_len=64)
+  (batch,) = causal.eval_batches(*task(formatted, (" a", " bcd")), Bytes(), batch_size=3, seq_len=64)
   assert batch["labels"].tolist() == [[[35, 100, PAD, PAD], [35, 101, 102, 103]]] * 3, "that of a chat has no end"
   assert batch["label_lengths"].tolist() == [[2, 4]] * 3
   assert batch["labels"].dtype == batch["label_lengths"].dtype == np.int32
-  (batch,) = data.eval_batches(*task(formatted), Bytes(), batch_size=2, seq_len=64)
+  (batch,) = causal.eval_batches(*task(formatted), Bytes(), batch_size=2, seq_len=64)
   assert batch["labels"].shape == (2, 0, 1) and batch["label_lengths"].shape == (2, 0)
   with pytest.raises(errors.UserError, match="label '' has no tokens after 'x'"):
-    data.eval_batches(*task(formatted, (" a", "")), Bytes(), batch_size=2, seq_len=64)
+    causal.eval_batches(*task(formatted, (" a", "")), Bytes(), batch_size=2, seq_len=64)
 
 
 def test_the_pipeline_does_not_import_jax():
-  package = pathlib.Path(data.__file__).parent
-  for file in [package / "data.py", package / "classify.py", *(package / "tasks").glob("*.py")]:
+  package = pathlib.Path(causal.__file__).parent
+  for file in [*(package / "batches").glob("*.py"), *(package / "tasks").rglob("*.py")]:
     nodes = ast.walk(ast.parse(file.read_text()))
     names = [a.name for n in nodes if isinstance(n, ast.Import) for a in n.names]
     assert not [n for n in names if n.split(".")[0] in ("jax", "flax", "tensorflow")], file

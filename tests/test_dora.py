@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 from flax import struct
 
-from lora_jax import errors, methods, models, transformer, tree, weights
+from lora_jax import errors, methods, models, tree, weights
 from lora_jax.formats import peft as peft_format
+from lora_jax.formats.peft import dora as dora_form
 from lora_jax.methods import dora, lora
+from lora_jax.model import transformer
 from tests.noise import moved
 from tests.test_families import outputs
 from tests.test_lora import first_output, load, load_family
@@ -310,7 +312,7 @@ def test_misfits_are_listed_together(tmp_path, base):
   peft_format.save(model, params, tmp_path)
   path = tmp_path / "adapter_model.safetensors"
   tensors = safetensors.numpy.load_file(path)
-  names = sorted(k for k in tensors if k.endswith(dora.MAGNITUDE))
+  names = sorted(k for k in tensors if k.endswith(dora_form.MAGNITUDE))
   del tensors[names[0]]
   tensors[names[1]] = tensors[names[1]][:-1].copy()
   tensors[names[2].replace("_proj", "_what")] = tensors.pop(names[2])

@@ -12,7 +12,8 @@ import tokenizers
 from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
-from lora_jax import data, encoding, errors, seq2seq, tasks, tokenizer
+from lora_jax import errors, tasks, tokenizer
+from lora_jax.batches import causal, encoder_decoder, encoding
 from lora_jax.formats import gguf
 from tests import test_tokenizer
 from tests.test_data import task
@@ -151,7 +152,7 @@ def test_ids_of_plain_text_are_those_of_the_whole(name, prompt, response):
   """What is learned begins with the first token that the prompt alone does not have, where it has the same before."""
   tok = get(name)
   hypothesis.assume(prompt and tok.encode(response))
-  ids, learned = whole(data.encode(tok, tasks.Formatted(prompt, response), 999, 0.0, eos=False))
+  ids, learned = whole(causal.encode(tok, tasks.Formatted(prompt, response), 999, 0.0, eos=False))
   want = theirs(name)(prompt + response)["input_ids"]
   start = [] if tok.begin or ids == want else [tok.bos_id]  # one token has all of the prompt
   assert ids == start + want
@@ -176,13 +177,13 @@ def test_ids_of_a_conversation_are_those_of_transformers(name, template, said):
   tok = dataclasses.replace(get(name), chat_template=spelt(get(name), template))
   messages = chat_of(*(spelt(tok, c) for c in said))
   chat = functools.partial(theirs(name).apply_chat_template, chat_template=tok.chat_template, return_dict=True)
-  ids, learned = whole(data.encode(tok, tasks.Chat(tuple(messages)), 999, 0.0, eos=False))
+  ids, learned = whole(causal.encode(tok, tasks.Chat(tuple(messages)), 999, 0.0, eos=False))
   want = chat(messages)["input_ids"]
   assert ids == want[: len(ids)] and not tok.decode(want[len(ids) :], skip_special_tokens=False).strip()
   at = []
   for i in (1, 3):
     asked = chat(messages[:i], add_generation_prompt=True)["input_ids"]
-    (batch,) = data.eval_batches(*one(tasks.Chat(tuple(messages[: i + 1]))), tok, batch_size=1, seq_len=999)
+    (batch,) = causal.eval_batches(*one(tasks.Chat(tuple(messages[: i + 1]))), tok, batch_size=1, seq_len=999)
     assert batch["tokens"][0, : batch["lengths"][0]].tolist() == asked == want[: len(asked)]
     at.append(len(asked))
   starts = [i for i in range(1, len(ids)) if learned[i] and not learned[i - 1]]
@@ -197,7 +198,7 @@ def one(formatted, labels=None):
 @pytest.mark.parametrize("prompt", ["The film is", "The film is ", "a<|assistant|>", "", "</s>", "x:\n"])
 def test_prompts_and_labels_are_the_whole_text(name, prompt):
   tok, labels = get(name), (" good", "good", " fine film")
-  (batch,) = data.eval_batches(*one(tasks.Formatted(prompt, ""), labels), tok, batch_size=1, seq_len=99)
+  (batch,) = causal.eval_batches(*one(tasks.Formatted(prompt, ""), labels), tok, batch_size=1, seq_len=99)
   asked = batch["tokens"][0, : batch["lengths"][0]].tolist()
   alone = [*tok.begin, *tok.encode(prompt)]
   assert alone[: len(asked)] == asked or asked == [tok.bos_id]
@@ -212,15 +213,15 @@ def test_labels_of_a_conversation_are_those_of_training(name):
   chat = lambda label: tasks.Chat(
     tuple({"role": r, "content": c} for r, c in (("user", "is it?"), ("assistant", label)))
   )
-  (batch,) = data.eval_batches(*one(chat("good"), labels), tok, batch_size=1, seq_len=99)
+  (batch,) = causal.eval_batches(*one(chat("good"), labels), tok, batch_size=1, seq_len=99)
   asked = batch["tokens"][0, : batch["lengths"][0]].tolist()
   for ids, n, label in zip(batch["labels"][0], batch["label_lengths"][0], labels, strict=True):
-    assert [*asked, *ids[:n], tok.eos_id] == whole(data.encode(tok, chat(label), 999))[0]
+    assert [*asked, *ids[:n], tok.eos_id] == whole(causal.encode(tok, chat(label), 999))[0]
 
 
 def test_a_token_across_the_border_is_learned_and_said(capsys):
   tok = get("prepend")
-  rows, _ = data.encode_all(tok, [tasks.Formatted("The film is ", w) for w in ("good", " good", "fine")], 99, 0.0)
+  rows, _ = causal.encode_all(tok, [tasks.Formatted("The film is ", w) for w in ("good", " good", "fine")], 99, 0.0)
   assert [tok.backend.id_to_token(whole(r)[0][whole(r)[1].index(True)]) for r in rows] == [
     SPACE + "good",
     SPACE + "good",
@@ -230,21 +231,21 @@ def test_a_token_across_the_border_is_learned_and_said(capsys):
   assert said.startswith("some examples have a token of both") and said.endswith(
     "(2, such as 'The film is ' + 'good')\n"
   )
-  data.encode_all(tok, [tasks.Formatted("The film is", " good")], 99)
+  causal.encode_all(tok, [tasks.Formatted("The film is", " good")], 99)
   assert not capsys.readouterr().err
 
 
 def test_a_token_from_an_answer_into_the_next_question_is_learned():
   """A template without anything between messages, and a vocabulary that has two line breaks as one token."""
   tok = dataclasses.replace(get("merging"), chat_template="{% for m in messages %}{{ m.content }}{% endfor %}")
-  ids, learned = whole(data.encode(tok, tasks.Chat(tuple(chat_of("a", "f\n", "\nd", "g"))), 99, 0.0, eos=False))
+  ids, learned = whole(causal.encode(tok, tasks.Chat(tuple(chat_of("a", "f\n", "\nd", "g"))), 99, 0.0, eos=False))
   assert [tok.backend.id_to_token(i) for i in ids] == ["a", "f", "\u010a\u010a", "d", "g"]
   assert learned == [False, True, True, False, True]
 
 
 def test_blanks_that_a_special_token_swallows_are_not_its_own():
   tok = get("rstrip")
-  ids, learned = whole(data.encode(tok, tasks.Formatted("is<|assistant|>", " good"), 99, 0.0, eos=False))
+  ids, learned = whole(causal.encode(tok, tasks.Formatted("is<|assistant|>", " good"), 99, 0.0, eos=False))
   assert [tok.backend.id_to_token(i) for i, x in zip(ids, learned, strict=True) if x] == ["good"]
 
 
@@ -282,7 +283,7 @@ def test_answers_after_rewritten_turns_are_examples_of_their_own():
   for i, text in zip((1, 3, 5), (found[0][:2], found[0], found[1]), strict=True):
     before = "".join(p.text for p in text[:-1])
     assert before == encoding.render(tok, chat, i, True) and before + text[-1].text == encoding.render(tok, chat, i + 1)
-  rows, _ = data.encode_all(tok, [chat], 999, 0.0)
+  rows, _ = causal.encode_all(tok, [chat], 999, 0.0)
   assert len(rows) == 2 and set(rows[0]["weights"]) == {0, 0.5, 1} and set(rows[1]["weights"]) == {0, 1}
   assert tok.decode([t for t, w in zip(rows[1]["targets"], rows[1]["weights"], strict=True) if w], False) == (
     "<think>\n\n</think>\nf</s>"
@@ -295,25 +296,25 @@ def test_a_generation_prompt_that_answers_do_not_have(capsys):
   """They are learned from where they part; evaluation has the prompt that generation has."""
   tok, chat = dataclasses.replace(get("merging"), chat_template=THOUGHTS), thoughtful()
   opened = dataclasses.replace(chat, template_kwargs={"opening": "<think>\n"})
-  rows, _ = data.encode_all(tok, [opened], 999, 0.0)
+  rows, _ = causal.encode_all(tok, [opened], 999, 0.0)
   assert not capsys.readouterr().err
   assert tok.decode([t for t, w in zip(rows[1]["targets"], rows[1]["weights"], strict=True) if w], False) == (
     "\n\n</think>\nf</s>"
   ), "a token across the border is learned"
   other = dataclasses.replace(chat, template_kwargs={"opening": "<think>no"})
-  rows, _ = data.encode_all(tok, [other], 999, 0.0)
+  rows, _ = causal.encode_all(tok, [other], 999, 0.0)
   said = capsys.readouterr().err
   assert said.startswith("some answers do not begin as") and "(3, such as 'no' and " in said
-  (batch,) = data.eval_batches(*one(other), tok, batch_size=1, seq_len=999)
+  (batch,) = causal.eval_batches(*one(other), tok, batch_size=1, seq_len=999)
   text = tok.decode(batch["tokens"][0, : batch["lengths"][0]], False)
   assert text == encoding.render(tok, other, 5, True) and text.endswith("<think>no")
-  assert seq2seq.texts(tok, other) == (text, "\n\n</think>\nf</s>\n")
+  assert encoder_decoder.texts(tok, other) == (text, "\n\n</think>\nf</s>\n")
 
 
 def test_a_template_without_its_own_prompts_is_refused():
   template = "{{ messages | length }}" + CHAT
   with pytest.raises(errors.UserError, match=r"puts messages\[1\] \('good'\) after another text"):
-    data.encode(
+    causal.encode(
       dataclasses.replace(get("trimmed"), chat_template=template), tasks.Chat(tuple(chat_of("a", "good"))), 99
     )
 
@@ -324,14 +325,14 @@ def test_variables_reach_the_template_as_in_transformers(capsys):
   tools = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]
   given = {"documents": [{"text": "x"}], "mood": "good", "opening": "<think>"}
   chat = dataclasses.replace(chat, tools=tools, template_kwargs=given)
-  (batch,) = data.eval_batches(*one(chat), tok, batch_size=1, seq_len=999)
+  (batch,) = causal.eval_batches(*one(chat), tok, batch_size=1, seq_len=999)
   messages = [{k: v for k, v in m.items() if k != "weight"} for m in chat.messages[:-1]]
   how = {"chat_template": template, "add_generation_prompt": True, "return_dict": True}
   want = theirs("trimmed").apply_chat_template(messages, tools=tools, **given, **how)
   assert batch["tokens"][0, : batch["lengths"][0]].tolist() == want["input_ids"]
-  data.encode_all(tok, [chat], 999)
+  causal.encode_all(tok, [chat], 999)
   assert not capsys.readouterr().err
-  data.encode_all(dataclasses.replace(tok, chat_template=THOUGHTS), [chat, chat], 999)
+  causal.encode_all(dataclasses.replace(tok, chat_template=THOUGHTS), [chat, chat], 999)
   said = capsys.readouterr().err.splitlines()
   assert [line.split("'")[1] for line in said] == ["documents", "mood", "tools"]
   assert all(line.endswith("does not read (2)") for line in said)

@@ -12,18 +12,10 @@ import numpy as np
 import pytest
 import tokenizers
 
-from lora_jax import (
-  config as config_lib,
-  decode,
-  errors,
-  evaluate,
-  generate,
-  models,
-  tasks,
-  tokenizer as tokenizer_lib,
-  transformer,
-  tree,
-)
+from lora_jax import errors, models, tasks, tokenizer as tokenizer_lib, tree
+from lora_jax.inference import decode, evaluate, generate
+from lora_jax.model import transformer
+from lora_jax.runs import config as config_lib
 from tests.test_models import reference
 from tests.test_train import adapted
 

@@ -18,23 +18,13 @@ import safetensors.numpy
 import tokenizers
 
 from configs import common
-from lora_jax import (
-  checkpoint,
-  config as config_lib,
-  errors,
-  evaluate,
-  experiment,
-  families,
-  metrics,
-  models,
-  report,
-  tasks,
-  tokenizer,
-  train,
-  transformer,
-  tree,
-)
-from lora_jax.formats import hf, peft
+from lora_jax import errors, families, models, tasks, tokenizer, tree
+from lora_jax.formats import checkpoint, hf, peft
+from lora_jax.inference import evaluate
+from lora_jax.model import transformer
+from lora_jax.results import report
+from lora_jax.runs import config as config_lib, experiment
+from lora_jax.training import metrics, train
 
 ROOT = pathlib.Path(__file__).parents[1]
 STEPS = 6

@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lora_jax import errors, families, models, transformer, tree
+from lora_jax import errors, families, models, tree
+from lora_jax.model import transformer
 
 SMALL = dict(
   vocab_size=97,
@@ -209,7 +210,7 @@ def each(cases):
   return pytest.mark.parametrize("case", [k if k in quick else pytest.param(k, marks=pytest.mark.slow) for k in cases])
 
 
-# Compiled once for each config and shape, as the functions of transformer.py make new closures in every call; and
+# Compiled once for each config and shape, as the functions of model/transformer.py make new closures in every call; and
 # without LLVM's optimisations, as these tests compile more than they compute.
 fast = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 jitted = fast(outputs, static_argnums=0)

@@ -8,9 +8,10 @@ import hypothesis
 import pytest
 from hypothesis import strategies as st
 
-from lora_jax import errors, files, metrics, patterns
+from lora_jax import errors, files, patterns
 from lora_jax.formats import archive, gguf, hf
 from lora_jax.tasks import jsonl
+from lora_jax.training import metrics
 
 READERS = {
   "json": hf.read_json,

@@ -9,8 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lora_jax import checkpoint, errors, methods, objectives, optim, train, transformer, tree, weights
+from lora_jax import errors, methods, tree, weights
+from lora_jax.formats import checkpoint
 from lora_jax.methods import full, partial
+from lora_jax.model import transformer
+from lora_jax.training import objectives, optim, train
+from lora_jax.weights import updates
 
 CONFIG = transformer.Config(47, 16, 4, 4, 2, 4, 24, dtype="float32")
 KEY = jax.random.key(0)
@@ -51,7 +55,7 @@ def test_rounding_is_unbiased(dtype):
   """The mean of many draws is the number, within four deviations of what a draw between two neighbours has."""
   x = jnp.asarray(np.random.default_rng(0).uniform(-2, 2, 50), jnp.float32).astype(dtype).astype(jnp.float32)
   n = 4000
-  draws = jax.vmap(lambda k: train.round_stochastically(x, k))(jax.random.split(KEY, n)).astype(jnp.float32)
+  draws = jax.vmap(lambda k: updates.round_stochastically(x, k))(jax.random.split(KEY, n)).astype(jnp.float32)
   down = np.asarray(draws).min(0)
   np.testing.assert_allclose(draws.mean(0), x, atol=4 * ULP / 2 / n**0.5)
   if dtype == "bfloat16":  # which can be represented, and so is kept
@@ -64,7 +68,7 @@ def test_rounding_is_unbiased(dtype):
 def test_what_is_not_finite_is_kept():
   full_nans = np.array([0x7FFFFFFF, 0xFFFFFFFF], np.uint32).view(np.float32)  # whose bits one more carries over
   x = jnp.array([np.nan, *full_nans, np.inf, -np.inf, 0.0, -0.0], jnp.float32)
-  got = train.round_stochastically(x, KEY)
+  got = updates.round_stochastically(x, KEY)
   assert got.dtype == jnp.bfloat16
   np.testing.assert_array_equal(np.asarray(got, np.float32), x)
   np.testing.assert_array_equal(np.signbit(np.asarray(got, np.float32))[3:], np.signbit(x)[3:])
@@ -79,7 +83,7 @@ def test_small_updates_add_up_where_rounding_to_nearest_loses_them():
 
   nearest = run(lambda p, u, k: (p.astype(jnp.float32) + u).astype(jnp.bfloat16))
   np.testing.assert_array_equal(nearest, 1.0)
-  got = run(lambda p, u, k: train.apply_updates({"w": p}, {"w": u}, k)["w"])
+  got = run(lambda p, u, k: updates.add({"w": p}, {"w": u}, k)["w"])
   np.testing.assert_allclose(got.mean(), 1 + steps * update, atol=0.1 * steps * update)
 
 

@@ -1,4 +1,4 @@
-"""fused.py: parts of fused matrices, against the same model with matrices of their own and against peft."""
+"""weights/fused.py: parts of fused matrices, against the same model with matrices of their own and against peft."""
 
 import dataclasses
 import json
@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 from flax import struct
 
-from lora_jax import errors, families, fused, methods, models, transformer, tree, weights
+from lora_jax import errors, families, methods, models, tree, weights
 from lora_jax.formats import adapter, peft as peft_format
-from lora_jax.methods import _targets, lora
+from lora_jax.methods import lora, targeting
+from lora_jax.model import transformer
+from lora_jax.weights import fused
 from tests import test_families, test_lora
 from tests.noise import moved
 from tests.test_families import jitted as outputs
@@ -106,9 +108,9 @@ def test_merged_compiled_unrolled_and_eager_agree(base):
   ],
 )
 def test_what_is_found_in_the_whole_name_means_the_whole(base, targets, expected):
-  split = _targets.split(base, targets)
-  linear = _targets.matrices(split)
-  chosen = _targets.select(targets, linear, "targets")
+  split = targeting.split(base, targets)
+  linear = targeting.matrices(split)
+  chosen = targeting.select(targets, linear, "targets")
   assert set(chosen) == expected
   if "layers/1/" in targets:
     np.testing.assert_array_equal(chosen[f"{QKV}/q"], [False, True, False])

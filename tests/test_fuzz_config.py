@@ -7,7 +7,9 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 
-from lora_jax import config as config_lib, config_file, errors, layout, methods, sweep, tasks, variants
+from lora_jax import errors, methods, tasks
+from lora_jax.results import table_layout
+from lora_jax.runs import config as config_lib, config_file, sweep, variants
 from tests.test_config import BASE, NEEDED
 
 pytestmark = pytest.mark.slow
@@ -90,7 +92,7 @@ def test_sweeps(parts, random):
     sweep.groups({name: c for name, (_, c) in found.items()})
 
 
-LAYOUT = [f.name for f in dataclasses.fields(layout.Layout)] + ["metric", "y"]
+LAYOUT = [f.name for f in dataclasses.fields(table_layout.Layout)] + ["metric", "y"]
 entries = some(["method.rank", "train.seed", "accuracy", {"p": {"r": {"c": 1}}}, (("1", "one"),)])
 
 
@@ -100,4 +102,4 @@ def test_tables(table):
   given = BASE | {"sweep": {"product": {"method": {"rank": (1, 2)}}}}
   rows = [{"name": n, "overrides": o} for n, (o, _) in variants.members(given).items()]
   with one_line():
-    layout.of({"config": given, "table": table, "members": rows})
+    table_layout.of({"config": given, "table": table, "members": rows})

@@ -11,9 +11,13 @@ import jax
 import pytest
 from hypothesis import strategies as st
 
-from lora_jax import errors, generate, methods, metrics, models, patterns, sweep, templates, tokenizer, tree
+from lora_jax import errors, methods, models, patterns, tokenizer, tree
 from lora_jax.formats import adapter, archive, gguf, hf, peft
+from lora_jax.inference import generate
+from lora_jax.runs import sweep
 from lora_jax.tasks import jsonl
+from lora_jax.tokenizer import templates
+from lora_jax.training import metrics
 from tests import summaries
 from tests.mutations import damage, damage_tensors, damaged, dumps, mutated, program, rngs
 from tests.tiny_files import MESSAGES, METADATA, TEMPLATE, llama, write, write_gguf

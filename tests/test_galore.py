@@ -8,8 +8,11 @@ import numpy as np
 import optax
 import pytest
 
-from lora_jax import checkpoint, errors, methods, optim, transformer, tree
+from lora_jax import errors, methods, tree
+from lora_jax.formats import checkpoint
 from lora_jax.methods import galore
+from lora_jax.model import transformer
+from lora_jax.training import optim
 from tests.test_full import batch, make, model
 
 KEY = jax.random.key(0)

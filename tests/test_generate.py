@@ -14,9 +14,11 @@ import numpy as np
 import pytest
 import tokenizers
 
-from lora_jax import decode, errors, generate, models, sampling, tokenizer as tokenizer_lib, transformer
+from lora_jax import errors, models, tokenizer as tokenizer_lib
 from lora_jax.formats import peft as peft_format
+from lora_jax.inference import decode, generate, sampling
 from lora_jax.methods import lora
+from lora_jax.model import transformer
 from tests.test_models import reference
 
 LENGTHS = np.array([5, 9, 2, 12])

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from gguf import quants
 
-from lora_jax import errors, models, transformer, tree
+from lora_jax import errors, models, tree
 from lora_jax.formats import gguf
+from lora_jax.model import transformer
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lora_jax import errors, families, methods, models, transformer, tree, weights
+from lora_jax import errors, families, methods, models, tree, weights
 from lora_jax.formats import peft as peft_format
 from lora_jax.methods import ia3
+from lora_jax.model import transformer
 from tests import test_loha, test_lora
 from tests.test_families import TOKENS, jitted
 from tests.test_loha import edited, noisy, same_outputs

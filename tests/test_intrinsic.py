@@ -7,16 +7,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lora_jax import errors, lowrank, methods, models, transformer, tree, weights
+from lora_jax import errors, methods, models, tree, weights
 from lora_jax.formats import adapter
-from lora_jax.methods import _fastfood, intrinsic
+from lora_jax.merging import lowrank
+from lora_jax.methods import fastfood, intrinsic
+from lora_jax.model import transformer
 from tests.noise import moved
 from tests.test_dora import apply
 
 CONFIG = transformer.Config(50, 16, 3, 4, 2, 4, 24, dtype="float32", tied=True)
 KEY = jax.random.key(0)
 TOKENS = np.random.default_rng(0).integers(0, 50, (2, 12))
-PROJECT = jax.jit(_fastfood.project, static_argnums=2)
+PROJECT = jax.jit(fastfood.project, static_argnums=2)
 DELTA = jax.jit(lambda w: w.delta())
 
 
@@ -43,10 +45,10 @@ def changes(params):
 @pytest.mark.parametrize("q", [1, 2, 8, 64, 128, 2048])
 def test_transform_is_the_product_with_scipys_matrix(q):
   h = pytest.importorskip("scipy.linalg").hadamard(q)
-  np.testing.assert_array_equal(_fastfood.hadamard(q), h)
+  np.testing.assert_array_equal(fastfood.hadamard(q), h)
   x = np.random.default_rng(0).normal(size=(q, 2, 3)).astype(np.float32)
   want = np.einsum("qij,qr->ijr", x.astype(np.float64), h)
-  np.testing.assert_allclose(_fastfood.transform(x), want, atol=1e-5 * np.sqrt(q) * 10)
+  np.testing.assert_allclose(fastfood.transform(x), want, atol=1e-5 * np.sqrt(q) * 10)
 
 
 def test_projection_is_linear_and_literally_h_g_pi_h_b():
@@ -55,10 +57,10 @@ def test_projection_is_linear_and_literally_h_g_pi_h_b():
   p = columns(KEY, d, shape)
   z = np.random.default_rng(1).normal(size=d).astype(np.float32)
   np.testing.assert_allclose(PROJECT(KEY, z, shape).ravel(), p @ z, atol=1e-5)
-  first, words = (np.asarray(x) for x in _fastfood._words(KEY, q, 4))
+  first, words = (np.asarray(x) for x in fastfood._words(KEY, q, 4))
   b = np.where(first % 2, -1.0, 1.0)
   pi = np.eye(q)[np.argsort(first // 2)]
-  g, h = np.asarray(_fastfood._gaussian(words), np.float64).T, _fastfood.hadamard(q).astype(np.float64)
+  g, h = np.asarray(fastfood._gaussian(words), np.float64).T, fastfood.hadamard(q).astype(np.float64)
   want = np.concatenate([h @ np.diag(row) @ pi @ h @ np.diag(b) for row in g])[:63, :d] / np.sqrt(q)
   np.testing.assert_allclose(p, want, atol=1e-5)
   assert sorted(np.argmax(pi, 1)) == list(range(q)) and set(b) == {-1.0, 1.0}
@@ -76,7 +78,7 @@ def test_columns_are_nearly_orthonormal(d, shape):
 
 
 def test_gaussian_numbers_are_so():
-  x = np.asarray(_fastfood._gaussian(_fastfood._words(KEY, 1024, 101)[1]), np.float64)
+  x = np.asarray(fastfood._gaussian(fastfood._words(KEY, 1024, 101)[1]), np.float64)
   assert np.isfinite(x).all()
   moments = [(x**k).mean() for k in (1, 2, 3, 4)]
   np.testing.assert_allclose(moments, [0, 1, 0, 3], atol=0.06)

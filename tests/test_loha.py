@@ -9,9 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lora_jax import errors, methods, models, transformer, tree, weights
+from lora_jax import errors, methods, models, tree, weights
 from lora_jax.formats import adapter, peft as peft_format
+from lora_jax.formats.peft import loha as loha_form
 from lora_jax.methods import loha
+from lora_jax.model import transformer
 from tests import test_families, test_lora
 from tests.test_families import TOKENS, jitted
 
@@ -95,7 +97,7 @@ def test_initial_values(base):
   ours = loha.init(KEY, base, rank=64)[0]["layers"]["attn"]["q"]["kernel"]
   net = torch.nn.Sequential(torch.nn.Linear(16, 16))
   theirs = peft.get_peft_model(net, peft.LoHaConfig(target_modules=["0"], r=64)).base_model.model[0]
-  for name, field in loha.NAMES.items():
+  for name, field in loha_form.NAMES.items():
     x, y = getattr(theirs, name)["default"].detach().numpy(), np.asarray(getattr(ours, field))
     np.testing.assert_allclose(y.std(), x.std(), rtol=0.1, err_msg=name)
     np.testing.assert_allclose(np.abs(y).max(), np.abs(x).max(), rtol=0.1, err_msg=name)

@@ -7,9 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lora_jax import errors, methods, models, transformer, tree
+from lora_jax import errors, methods, models, tree
 from lora_jax.formats import peft as peft_format
+from lora_jax.formats.peft import lokr as lokr_form
 from lora_jax.methods import lokr
+from lora_jax.model import transformer
 from tests import test_loha
 from tests.test_loha import edited, load, noisy, paths, same_outputs
 
@@ -90,7 +92,7 @@ def test_shapes_and_initial_values_are_those_of_peft(base, name, init):
   )
   theirs = peft.get_peft_model(net, config)
   assert methods.size(params, mask) == 3 * sum(p.numel() for p in theirs.parameters() if p.requires_grad)
-  for suffix, (field, part) in lokr.NAMES.items():
+  for suffix, (field, part) in lokr_form.NAMES.items():
     table, f = getattr(theirs.base_model.model[0], suffix), getattr(ours, field)
     assert ("default" in table) == (isinstance(f, tuple) == (part is not None)), suffix
     if "default" not in table:

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lora_jax import errors, models, patterns, transformer, tree, weights
+from lora_jax import errors, models, patterns, tree, weights
 from lora_jax.formats import peft as peft_format
 from lora_jax.methods import lora
+from lora_jax.model import transformer
 from tests import noise, test_families
 from tests.test_families import outputs
 from tests.test_models import reference, torch_logits

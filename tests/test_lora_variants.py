@@ -10,9 +10,10 @@ import numpy as np
 import optax
 import pytest
 
-from lora_jax import errors, methods, models, transformer, tree, weights
+from lora_jax import errors, methods, models, tree, weights
 from lora_jax.formats import adapter, peft as peft_format
 from lora_jax.methods import lora, lora_fa, lora_plus, olora, pissa, rslora
+from lora_jax.model import transformer
 from tests import test_families
 from tests.noise import moved
 from tests.test_families import outputs

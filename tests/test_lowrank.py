@@ -1,4 +1,4 @@
-"""lowrank.py: any change of weights as LoRA, exact at full rank, the best of its rank below."""
+"""merging/lowrank.py: any change of weights as LoRA, exact at full rank, the best of its rank below."""
 
 import dataclasses
 
@@ -7,9 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lora_jax import errors, families, fused, lowrank, methods, transformer, tree, weights
+from lora_jax import errors, families, methods, tree, weights
 from lora_jax.formats import peft as peft_format
+from lora_jax.merging import lowrank
 from lora_jax.methods import lora
+from lora_jax.model import transformer
+from lora_jax.weights import fused
 from tests import test_families
 from tests.noise import moved
 from tests.test_families import jitted as outputs

@@ -2,7 +2,9 @@
 
 import pytest
 
-from lora_jax import command_line, config as config_lib, errors, experiment, memory, metrics, models, patterns, sweep
+from lora_jax import errors, memory, models, patterns
+from lora_jax.runs import command_line, config as config_lib, experiment, sweep
+from lora_jax.training import metrics
 from tests.test_experiment import changed, compiled, config, files  # noqa: F401, fixtures
 
 

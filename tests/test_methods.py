@@ -8,8 +8,11 @@ import jax
 import numpy as np
 import pytest
 
-from lora_jax import errors, families, methods, models, objectives, optim, prompts, train, transformer, tree, weights
+from lora_jax import errors, families, methods, models, tree, weights
 from lora_jax.formats import adapter
+from lora_jax.model import prompts, transformer
+from lora_jax.training import objectives, optim, train
+from lora_jax.weights import updates as updates_lib
 from tests.noise import moved
 
 KEY = jax.random.key(0)
@@ -150,7 +153,7 @@ class Case:
     def say(trainable, frozen):
       grads, y = self.gradients(trainable, frozen)
       updates, _ = optimiser.update(grads, optimiser.init(trainable), trainable)
-      stepped = train.apply_updates(trainable, updates, KEY)
+      stepped = updates_lib.add(trainable, updates, KEY)
       return Said(y, grads, stepped, weights.merge(tree.join(trainable, frozen)) if self.merges else None)
 
     return jax.jit(say)

@@ -6,7 +6,9 @@ import jax
 import numpy as np
 import pytest
 
-from lora_jax import classify, models, transformer
+from lora_jax import models
+from lora_jax.batches import classification
+from lora_jax.model import transformer
 
 pytestmark = [
   pytest.mark.slow,
@@ -29,7 +31,7 @@ def model():
 @pytest.fixture(scope="module")
 def batch(model):
   """Token ids and mask [B, T] of the sentences, padded on the right."""
-  rows, _ = classify.encode(model.tokenizer, [(s,) for s in SENTENCES], 128)
+  rows, _ = classification.encode(model.tokenizer, [(s,) for s in SENTENCES], 128)
   lengths = np.array([len(r["tokens"]) for r in rows])
   tokens = np.zeros((len(rows), lengths.max()), np.int32)
   for i, r in enumerate(rows):

@@ -7,8 +7,9 @@ import jax
 import numpy as np
 import pytest
 
-from lora_jax import errors, methods, models, patterns, transformer, tree
+from lora_jax import errors, methods, models, patterns, tree
 from lora_jax.formats import adapter, hf, peft as peft_format
+from lora_jax.model import transformer
 
 METHODS = "lora dora lora_bias adalora vera ia3 norms loha lokr whole".split()
 MORE = {
@@ -75,7 +76,7 @@ def test_all_options_of_peft_are_known():
   """A field that a new version has is to be looked at: supported, refused, or of no matter."""
   peft = pytest.importorskip("peft")
   for kind, config in peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING.items():
-    if kind.value in peft_format.METHODS:
+    if kind.value in {form.TYPE for form in peft_format.forms().values()}:
       assert not {f.name for f in dataclasses.fields(config)} - peft_format.OPTIONS, kind
 
 

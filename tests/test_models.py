@@ -6,9 +6,12 @@ import jax
 import numpy as np
 import pytest
 
-from lora_jax import decode, errors, families, models, sharding, train, transformer, tree
-from lora_jax.families import _values
+from lora_jax import errors, families, models, sharding, tree
+from lora_jax.families.reading import options
 from lora_jax.formats import hf
+from lora_jax.inference import decode
+from lora_jax.model import transformer
+from lora_jax.training import train
 
 BASE = dict(
   vocab_size=97,
@@ -179,7 +182,7 @@ def test_weights_that_are_not_finite_are_refused(tmp_path, value, dtype):
 @pytest.mark.parametrize("name", families.names())
 def test_numbers_of_a_config_that_are_not_finite_are_refused(name):
   """Whatever a family reads as a number."""
-  numbers = [k for keys, what, _ in _values.RULES for k in keys.split() if "number" in what]
+  numbers = [k for keys, what, _ in options.RULES for k in keys.split() if "number" in what]
   for k in numbers:
     for x in (float("nan"), float("inf"), -float("inf"), 1e400, 10**400):
       with pytest.raises(errors.UserError, match=f"{k} is "):

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from lora_jax import errors, methods
-from lora_jax.formats import _peft_modules, adapter, peft as peft_format
+from lora_jax.formats import adapter, peft as peft_format
+from lora_jax.formats.peft import saved_modules
 from tests.test_bitfit import pair
 from tests.test_loha import edited, noisy, same_outputs
 
@@ -102,5 +103,5 @@ def test_targets_are_those_of_peft(tmp_path):
     {"target_modules": ["q_proj"], "layers_to_transform": [12], "layers_pattern": ["h"]},
     {"target_modules": ["q_proj"], "exclude_modules": r".*12.*"},
   ]
-  assert all(_peft_modules.is_target(c, module) for c in yes)
-  assert not any(_peft_modules.is_target(c, module) for c in no)
+  assert all(saved_modules.is_target(c, module) for c in yes)
+  assert not any(saved_modules.is_target(c, module) for c in no)

@@ -1,4 +1,4 @@
-"""moe.py: routing and grouped matmuls against a dense loop over the experts."""
+"""model/mixture.py: routing and grouped matmuls against a dense loop over the experts."""
 
 import functools
 import zlib
@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from lora_jax import moe, sharding, transformer, tree, weights as nodes
+from lora_jax import sharding, tree, weights as nodes
+from lora_jax.model import mixture, transformer
 
 D, F = 6, 10
 
@@ -50,7 +51,7 @@ ROUTINGS = {
 @pytest.mark.parametrize("routing", ROUTINGS)
 def test_every_row_has_its_own_slot_in_a_block_of_its_expert(routing):
   experts = ROUTINGS[routing].astype(np.int32)
-  slots, owner, rows = jax.tree.map(np.asarray, moe.blocks(jnp.asarray(experts), 5))
+  slots, owner, rows = jax.tree.map(np.asarray, mixture.blocks(jnp.asarray(experts), 5))
   assert len(set(slots.tolist())) == len(slots)
   assert slots.max() < len(owner) * rows
   np.testing.assert_array_equal(owner[slots // rows], experts)
@@ -61,9 +62,9 @@ def test_every_row_has_its_own_slot_in_a_block_of_its_expert(routing):
 def test_grouped_dot_equals_a_loop_over_rows(routing):
   experts = ROUTINGS[routing].astype(np.int32)
   x, w = normal(1, len(experts), D), normal(2, 5, D, F)
-  slots, owner, rows = moe.blocks(jnp.asarray(experts), 5)
+  slots, owner, rows = mixture.blocks(jnp.asarray(experts), 5)
   xs = jnp.zeros((owner.size * rows, D)).at[slots].set(x).reshape(-1, rows, D)
-  y = moe.grouped_dot(xs, w, owner).reshape(-1, F)
+  y = mixture.grouped_dot(xs, w, owner).reshape(-1, F)
   np.testing.assert_allclose(y[slots], np.einsum("md,mdf->mf", x, w[experts]), atol=1e-5)
 
 
@@ -72,7 +73,7 @@ def test_grouped_dot_equals_a_loop_over_rows(routing):
 )
 def test_mlp_equals_the_dense_formula(B, T, E, k, normalise):
   x, params = normal(3, B, T, D), weights(E)
-  ours = jax.jit(moe.mlp, static_argnums=(2, 3, 4))(x, params, "silu", k, normalise)
+  ours = jax.jit(mixture.mlp, static_argnums=(2, 3, 4))(x, params, "silu", k, normalise)
   theirs = jax.jit(dense_mlp, static_argnums=(2, 3))(x, params, k, normalise)
   np.testing.assert_allclose(ours, theirs, atol=2e-5)
 
@@ -80,8 +81,8 @@ def test_mlp_equals_the_dense_formula(B, T, E, k, normalise):
 def test_all_tokens_to_one_expert():
   x, params = abs(normal(3, 2, 40, D)), weights(6)
   params["router"]["kernel"] = jnp.zeros((D, 6)).at[:, 4].set(50.0)
-  np.testing.assert_array_equal(moe.route(x[0], params["router"]["kernel"], 1, True)[0], 4)
-  ours, theirs = jax.jit(lambda: (moe.mlp(x, params, "silu", 1, True), dense_mlp(x, params, 1, True)))()
+  np.testing.assert_array_equal(mixture.route(x[0], params["router"]["kernel"], 1, True)[0], 4)
+  ours, theirs = jax.jit(lambda: (mixture.mlp(x, params, "silu", 1, True), dense_mlp(x, params, 1, True)))()
   np.testing.assert_allclose(ours, theirs, atol=2e-5)
 
 
@@ -91,7 +92,7 @@ def test_gradients_equal_those_of_the_dense_formula():
   def grads(f):
     return jax.jit(jax.grad(lambda x, params: (f(x, params) * weight).sum(), argnums=(0, 1)))(x, params)
 
-  ours = grads(lambda x, params: moe.mlp(x, params, "silu", 2, True))
+  ours = grads(lambda x, params: mixture.mlp(x, params, "silu", 2, True))
   theirs = grads(lambda x, params: dense_mlp(x, params, 2, True))
   for k, g in tree.flatten(theirs).items():
     assert np.abs(g).max() > 1e-2
@@ -101,7 +102,7 @@ def test_gradients_equal_those_of_the_dense_formula():
 def test_gradients_equal_finite_differences():
   x, w = normal(5, 7, 8, D), normal(6, 3, D, F)
   owner = jnp.array([0, 0, 2, 2, 2, 2, 2])
-  run = jax.jit(lambda x, w: moe.grouped_dot(x, w, owner))
+  run = jax.jit(lambda x, w: mixture.grouped_dot(x, w, owner))
   check_grads(run, (x, w), order=1, modes=["rev"], atol=2e-2, rtol=2e-2)
 
 
@@ -109,10 +110,10 @@ def test_frozen_experts_keep_no_copy_of_inputs_or_weights():
   """Residuals: activations of the routed rows, and the frozen weights themselves."""
   E, G, M = 4, 9, 8
   x, w, owner = normal(1, G, M, D), normal(2, E, D, F), jnp.sort(jnp.arange(G) % E)
-  frozen = jax.vjp(lambda x: moe.grouped_dot(x, w, owner), x)[1]
+  frozen = jax.vjp(lambda x: mixture.grouped_dot(x, w, owner), x)[1]
   kept = [a for a in jax.tree.leaves(frozen) if a is not w and a.size > G]
   assert not kept, [a.shape for a in kept]
-  trained = jax.vjp(lambda x, w: moe.grouped_dot(x, w, owner), x, w)[1]
+  trained = jax.vjp(lambda x, w: mixture.grouped_dot(x, w, owner), x, w)[1]
   assert (G, M, D) in [a.shape for a in jax.tree.leaves(trained)]
 
 
@@ -142,15 +143,15 @@ def test_a_training_step_holds_no_second_copy_of_the_experts():
 
 def test_work_grows_with_rows_and_not_with_experts():
   """Rows that are multiplied, empty ones included: at most two for each that is routed, and eight an expert."""
-  count = lambda R, E: jax.eval_shape(lambda e: moe.blocks(e, E)[1], jax.ShapeDtypeStruct((R,), jnp.int32)).size
+  count = lambda R, E: jax.eval_shape(lambda e: mixture.blocks(e, E)[1], jax.ShapeDtypeStruct((R,), jnp.int32)).size
   for R, E in [(256, 8), (4096, 8), (4096, 128), (32768, 128), (5000, 100)]:
-    assert count(R, E) * moe.block_rows(R, E) <= 2 * R + 8 * E
+    assert count(R, E) * mixture.block_rows(R, E) <= 2 * R + 8 * E
   assert [count(8, E) for E in (8, 64, 512)] == [8, 8, 8]
 
 
 def test_vmap_equals_a_loop():
   x, params = normal(7, 3, 2, 11, D), weights(5)
-  run = jax.value_and_grad(lambda x: (moe.mlp(x, params, "silu", 2, True) ** 2).sum())
+  run = jax.value_and_grad(lambda x: (mixture.mlp(x, params, "silu", 2, True) ** 2).sum())
   one = jax.jit(run)
   for i, (value, grad) in enumerate(zip(*jax.jit(jax.vmap(run))(x), strict=True)):
     np.testing.assert_allclose(value, one(x[i])[0], rtol=1e-5)
@@ -163,7 +164,7 @@ def unsharded():
   stacked = {"layers": {"moe": jax.tree.map(lambda w: w[None], params)}}
 
   def loss(params, x):
-    y = moe.mlp(x, jax.tree.map(lambda w: w[0], params["layers"]["moe"]), "silu", 2, True)
+    y = mixture.mlp(x, jax.tree.map(lambda w: w[0], params["layers"]["moe"]), "silu", 2, True)
     return (y**2).sum(), y
 
   run = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
@@ -199,7 +200,7 @@ def test_routing_stays_on_its_device():
   with jax.set_mesh(mesh):
     x = sharding.put_batch({"x": x}, mesh)["x"]
     put = jax.device_put(params, jax.NamedSharding(mesh, jax.P()))
-    text = jax.jit(moe.mlp, static_argnums=(2, 3, 4)).lower(x, put, "silu", 2, True).compile().as_text()
+    text = jax.jit(mixture.mlp, static_argnums=(2, 3, 4)).lower(x, put, "silu", 2, True).compile().as_text()
   assert not [c for c in ("all-reduce", "all-gather", "all-to-all", "collective-permute") if c in text]
 
 
@@ -222,7 +223,7 @@ def test_lora_on_experts_equals_the_merged_layer(start):
   """Outputs, and the gradients of x and of all factors."""
   x, params, weight = normal(3, 2, 13, D), with_lora(weights(5), start=start), normal(4, 2, 13, D)
   merged = lambda p: {name: {"kernel": nodes.dense(w["kernel"])} for name, w in p.items()}
-  run = lambda x, p: moe.mlp(x, p, "silu", 2, True)
+  run = lambda x, p: mixture.mlp(x, p, "silu", 2, True)
   grads = lambda f: jax.jit(jax.value_and_grad(lambda x, p: (f(x, p) * weight).sum(), (0, 1), allow_int=True))(
     x, params
   )
@@ -243,7 +244,7 @@ def test_lora_on_experts_is_never_dense():
   trainable, frozen = tree.split(params, mask)
 
   def loss(t, x):
-    return moe.mlp(x, tree.join(t, frozen), "silu", 2, True).astype(jnp.float32).sum()
+    return mixture.mlp(x, tree.join(t, frozen), "silu", 2, True).astype(jnp.float32).sum()
 
   jaxpr = jax.make_jaxpr(jax.value_and_grad(loss))(trainable, normal(2, 1, 8, D).astype(jnp.bfloat16))
   sizes = [v.aval.size for eqn in equations(jaxpr.jaxpr) for v in eqn.outvars if floating(v.aval)]
@@ -268,7 +269,7 @@ def floating(aval):
 def test_sharded_lora_on_experts_equals_unsharded(sizes):
   x, params = normal(3, 8, 6, D), with_lora(weights(5), start=True)
   run = jax.jit(
-    jax.grad(lambda x, p: (moe.mlp(x, p, "silu", 2, True) ** 2).sum(), (0, 1), allow_int=True),
+    jax.grad(lambda x, p: (mixture.mlp(x, p, "silu", 2, True) ** 2).sum(), (0, 1), allow_int=True),
   )
   expected, mesh = tree.flatten(run(x, params)), sharding.make_mesh(*sizes)
   with jax.set_mesh(mesh):
@@ -286,7 +287,7 @@ def test_dropout_of_experts():
   for name in ("gate", "up", "down"):
     w = params[name]["kernel"]
     params[name]["kernel"] = w.replace(dropout=0.5, key=jax.random.key(len(name)))
-  run = jax.jit(lambda x, p: moe.mlp(x, p, "silu", 2, True))
+  run = jax.jit(lambda x, p: mixture.mlp(x, p, "silu", 2, True))
   keys = jax.random.split(jax.random.key(1), 400)
   seeded = lambda key: {
     k: {"kernel": p["kernel"].replace(key=None if k == "router" else tree.fold(key, k))} for k, p in params.items()

@@ -8,12 +8,13 @@ import random
 
 import pytest
 
-from lora_jax import errors, nlg, tasks
+from lora_jax import errors, tasks
+from lora_jax.tasks import text_metrics
 
 pytest.importorskip("sacrebleu")
 pytest.importorskip("pycocoevalcap.cider.cider")
 
-java = pytest.mark.skipif(not nlg.has_java(), reason="no java")
+java = pytest.mark.skipif(not text_metrics.has_java(), reason="no java")
 
 REFERENCES = [
   ["The Vaults is a pub near Café Adriatic.", "Near Café Adriatic, The Vaults pub has 5 stars; prices start at £30."],
@@ -26,7 +27,12 @@ TEXTS = [
   "Zizzi is near the Burger King.",
 ]
 ONE = [refs[:1] for refs in REFERENCES]
-SCORES = {"bleu": nlg.bleu, "nist": nlg.nist, "rouge_l": nlg.rouge_l, "cider": nlg.cider}
+SCORES = {
+  "bleu": text_metrics.bleu,
+  "nist": text_metrics.nist,
+  "rouge_l": text_metrics.rouge_l,
+  "cider": text_metrics.cider,
+}
 
 
 def words(text):
@@ -48,14 +54,14 @@ def ngrams(words, n):
 def test_bleu_equals_nltk(references):
   bleu_score = pytest.importorskip("nltk.translate.bleu_score")
   texts, refs = tokenized(references)
-  assert nlg.bleu(TEXTS, references) == pytest.approx(100 * bleu_score.corpus_bleu(refs, texts), rel=1e-9)
-  assert 0 < nlg.bleu(TEXTS, references) < 100
+  assert text_metrics.bleu(TEXTS, references) == pytest.approx(100 * bleu_score.corpus_bleu(refs, texts), rel=1e-9)
+  assert 0 < text_metrics.bleu(TEXTS, references) < 100
 
 
 def test_nist_equals_nltk_where_there_is_one_reference():
   nist_score = pytest.importorskip("nltk.translate.nist_score")
   texts, refs = tokenized(ONE)
-  assert nlg.nist(TEXTS, ONE) == pytest.approx(nist_score.corpus_nist(refs, texts), rel=1e-9)
+  assert text_metrics.nist(TEXTS, ONE) == pytest.approx(nist_score.corpus_nist(refs, texts), rel=1e-9)
 
 
 def test_nist_of_several_references_by_hand():
@@ -63,10 +69,10 @@ def test_nist_of_several_references_by_hand():
   references = ["a b", "b b a c"]
   a, b, ab, ba = (math.log2(x) for x in (6 / 2, 6 / 3, 2 / 1, 3 / 1))
   # No reference has a twice; the length is the mean of theirs.
-  assert nlg.nist(["a b a"], [references]) == pytest.approx((a + b) / 3 + (ab + ba) / 2)
+  assert text_metrics.nist(["a b a"], [references]) == pytest.approx((a + b) / 3 + (ab + ba) / 2)
   # A text of two thirds of the length gets half.
-  assert nlg.nist(["a b"], [references]) == pytest.approx(0.5 * ((a + b) / 2 + ab))
-  assert nlg.nist([""], [references]) == 0.0
+  assert text_metrics.nist(["a b"], [references]) == pytest.approx(0.5 * ((a + b) / 2 + ab))
+  assert text_metrics.nist([""], [references]) == 0.0
 
 
 def lcs(x, y):
@@ -84,7 +90,7 @@ def test_rouge_l_by_its_formula():
     r = max(lcs(text, r) / len(r) for r in rs)
     total += (1 + 1.2**2) * p * r / (r + 1.2**2 * p)
   joined = [" ".join(t) for t in texts], [[" ".join(r) for r in rs] for rs in refs]
-  assert nlg.rouge_l(*joined) == pytest.approx(total / len(texts), rel=1e-9)
+  assert text_metrics.rouge_l(*joined) == pytest.approx(total / len(texts), rel=1e-9)
 
 
 def test_cider_by_its_formula():
@@ -102,7 +108,7 @@ def test_cider_by_its_formula():
       gauss = math.exp(-((len(text) - len(r)) ** 2) / (2 * 6**2))
       total += 10 * gauss * (dot / norm if norm else 0) / 4 / len(rs)
   joined = [" ".join(t) for t in texts], [[" ".join(r) for r in rs] for rs in refs]
-  assert nlg.cider(*joined) == pytest.approx(total / len(texts), rel=1e-9)
+  assert text_metrics.cider(*joined) == pytest.approx(total / len(texts), rel=1e-9)
 
 
 @pytest.mark.parametrize("name", SCORES)
@@ -130,7 +136,7 @@ def test_case_and_tokenisation_do_not_matter_to_bleu_and_nist():
 @java
 def test_ptb_words_are_those_of_pycocoevalcap():
   texts = [*TEXTS, "", 'He said: "it\'s (very) good"...', "two\nlines\u2028and  \r\nmore", "£20-25 | 10% [a]"]
-  got = nlg.ptb_words(texts)
+  got = text_metrics.ptb_words(texts)
   assert got[0] == "the vaults is a pub near café adriatic with a 5 star rating" and got[3] == ""
   from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
@@ -144,39 +150,41 @@ def test_scores_and_meteor_are_those_of_pycocoevalcap():
   rng = random.Random(0)
   texts = [*TEXTS, "", "a ||| b", " ".join(rng.choices(words(TEXTS[0]), k=200))]
   references = [*REFERENCES, ["a pub"], ["a ||| b", "a b"], ["a pub near the river"] * 8]
-  got = nlg.scores(texts, references)
+  got = text_metrics.scores(texts, references)
   assert list(got) == ["bleu", "nist", "meteor", "rouge_l", "cider"]
 
   from pycocoevalcap.meteor import meteor
 
-  split = lambda texts: [t.replace("|||", "") for t in nlg.ptb_words(texts)]
+  split = lambda texts: [t.replace("|||", "") for t in text_metrics.ptb_words(texts)]
   theirs = meteor.Meteor()
   gts, res = {i: split(rs) for i, rs in enumerate(references)}, {i: [t] for i, t in enumerate(split(texts))}
   want, _ = theirs.compute_score(gts, res)
   for stream in (theirs.meteor_p.stdout, theirs.meteor_p.stderr):
     stream.close()
   assert got["meteor"] == pytest.approx(want) and 0 < want < 1
-  assert got["rouge_l"] == nlg.rouge_l([res[i][0] for i in res], list(gts.values()))
-  own = nlg.scores(TEXTS, [[t] for t in TEXTS])
+  assert got["rouge_l"] == text_metrics.rouge_l([res[i][0] for i in res], list(gts.values()))
+  own = text_metrics.scores(TEXTS, [[t] for t in TEXTS])
   assert own["meteor"] == pytest.approx(1) and own["cider"] == pytest.approx(10)
-  assert nlg.scores(TEXTS[::-1], [rs[::-1] for rs in REFERENCES[::-1]]) == pytest.approx(nlg.scores(TEXTS, REFERENCES))
+  assert text_metrics.scores(TEXTS[::-1], [rs[::-1] for rs in REFERENCES[::-1]]) == pytest.approx(
+    text_metrics.scores(TEXTS, REFERENCES)
+  )
 
 
 def test_without_java_or_a_package(monkeypatch, capsys):
   monkeypatch.setenv("PATH", "")
-  assert set(nlg.scores(TEXTS, REFERENCES)) == {"bleu", "nist"}
-  nlg.check()
+  assert set(text_metrics.scores(TEXTS, REFERENCES)) == {"bleu", "nist"}
+  text_metrics.check()
   assert "METEOR, ROUGE-L and CIDEr are left out" in capsys.readouterr().err
   find = importlib.util.find_spec
   monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "sacrebleu" else find(name))
   with pytest.raises(errors.UserError, match="need sacrebleu; pip install sacrebleu"):
-    nlg.check()
+    text_metrics.check()
 
 
 @pytest.mark.parametrize("texts, references", [([], []), (["a"], []), (["a"], [[]]), (["a"], [["a"], ["b"]])])
 def test_nothing_to_compare_with(texts, references):
   with pytest.raises(errors.UserError, match=f"{len(texts)} texts to score and {len(references)} lists"):
-    nlg.scores(texts, references)
+    text_metrics.scores(texts, references)
 
 
 @java
@@ -186,7 +194,7 @@ def test_a_program_that_fails(tmp_path, monkeypatch):
   program.chmod(0o755)
   monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
   with pytest.raises(errors.UserError, match="PTB tokenizer failed: no memory"):
-    nlg.ptb_words(["a"])
+    text_metrics.ptb_words(["a"])
 
 
 @pytest.fixture(scope="module")
@@ -213,7 +221,7 @@ def test_bbc_headlines_are_in_one_split_each(headlines):
 
 def test_bbc_headlines_scores_the_corpus(headlines, monkeypatch):
   task, splits = headlines
-  monkeypatch.setattr(nlg, "has_java", lambda: False)
+  monkeypatch.setattr(text_metrics, "has_java", lambda: False)
   examples = splits["test"][:20]
   texts = [e["headline"] for e in examples]
   assert task.corpus([f" {t} \nand more" for t in texts], examples) == task.corpus(texts, examples)

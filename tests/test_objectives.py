@@ -5,7 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lora_jax import errors, objectives, train, transformer, weights
+from lora_jax import errors, weights
+from lora_jax.model import transformer
+from lora_jax.training import objectives, train
 
 B, T, D, V, R = 3, 21, 8, 40, 2
 

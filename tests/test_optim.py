@@ -6,7 +6,8 @@ import numpy as np
 import optax
 import pytest
 
-from lora_jax import errors, optim, tree
+from lora_jax import errors, tree
+from lora_jax.training import optim
 from tests.test_train import adapted
 
 LR = 0.5

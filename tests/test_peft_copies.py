@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lora_jax import errors, fused, methods, models, tree, weights
+from lora_jax import errors, methods, models, tree, weights
 from lora_jax.formats import adapter, peft as peft_format
+from lora_jax.weights import fused
 from tests import test_families
 from tests.test_families import jitted
 

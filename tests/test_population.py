@@ -8,22 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lora_jax import (
-  config as config_lib,
-  errors,
-  fused,
-  group,
-  methods,
-  objectives,
-  optim,
-  population,
-  prompts,
-  sharding,
-  train,
-  transformer,
-  tree,
-  weights,
-)
+from lora_jax import errors, methods, sharding, tree, weights
+from lora_jax.model import prompts, transformer
+from lora_jax.runs import config as config_lib, group
+from lora_jax.training import objectives, optim, population, train
+from lora_jax.weights import fused
 from tests.test_train import CONFIG, batch, forward
 
 KEY = jax.random.key(3)

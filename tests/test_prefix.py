@@ -11,9 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lora_jax import decode, errors, evaluate, families, prompts, transformer, tree
+from lora_jax import errors, families, tree
 from lora_jax.formats import peft as peft_format
+from lora_jax.inference import decode, evaluate
 from lora_jax.methods import p_tuning_v2, prefix_tuning
+from lora_jax.model import prompts, transformer
 from tests import test_families
 from tests.test_families import SMALL, TOKENS, hidden, jitted, pair
 

@@ -10,25 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lora_jax import (
-  decode,
-  errors,
-  evaluate,
-  experiment,
-  families,
-  generate,
-  methods,
-  models,
-  objectives,
-  prompts,
-  sweep,
-  train,
-  transformer,
-  tree,
-  weights,
-)
+from lora_jax import errors, families, methods, models, tree, weights
 from lora_jax.formats import adapter, peft as peft_format
+from lora_jax.inference import decode, evaluate, generate
 from lora_jax.methods import p_tuning_v2, prefix_tuning
+from lora_jax.model import prompts, transformer
+from lora_jax.runs import experiment, sweep
+from lora_jax.training import objectives, train
 from tests import noise, test_families, test_seq2seq
 from tests.test_families import SEEN, SOURCE, TOKENS, hidden, jitted, pair
 from tests.test_prefix import close, pytestmark, some, unwrapped  # noqa: F401, the marks of this module too

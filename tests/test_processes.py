@@ -9,7 +9,7 @@ import subprocess
 
 import pytest
 
-from lora_jax import experiment, sweep
+from lora_jax.runs import experiment, sweep
 from tests.test_experiment import ROOT, assert_same_run, changed, command, compiled, config, files  # noqa: F401
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:The default value of")]

@@ -11,27 +11,14 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from lora_jax import (
-  classify,
-  data,
-  decode,
-  errors,
-  evaluate,
-  experiment,
-  generate,
-  methods,
-  models,
-  objectives,
-  prompts,
-  sampling,
-  seq2seq,
-  tasks,
-  train,
-  transformer,
-  tree,
-)
+from lora_jax import errors, methods, models, tasks, tree
+from lora_jax.batches import causal, classification, encoder_decoder
 from lora_jax.formats import adapter
+from lora_jax.inference import decode, evaluate, generate, sampling
 from lora_jax.methods import p_tuning, prefix_tuning, prompt_tuning
+from lora_jax.model import prompts, transformer
+from lora_jax.runs import experiment
+from lora_jax.training import objectives, train
 from tests import test_classification, test_experiment, test_seq2seq
 from tests.test_data import BOS, Bytes, iterator, task
 from tests.test_families import TOKENS, jitted
@@ -132,8 +119,8 @@ texts = st.text("ab", max_size=20)
 def test_soft_tokens_take_their_room_and_change_nothing_else(prompt, response, seq_len, add_bos, placement):
   tok, soft = Bytes(add_bos=add_bos), prompts.Soft(P, placement)
   formatted = [tasks.Formatted(prompt, response)]
-  (plain,), cut = data.encode_all(tok, formatted, seq_len - P, 0.25)
-  (got,), cut_too = data.encode_all(tok, formatted, seq_len, 0.25, soft=soft)
+  (plain,), cut = causal.encode_all(tok, formatted, seq_len - P, 0.25)
+  (got,), cut_too = causal.encode_all(tok, formatted, seq_len, 0.25, soft=soft)
   assert cut == cut_too and len(got["tokens"]) == len(plain["tokens"]) + P <= seq_len
   at = np.flatnonzero(got["tokens"] < 0)
   assert got["tokens"][at].tolist() == SOFT.tolist() and (np.diff(at) == 1).all()
@@ -157,10 +144,10 @@ def test_a_first_token_that_a_cut_keeps_is_of_the_prompt():
   """Also where what it takes the place of was in an earlier response."""
   said = [{"role": role, "content": role[0] * 9} for role in ("user", "assistant", "user", "assistant")]
   tok = Bytes(add_bos=True)
-  full = data.encode(tok, tasks.Chat(said), 99, 0.25)
+  full = causal.encode(tok, tasks.Chat(said), 99, 0.25)
   learned = np.flatnonzero(full["weights"] == 1)[0] + 1
   for n in range(1, 9):  # tokens cut
-    (got,), cut = data.encode_all(
+    (got,), cut = causal.encode_all(
       tok, [tasks.Chat(said)], len(full["tokens"]) - learned - n + P, 0.25, soft=prompts.Soft(P)
     )
     assert cut == 1 and got["targets"][P - 1] == BOS and got["weights"][P - 1] == 0.25
@@ -169,9 +156,9 @@ def test_a_first_token_that_a_cut_keeps_is_of_the_prompt():
 def test_too_little_room_is_refused():
   formatted, soft = [tasks.Formatted("a", "b")], prompts.Soft(P)
   for call in (
-    lambda n: data.encode_all(Bytes(), formatted, n, soft=soft),
-    lambda n: data.eval_batches(*task(formatted), Bytes(), batch_size=1, seq_len=n, soft=soft),
-    lambda n: classify.encode(test_classification.word_tokenizer(), [("a",)], n, soft),
+    lambda n: causal.encode_all(Bytes(), formatted, n, soft=soft),
+    lambda n: causal.eval_batches(*task(formatted), Bytes(), batch_size=1, seq_len=n, soft=soft),
+    lambda n: classification.encode(test_classification.word_tokenizer(), [("a",)], n, soft),
   ):
     with pytest.raises(errors.UserError, match=f"seq_len={P} has no room for text beside {P} soft tokens"):
       call(P)
@@ -182,9 +169,9 @@ def test_prompts_to_continue_are_those_of_training(placement):
   """Also when they are cut."""
   formatted, soft = [tasks.Formatted("abc", "d"), tasks.Formatted("e" * 40, "f")], prompts.Soft(P, placement)
   tok = Bytes(add_bos=True)
-  (batch,) = data.eval_batches(*task(formatted), tok, batch_size=2, seq_len=20, soft=soft)
+  (batch,) = causal.eval_batches(*task(formatted), tok, batch_size=2, seq_len=20, soft=soft)
   rows = {int(i): row[:n].tolist() for i, row, n in zip(batch["index"], batch["tokens"], batch["lengths"], strict=True)}
-  trained = [e["tokens"].tolist() for e in data.encode_all(tok, formatted, 20, eos=False, soft=soft)[0]]
+  trained = [e["tokens"].tolist() for e in causal.encode_all(tok, formatted, 20, eos=False, soft=soft)[0]]
   assert rows[0] == trained[0] and len(rows[1]) == len(trained[1]) == 20
   assert rows[1] == trained[1]  # a response of one token is no input
 
@@ -199,7 +186,7 @@ def test_packed_rows_and_rows_apart_have_the_same_loss(placement):
   segments = [
     (r, packed["segment_ids"][r] == s) for r in range(2) for s in range(1, packed["segment_ids"][r].max() + 1)
   ]
-  apart = data.pad([{k: packed[k][r][real] for k in names} for r, real in segments], 40, 7)
+  apart = causal.pad([{k: packed[k][r][real] for k in names} for r, real in segments], 40, 7)
   assert len(segments) > 2 and ((apart["tokens"] == -P).sum(1) == 1).all()
   losses = [objectives.causal_lm(train.Forward(c, packed=b is packed), params, b)[:2] for b in (packed, apart)]
   jax.tree.map(close, *losses)
@@ -215,15 +202,15 @@ def test_pairs_and_types_of_tokens():
     "suffix": ([cls, film, sep, good, sep, *SOFT], [0] * 3 + [1] * (P + 2)),
   }
   for placement, (tokens, types) in rows.items():
-    (got,), truncated = classify.encode(tok, [("film", "good good good")], 5 + P, prompts.Soft(P, placement))
+    (got,), truncated = classification.encode(tok, [("film", "good good good")], 5 + P, prompts.Soft(P, placement))
     assert (got["tokens"].tolist(), got["token_types"].tolist(), truncated) == (tokens, types, 1)
 
 
 def test_prompts_of_an_encoder_decoder():
   tok, soft = test_seq2seq.unigram(), prompts.Soft(P)
   formatted = [tasks.Formatted("a film", "good")]
-  (got,), _ = seq2seq.encode_all(tok, formatted, 20, 8, 0, soft=soft)
-  (plain,), _ = seq2seq.encode_all(tok, formatted, 20, 8, 0)
+  (got,), _ = encoder_decoder.encode_all(tok, formatted, 20, 8, 0, soft=soft)
+  (plain,), _ = encoder_decoder.encode_all(tok, formatted, 20, 8, 0)
   assert got["inputs"].tolist() == [*SOFT, *plain["inputs"]] and got["targets"].tolist() == plain["targets"].tolist()
 
 
@@ -232,8 +219,8 @@ def test_soft_tokens_put_into_a_batch_are_those_of_the_pipeline(placement):
   params = prompt_tuning.init(KEY, transformer.init(dataclasses.replace(CONFIGS["llama"]), KEY), length=P)[0]
   params["prompt"] = params["prompt"].replace(placement=placement)
   formatted, tok = [tasks.Formatted("^abc", "d"), tasks.Formatted("^a", "bcdef")], Bytes()
-  plain = data.pad(data.encode_all(tok, formatted, 30)[0], 12, 7)
-  want = data.pad(data.encode_all(tok, formatted, 30, soft=prompts.of(params))[0], 12 + P, 7)
+  plain = causal.pad(causal.encode_all(tok, formatted, 30)[0], 12, 7)
+  want = causal.pad(causal.encode_all(tok, formatted, 30, soft=prompts.of(params))[0], 12 + P, 7)
   got = prompts.insert_batch(params, plain)
   if placement == "prefix":  # a batch does not tell what predicting its first token counts
     want["weights"][:, P - 1] = 0

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lora_jax import errors, methods, models, prompts, transformer
+from lora_jax import errors, methods, models
 from lora_jax.formats import adapter, peft as peft_format
 from lora_jax.methods import p_tuning, prefix_tuning, prompt_tuning
+from lora_jax.model import prompts, transformer
 from tests.test_families import SEEN, SMALL, SOURCE, TOKENS, jitted, pair
 from tests.test_prefix import CONFIGS, base, first, some, unwrapped
 from tests.test_prompts import KEY, SOFT, P, of_text

@@ -9,20 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lora_jax import (
-  config as config_lib,
-  errors,
-  experiment,
-  methods,
-  models,
-  optim,
-  tasks,
-  train,
-  transformer,
-  tree,
-  weights,
-)
+from lora_jax import errors, methods, models, tasks, tree, weights
 from lora_jax.methods import relora
+from lora_jax.model import transformer
+from lora_jax.runs import config as config_lib, experiment
+from lora_jax.training import optim, train
 from tests.test_experiment import changed, compiled, config, files, interrupt, timeless  # noqa: F401, fixtures
 from tests.test_full import batch, make, model
 

@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 
 import lora_jax
-from lora_jax import errors, metrics, report
+from lora_jax import errors, progress
+from lora_jax.results import report
+from lora_jax.training import metrics
 
 
 class Terminal(io.StringIO):
@@ -133,21 +135,21 @@ def test_a_bad_line_is_named(tmp_path, line):
 def test_plain_lines_off_a_terminal(tmp_path, monkeypatch):
   monkeypatch.setattr(sys, "stderr", io.StringIO())
   clock = iter(range(0, 1000, 2))
-  monkeypatch.setattr(metrics, "time", types.SimpleNamespace(monotonic=lambda: next(clock)))
+  monkeypatch.setattr(progress, "time", types.SimpleNamespace(monotonic=lambda: next(clock)))
   with metrics.Metrics(tmp_path, 1200) as m:
     m.progress(1)
     m.progress(2, jnp.float32(1.25), 1234.4)
-    metrics.say("saved")
+    progress.say("saved")
   assert sys.stderr.getvalue() == "step 2/1,200  loss 1.250  1,234 tokens/s  time left 39:56\nsaved\n"
 
 
 def test_silent_work_prints_a_line_every_ten_seconds(monkeypatch):
   monkeypatch.setattr(sys, "stderr", io.StringIO())
   clock = iter(range(0, 1000, 2))
-  monkeypatch.setattr(metrics, "time", types.SimpleNamespace(monotonic=lambda: next(clock)))
-  progress = metrics.Progress(20, "evaluate")
+  monkeypatch.setattr(progress, "time", types.SimpleNamespace(monotonic=lambda: next(clock)))
+  shown = progress.Progress(20, "evaluate")
   for i in range(20):
-    progress.update(i + 1)
+    shown.update(i + 1)
   assert len(sys.stderr.getvalue().splitlines()) == 3
 
 
@@ -156,7 +158,7 @@ def test_a_bar_on_a_terminal(tmp_path, monkeypatch):
   monkeypatch.setenv("COLUMNS", "100")
   with metrics.Metrics(tmp_path, 20, resume_step=4) as m:
     m.progress(5, 1.5, 100.0)
-    metrics.say("saved")
+    progress.say("saved")
     m.progress(20)
   text = sys.stderr.getvalue()
   assert "step 4/20" in text and "saved\n" in text

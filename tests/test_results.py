@@ -7,7 +7,8 @@ import re
 
 import pytest
 
-from lora_jax import labels, plots, sweep, variants
+from lora_jax.results import plots, point_labels
+from lora_jax.runs import sweep, variants
 
 ROOT = pathlib.Path(__file__).parents[1] / "experiments" / "results"
 NAMES = sorted(p.name for p in ROOT.iterdir() if p.is_dir())
@@ -37,7 +38,7 @@ def _plain(x):
 def test_reports_and_tables_are_made_of_the_summaries(name, tmp_path, monkeypatch):
   """All but what the plots look like, as their bytes are those of a version of matplotlib."""
   monkeypatch.setattr(plots, "png", lambda figure: b"")
-  monkeypatch.setattr(labels, "write", lambda axes, points: None)
+  monkeypatch.setattr(point_labels, "write", lambda axes, points: None)
   command = COMMAND.search((ROOT / name / "report.md").read_text())[0]
   sweep.write_report(tmp_path, read(name, "summary.json"), command)
   made = {p.relative_to(tmp_path): p for p in tmp_path.rglob("*.*")}

@@ -11,23 +11,13 @@ import pytest
 import tokenizers
 
 from configs import common
-from lora_jax import (
-  config as config_lib,
-  errors,
-  evaluate,
-  experiment,
-  families,
-  generate,
-  models,
-  objectives,
-  seq2seq,
-  tasks,
-  tokenizer as tokenizer_lib,
-  train,
-  transformer,
-  tree,
-)
+from lora_jax import errors, families, models, tasks, tokenizer as tokenizer_lib, tree
+from lora_jax.batches import encoder_decoder
 from lora_jax.formats import peft
+from lora_jax.inference import evaluate, generate
+from lora_jax.model import transformer
+from lora_jax.runs import config as config_lib, experiment
+from lora_jax.training import objectives, train
 from tests import test_experiment
 from tests.test_usage import as_reported
 
@@ -129,7 +119,7 @@ def done(files, tmp_path_factory):
 
 def iterator(n=20, **kw):
   kw = dict(start=START, batch_size=4, seq_len=64, eos=True) | kw
-  return seq2seq.train_iterator(TASK, list(rows(n)), unigram(), **kw)
+  return encoder_decoder.train_iterator(TASK, list(rows(n)), unigram(), **kw)
 
 
 def torch_batch(batch):
@@ -152,7 +142,7 @@ def test_texts_are_encoded_as_by_transformers(tmp_path, seq_len):
   ours = tokenizer_lib.from_directory(tmp_path / "bare")
   assert (ours.eos_id, ours.pad_id, ours.bos_id) == (END, 0, None)
   formatted = [TASK.format(e) for e in rows(12)]
-  encoded, truncated = seq2seq.encode_all(ours, formatted, seq_len, 8, START)
+  encoded, truncated = encoder_decoder.encode_all(ours, formatted, seq_len, 8, START)
   full = [theirs(f.prompt).input_ids for f in formatted]
   for f, row in zip(formatted, encoded, strict=True):
     assert row["inputs"].tolist() == theirs(f.prompt, truncation=True, max_length=seq_len).input_ids
@@ -167,11 +157,11 @@ def test_long_responses_lose_their_end():
   formatted = [tasks.Formatted("a film", r) for r in ("very good", "good", "very very good </s> bad")]
   tok = unigram()
   very, good = tok.encode("very good")
-  encoded, truncated = seq2seq.encode_all(tok, formatted, 16, 2, START)
+  encoded, truncated = encoder_decoder.encode_all(tok, formatted, 16, 2, START)
   assert [e["targets"].tolist() for e in encoded] == [[very, good], [good, END], [very, very]] and truncated == 2
-  encoded, truncated = seq2seq.encode_all(tok, formatted[:2], 16, 9, START, eos=False)
+  encoded, truncated = encoder_decoder.encode_all(tok, formatted[:2], 16, 9, START, eos=False)
   assert [e["targets"].tolist() for e in encoded] == [[very, good], [good]] and truncated == 0
-  assert seq2seq.encode_all(tok, formatted[2:], 16, 9, START)[0][0]["targets"].tolist() == [
+  assert encoder_decoder.encode_all(tok, formatted[2:], 16, 9, START)[0][0]["targets"].tolist() == [
     *[very, very, good, END],
     *[*tok.encode("bad"), END],
   ]
@@ -182,7 +172,7 @@ def test_the_end_is_learned_after_free_text_but_not_after_a_label():
   label = tok.encode(LABELS[0])
   for labels, eos, learned in ((LABELS, None, label), (LABELS, True, [*label, END]), (None, None, [*label, END])):
     task = tasks.get("jsonl", path="x", labels=labels)
-    batch = next(seq2seq.train_iterator(task, [example], tok, start=START, batch_size=1, seq_len=16, eos=eos))
+    batch = next(encoder_decoder.train_iterator(task, [example], tok, start=START, batch_size=1, seq_len=16, eos=eos))
     assert batch["targets"][batch["weights"] > 0].tolist() == learned
 
 
@@ -191,21 +181,21 @@ def test_a_conversation():
   turns = [("user", "a film"), ("assistant", "good"), ("user", "bad film"), ("assistant", "negative")]
   chat = tasks.Chat(tuple({"role": r, "content": c} for r, c in turns))
   asked = tok.chat(chat.messages[:-1], add_generation_prompt=True)
-  assert seq2seq.texts(tok, chat) == (asked, "negative</s>")
-  (row,), _ = seq2seq.encode_all(tok, [chat], 64, 8, START)
+  assert encoder_decoder.texts(tok, chat) == (asked, "negative</s>")
+  (row,), _ = encoder_decoder.encode_all(tok, [chat], 64, 8, START)
   assert row["targets"].tolist() == [*tok.encode("negative"), END] and row["inputs"].tolist() == [
     *tok.encode(asked),
     END,
   ]
   half = dataclasses.replace(chat, messages=(*chat.messages[:-1], chat.messages[-1] | {"weight": 0.5}))
-  (row,), _ = seq2seq.encode_all(tok, [half], 64, 8, START)
+  (row,), _ = encoder_decoder.encode_all(tok, [half], 64, 8, START)
   assert row["weights"].tolist() == [0.5] * len(row["targets"])
   task = dataclasses.replace(TASK, format=lambda e: chat)
-  (batch,) = seq2seq.eval_batches(task, [{}], tok, batch_size=1, seq_len=64)
+  (batch,) = encoder_decoder.eval_batches(task, [{}], tok, batch_size=1, seq_len=64)
   labels = [ids[:n].tolist() for ids, n in zip(batch["labels"][0], batch["label_lengths"][0], strict=True)]
   assert labels == [tok.encode(label) for label in LABELS], "texts of their own, without an end"
   with pytest.raises(errors.UserError, match="no chat template"):
-    seq2seq.texts(unigram(), chat)
+    encoder_decoder.texts(unigram(), chat)
 
 
 def test_batches():
@@ -213,7 +203,7 @@ def test_batches():
   seen = []
   for _ in range(5):
     batch = next(it)
-    assert batch["inputs"].shape == (4, 32) and batch["tokens"].shape == (4, seq2seq.LEAST)
+    assert batch["inputs"].shape == (4, 32) and batch["tokens"].shape == (4, encoder_decoder.LEAST)
     names = {"inputs", "input_segments", "tokens", "targets", "weights", "segment_ids", "positions"}
     assert batch.keys() == names and all(v.dtype == np.int32 for k, v in batch.items() if k != "weights")
     for i in range(4):
@@ -292,7 +282,7 @@ def test_a_step_counts_tokens_of_encoder_and_decoder(model):
 def test_scores_equal_full_forwards(model, reference):
   """Label log-likelihoods, and greedy texts as of transformers; padding of prompts and labels does not matter."""
   torch = pytest.importorskip("torch")
-  (batch,) = seq2seq.eval_batches(TASK, list(rows(2)), model.tokenizer, batch_size=3, seq_len=32)
+  (batch,) = encoder_decoder.eval_batches(TASK, list(rows(2)), model.tokenizer, batch_size=3, seq_len=32)
   labels = np.array([[[8, 9, 10], [6, 0, 0], [9, 5, 0]]] * 3, np.int32)
   label_lengths = np.array([[3, 1, 2]] * 3)
   tokens, lengths = batch["tokens"], batch["lengths"]
@@ -329,10 +319,10 @@ def test_an_evaluation_reads_what_generate_writes(model):
   prompts = [e["prompt"] for e in examples]
   want = generate.generate(model, prompts, max_new_tokens=6)
   assert [texts[p] for p in prompts] == want and len(set(want)) > 2
-  encoded, _ = seq2seq.encode_all(
+  encoded, _ = encoder_decoder.encode_all(
     model.tokenizer, [tasks.Formatted(p, label) for p in prompts for label in LABELS], 32, 8, START, eos=False
   )
-  batch = seq2seq._fit(encoded, slice(None), 32, 0, 8)
+  batch = encoder_decoder._fit(encoded, slice(None), 32, 0, 8)
   forward = train.Forward(model.config)
   logits = jax.jit(lambda p: transformer.logits(model.config, p, forward(p, batch)))(model.params)
   lp = jnp.take_along_axis(jax.nn.log_softmax(logits), batch["targets"][..., None], axis=-1)[..., 0]
@@ -434,7 +424,7 @@ def test_what_prompts_count_is_of_decoders_alone():
   with pytest.raises(
     errors.UserError, match="config.objective.prompt_loss_weight: an encoder-decoder does not predict"
   ):
-    config_lib.for_batches(config, seq2seq)
+    config_lib.for_batches(config, encoder_decoder)
 
 
 def test_what_begins_a_text(model):

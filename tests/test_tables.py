@@ -6,7 +6,8 @@ import statistics
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from lora_jax import curves, errors, layout, tables
+from lora_jax import errors
+from lora_jax.results import curves, table_layout, tables
 from tests.summaries import (
   RANKS,
   SEEDS,
@@ -187,7 +188,7 @@ def test_metrics_as_rows():
 def test_values_are_looked_up_as_the_sweep_merges_them():
   """An override of a method that has a name replaces the config's; others update it."""
   given = summary([], {})
-  look = lambda overrides, path: layout.value(given, {"name": "x", "overrides": overrides}, path)
+  look = lambda overrides, path: table_layout.value(given, {"name": "x", "overrides": overrides}, path)
   assert look({}, "method.rank") == 8 and look({"method": {"alpha": 2}}, "method.rank") == 8
   assert look({"method": {"name": "ia3"}}, "method.rank") is None
   assert look({"method": {"rank": 2}}, "method.rank") == 2
@@ -204,15 +205,15 @@ def test_values_are_looked_up_as_the_sweep_merges_them():
   + [(None, "-"), (True, "True"), (("q", "v"), "q,v"), ("all-linear", "all-linear"), (0.0, "0")],
 )
 def test_texts_of_values(value, text):
-  how = layout.Layout((), rows="x")
-  assert how.label("x", layout._hashable(value)) == text
-  if layout.is_number(value):
-    assert layout.number(text) == pytest.approx(value, rel=1e-3)
+  how = table_layout.Layout((), rows="x")
+  assert how.label("x", table_layout._hashable(value)) == text
+  if table_layout.is_number(value):
+    assert table_layout.number(text) == pytest.approx(value, rel=1e-3)
 
 
 @pytest.mark.parametrize("key", ["('q', 'v')", "['q', 'v']", "q,v"])
 def test_labels_of_sequences(key):
-  assert layout.Layout((), rows="x", row_labels={key: "both"}).label("x", ("q", "v")) == "both"
+  assert table_layout.Layout((), rows="x", row_labels={key: "both"}).label("x", ("q", "v")) == "both"
 
 
 def test_pairs_order_what_dicts_do_not():
@@ -252,8 +253,8 @@ def test_bad_layouts_are_refused_before_anything_runs(swept, table, message):
   planned = swept | {"table": table, "members": [{"overrides": m["overrides"]} for m in swept["members"]]}
   for either in (swept | {"table": table}, planned):
     with pytest.raises(errors.UserError, match=message):
-      layout.of(either)
-  assert layout.of(planned | {"table": TABLE6}).rows == "method.targets"
+      table_layout.of(either)
+  assert table_layout.of(planned | {"table": TABLE6}).rows == "method.targets"
 
 
 def test_latex_is_well_formed(swept):
@@ -322,7 +323,7 @@ def test_what_is_there_of_a_sweep_has_a_report(tmp_path):
     tables.write(tmp_path, part)
     assert "Intrinsic dimension" not in (tmp_path / "report.md").read_text()
   with pytest.raises(errors.UserError, match="method.layer_scales"):
-    layout.of({**given, "members": [m for m in given["members"] if "full" in m["name"]]})
+    table_layout.of({**given, "members": [m for m in given["members"] if "full" in m["name"]]})
 
 
 def test_analyses_have_a_section(tmp_path):

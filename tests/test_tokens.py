@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lora_jax import errors, methods, models, transformer, tree, weights
+from lora_jax import errors, methods, models, tree, weights
 from lora_jax.formats import adapter, peft as peft_format
 from lora_jax.methods import tokens
+from lora_jax.model import transformer
 from tests import test_families
 from tests.noise import moved
 from tests.test_families import jitted as outputs

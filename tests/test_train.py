@@ -10,9 +10,11 @@ import numpy as np
 import optax
 import pytest
 
-from lora_jax import objectives, optim, train, transformer, tree, weights
-from lora_jax.data import compact
+from lora_jax import tree, weights
+from lora_jax.batches.causal import compact
 from lora_jax.methods import full, lora
+from lora_jax.model import transformer
+from lora_jax.training import objectives, optim, train
 
 CONFIG = transformer.Config(47, 16, 2, 4, 2, 4, 24, dtype="float32", tied=True)
 ADAM = dict(schedule="constant", warmup=0, learning_rate=2e-2)

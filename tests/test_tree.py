@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 from hypothesis import given, strategies as st
 
-from lora_jax import errors, transformer, tree, weights
+from lora_jax import errors, tree, weights
+from lora_jax.model import transformer
 
 KEY = jax.random.key(0)
 CONFIG = transformer.Config(50, 16, 2, 4, 2, 4, 24, dtype="float32")

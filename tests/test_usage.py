@@ -5,7 +5,9 @@ import re
 
 import pytest
 
-from lora_jax import models, transformer, usage
+from lora_jax import models
+from lora_jax.model import transformer
+from lora_jax.results import usage
 from tests.test_generate import byte_tokenizer
 
 LM = transformer.Config(259, 8, 1, 2, 2, 4, 8, dtype="bfloat16")

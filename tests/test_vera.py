@@ -4,9 +4,10 @@ import jax
 import numpy as np
 import pytest
 
-from lora_jax import errors, methods, models, transformer, tree, weights
+from lora_jax import errors, methods, models, tree, weights
 from lora_jax.formats import adapter, peft as peft_format
 from lora_jax.methods import vera
+from lora_jax.model import transformer
 from tests.noise import moved
 from tests.test_dora import apply
 from tests.test_families import outputs

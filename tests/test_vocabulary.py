@@ -6,12 +6,15 @@ import numpy as np
 import pytest
 import tokenizers
 
-from lora_jax import classify, data, errors, evaluate, generate, methods, models, seq2seq, tasks, transformer
+from lora_jax import errors, methods, models, tasks
+from lora_jax.batches import causal, classification, encoder_decoder
+from lora_jax.inference import evaluate, generate
+from lora_jax.model import transformer
 from tests.test_generate import BOS, EOS, byte_tokenizer
 
 SAID = "token '<turn>' has id 258, but the embedding has 258 rows: resize the model's embedding or remove the token"
 SIZES = dict(batch_size=2, seq_len=16)
-START = {data: {}, classify: {}, seq2seq: {"start": 0}}
+START = {causal: {}, classification: {}, encoder_decoder: {"start": 0}}
 
 
 def tokenizer(rows=258, **kw):
@@ -55,13 +58,13 @@ def test_batches_to_evaluate(kind):
 
 def test_labels_and_general_texts():
   with pytest.raises(errors.UserError, match=SAID):
-    data.eval_batches(task(labels=("b", "<turn>")), [{}], tokenizer(), **SIZES)
+    causal.eval_batches(task(labels=("b", "<turn>")), [{}], tokenizer(), **SIZES)
   config = transformer.Config(258, 8, 1, 2, 2, 4, 8)
   with pytest.raises(errors.UserError, match=SAID):
     evaluate.text_loss(config, evaluate.one({}), tokenizer(), ["a<turn>"])
 
 
-@pytest.mark.parametrize("kind", [data, seq2seq])
+@pytest.mark.parametrize("kind", [causal, encoder_decoder])
 def test_the_token_that_ends_a_text(kind):
   with pytest.raises(errors.UserError, match="'</s>' has id 257, but the embedding has 257 rows"):
     train(kind, tokenizer(257), labels=None)
@@ -69,11 +72,11 @@ def test_the_token_that_ends_a_text(kind):
 
 def test_what_begins_an_empty_prompt_and_what_frames_a_text():
   with pytest.raises(errors.UserError, match="'<s>' has id 256"):
-    train(data, tokenizer(256, eos_id=None), prompt="")
+    train(causal, tokenizer(256, eos_id=None), prompt="")
   framed = tokenizer(256)
   framed.backend.post_processor = tokenizers.processors.TemplateProcessing("<s> $0", special_tokens=[("<s>", BOS)])
   with pytest.raises(errors.UserError, match="'<s>' has id 256"):
-    train(classify, framed)
+    train(classification, framed)
 
 
 @pytest.mark.parametrize("kind", START)

@@ -8,24 +8,11 @@ import jax
 import numpy as np
 import pytest
 
-from lora_jax import (
-  config as config_lib,
-  errors,
-  experiment,
-  families,
-  methods,
-  models,
-  prompts,
-  sharding,
-  sweep,
-  tasks,
-  train,
-  transformer,
-  tree,
-  variants,
-  warm_start,
-)
+from lora_jax import errors, families, methods, models, sharding, tasks, tree
 from lora_jax.formats import adapter
+from lora_jax.model import prompts, transformer
+from lora_jax.runs import config as config_lib, experiment, sweep, variants, warm_start
+from lora_jax.training import train
 from tests.test_experiment import compiled, config, files  # noqa: F401, fixtures
 
 pytestmark = pytest.mark.filterwarnings("ignore:The default value of")

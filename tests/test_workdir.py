@@ -5,7 +5,8 @@ import pathlib
 
 import pytest
 
-from lora_jax import errors, workdir
+from lora_jax import errors
+from lora_jax.runs import workdir
 
 
 @pytest.fixture

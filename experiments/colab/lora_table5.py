@@ -31,8 +31,11 @@ from IPython.display import Image, Markdown, display
 
 import experiments
 from configs import lora_table5
-from lora_jax import curves, generate, models, report, sweep, tables, tasks
+from lora_jax import models, tasks
 from lora_jax.formats import peft
+from lora_jax.inference import generate
+from lora_jax.results import curves, report, tables
+from lora_jax.runs import sweep
 
 # %% [markdown]
 # ## The size

@@ -26,8 +26,11 @@ import jax
 from IPython.display import Image, Markdown, display
 
 from configs import lora_table6
-from lora_jax import curves, generate, models, report, sweep, tables, tasks
+from lora_jax import models, tasks
 from lora_jax.formats import peft
+from lora_jax.inference import generate
+from lora_jax.results import curves, report, tables
+from lora_jax.runs import sweep
 
 # %% [markdown]
 # ## The size

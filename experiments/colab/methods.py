@@ -31,8 +31,11 @@ from IPython.display import Image, Markdown, display
 
 import experiments
 from configs import methods
-from lora_jax import compare, curves, generate, models, report, sweep, tasks
+from lora_jax import models, tasks
 from lora_jax.formats import adapter
+from lora_jax.inference import generate
+from lora_jax.results import comparison, curves, report
+from lora_jax.runs import sweep
 
 # %% [markdown]
 # ## The size
@@ -99,8 +102,8 @@ display(Image(curves.loss_plot(summary), width=700))
 # %%
 results = pathlib.Path(experiments.__file__).parent / "results"
 full = json.loads((results / "methods" / "summary.json").read_text())
-here = {r["name"]: r["after"] for r in compare.rows(summary["members"])}
-there = {r["name"]: r for r in compare.rows(full["members"])}
+here = {r["name"]: r["after"] for r in comparison.rows(summary["members"])}
+there = {r["name"]: r for r in comparison.rows(full["members"])}
 rows = [
   [k, f"{v:.1%}", f"{there[k]['after']:.1%}", f"{there[k]['forgetting']:+.3f}", f"{there[k]['trainable_params']:,}"]
   for k, v in here.items()
@@ -109,7 +112,7 @@ header = ["method", f"accuracy here, {STEPS} steps", "on the H200, 200 steps", "
 display(Markdown(report.table(header, rows)))
 
 # %%
-display(Image(compare.tradeoff(list(there.values())), width=900))
+display(Image(comparison.tradeoff(list(there.values())), width=900))
 
 # %% [markdown]
 # ## Use the adapters

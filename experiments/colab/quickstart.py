@@ -29,8 +29,11 @@ import numpy as np
 from IPython.display import Image, Markdown, display
 
 from configs import quickstart
-from lora_jax import experiment, generate, models, report, tasks, weights
+from lora_jax import models, tasks, weights
 from lora_jax.formats import peft
+from lora_jax.inference import generate
+from lora_jax.results import report
+from lora_jax.runs import experiment
 
 # %% [markdown]
 # ## The size

@@ -30,8 +30,11 @@ import random
 from IPython.display import Image, Markdown, display
 
 from configs import jsonl
-from lora_jax import experiment, generate, models, report, tasks, weights
+from lora_jax import models, tasks, weights
 from lora_jax.formats import peft
+from lora_jax.inference import generate
+from lora_jax.results import report
+from lora_jax.runs import experiment
 
 # %% tags=["parameters"]
 MODEL = "smollm2-135m"  # or a directory, a .gguf file, hf:org/name

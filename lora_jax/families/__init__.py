@@ -23,10 +23,11 @@ from typing import Any
 import einops
 import numpy as np
 
-from lora_jax import errors, layers, transformer
-from lora_jax.families import _names, _values
+from lora_jax import errors
+from lora_jax.families.reading import options, tensor_names
+from lora_jax.model import layers, transformer
 
-check = _values.check
+check = options.check
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +118,7 @@ def _letters(groups: Sequence[str]) -> list[str]:
 
 def names() -> list[str]:
   """Names of all families."""
-  return [m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_")]
+  return [m.name for m in pkgutil.iter_modules(__path__) if not m.ispkg]
 
 
 def get(model_type: str) -> ModuleType:
@@ -149,7 +150,7 @@ def keys(family: ModuleType, config: transformer.Config, bare: bool) -> tuple[Ke
 
 def unify(
   family: ModuleType, config: transformer.Config, tensors: Any, bare: bool
-) -> tuple[transformer.Config, _names.View]:
+) -> tuple[transformer.Config, tensor_names.View]:
   """The config, tied or not as a file is, and the file's tensors with one name each, that of the family's table.
 
   A writer that drops shared tensors keeps any of their names. Of embedding and head, which a config ties, a file may
@@ -165,12 +166,12 @@ def unify(
   have = set(tensors.names())
   first, second = ([k for k in every if k in have] for every in (embed, head))
   if config.tied or getattr(family, "ONE_TABLE", False):
-    if first and second and not _names.same(tensors, first[0], second[0]):
+    if first and second and not tensor_names.same(tensors, first[0], second[0]):
       config = dataclasses.replace(config, tied=False)
     else:
       config = dataclasses.replace(config, tied=True)
       names["embed/kernel"] = (*embed, *names.pop("head/kernel"))
-  return config, _names.unify(tensors, {every[0]: every for every in names.values()})
+  return config, tensor_names.unify(tensors, {every[0]: every for every in names.values()})
 
 
 def linear(path: str, hf: str, pattern: str, only: tuple = ()) -> tuple[Key, Key]:
@@ -251,7 +252,7 @@ def rope(hf: Mapping, given: Mapping | None = None, theta: float = 10_000.0, par
   kind = "longrope" if kind == "su" else kind
   heads, width = hf.get("num_attention_heads"), hf.get("hidden_size")
   head_dim = hf.get("head_dim") or (width // heads if heads and width else 0)
-  _values.check_rope(hf, kind, given, int(head_dim * part) // 2)
+  options.check_rope(hf, kind, given, int(head_dim * part) // 2)
   theta = float(given.get("rope_theta") or hf.get("rope_theta") or theta)
   given = {k: v for k, v in given.items() if k not in ("rope_theta", "rope_type", "type", "finetuned")}
   if kind == "default":
@@ -271,7 +272,7 @@ def rope(hf: Mapping, given: Mapping | None = None, theta: float = 10_000.0, par
 def rope_part(hf: Mapping, given: dict, absent: float = 1.0) -> float:
   """What part of a head is rotated, taken out of a rotation's dict; UserError unless it is in (0, 1]."""
   part = given.pop("partial_rotary_factor", None) or hf.get("partial_rotary_factor") or absent
-  if not _values.is_positive(part) or part > 1:
+  if not options.is_positive(part) or part > 1:
     raise errors.UserError(f"config.json of a {hf.get('model_type')} model rotates {part!r:.60} of a head, not 0 to 1")
   return part
 

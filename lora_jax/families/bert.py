@@ -3,8 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
-from lora_jax import families, transformer
-from lora_jax.families import Key, _names, linear, norm
+from lora_jax import families
+from lora_jax.families import Key, linear, norm
+from lora_jax.families.reading import tensor_names
+from lora_jax.model import transformer
 
 ARCHITECTURES = {
   "mlm": "BertForMaskedLM",
@@ -66,7 +68,7 @@ def view(tensors: Any) -> Any:
 def used_bias(tensors: Any, head: str) -> Any:
   """Without the LM head's own bias where there is the decoder's: what transformers computes with, tied or not."""
   names, unused = tensors.names(), f"{head}.bias" if f"{head}.decoder.bias" in tensors.names() else None
-  return _names.View(tensors, {k: (k, ()) for k in names if k != unused})
+  return tensor_names.View(tensors, {k: (k, ()) for k in names if k != unused})
 
 
 def config(hf: Mapping) -> transformer.Config:

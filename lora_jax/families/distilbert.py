@@ -2,8 +2,9 @@
 
 from collections.abc import Mapping
 
-from lora_jax import families, transformer
+from lora_jax import families
 from lora_jax.families import Key, bert, linear, norm
+from lora_jax.model import transformer
 
 ARCHITECTURES = {
   "mlm": "DistilBertForMaskedLM",

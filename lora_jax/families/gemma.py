@@ -6,8 +6,9 @@ Gemma Team 2024 (https://arxiv.org/abs/2403.08295).
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lora_jax import families, transformer
+from lora_jax import families
 from lora_jax.families import llama
+from lora_jax.model import transformer
 
 ARCHITECTURES = {head: name.replace("Llama", "Gemma") for head, name in llama.ARCHITECTURES.items()}
 PREFIX, IGNORED, KEYS = llama.PREFIX, llama.IGNORED, llama.KEYS

@@ -5,8 +5,9 @@ Gemma Team 2024 (https://arxiv.org/abs/2408.00118).
 
 from collections.abc import Mapping
 
-from lora_jax import families, transformer
+from lora_jax import families
 from lora_jax.families import gemma, llama, norm
+from lora_jax.model import transformer
 
 ARCHITECTURES = {head: name.replace("Llama", "Gemma2") for head, name in llama.ARCHITECTURES.items()}
 PREFIX, IGNORED = llama.PREFIX, llama.IGNORED

@@ -5,8 +5,9 @@ Gemma Team 2025 (https://arxiv.org/abs/2503.19786).
 
 from collections.abc import Mapping
 
-from lora_jax import errors, families, transformer
+from lora_jax import errors, families
 from lora_jax.families import gemma, gemma2, norm
+from lora_jax.model import transformer
 
 ARCHITECTURES = {
   "lm": "Gemma3ForCausalLM",

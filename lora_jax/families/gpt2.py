@@ -5,8 +5,9 @@ Its matrices are stored [in, out], and query, key and value are one.
 
 from collections.abc import Mapping
 
-from lora_jax import families, transformer
+from lora_jax import families
 from lora_jax.families import Key, linear, norm
+from lora_jax.model import transformer
 
 ARCHITECTURES = {"lm": "GPT2LMHeadModel", "classification": "GPT2ForSequenceClassification", "none": "GPT2Model"}
 PREFIX = "transformer."

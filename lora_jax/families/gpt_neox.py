@@ -7,8 +7,9 @@ rows are sorted by head first.
 
 from collections.abc import Mapping
 
-from lora_jax import families, transformer
+from lora_jax import families
 from lora_jax.families import Key, linear, norm
+from lora_jax.model import transformer
 
 ARCHITECTURES = {
   "lm": "GPTNeoXForCausalLM",

@@ -6,8 +6,9 @@ Touvron et al. 2023 (https://arxiv.org/abs/2307.09288); Grattafiori et al. 2024 
 from collections.abc import Mapping
 from typing import Any
 
-from lora_jax import families, transformer
+from lora_jax import families
 from lora_jax.families import Key, linear, norm
+from lora_jax.model import transformer
 
 ARCHITECTURES = {"lm": "LlamaForCausalLM", "classification": "LlamaForSequenceClassification", "none": "LlamaModel"}
 PREFIX = "model."

@@ -2,8 +2,8 @@
 
 from collections.abc import Mapping
 
-from lora_jax import transformer
 from lora_jax.families import llama
+from lora_jax.model import transformer
 
 ARCHITECTURES = {head: name.replace("Llama", "Mistral") for head, name in llama.ARCHITECTURES.items()}
 PREFIX, IGNORED, KEYS = llama.PREFIX, llama.IGNORED, llama.KEYS

@@ -4,8 +4,10 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lora_jax import families, transformer
-from lora_jax.families import Key, _names, llama
+from lora_jax import families
+from lora_jax.families import Key, llama
+from lora_jax.families.reading import tensor_names
+from lora_jax.model import transformer
 
 ARCHITECTURES = {head: name.replace("Llama", "Mixtral") for head, name in llama.ARCHITECTURES.items()}
 PREFIX, IGNORED = llama.PREFIX, llama.IGNORED
@@ -63,4 +65,4 @@ def unfuse(tensors: Any, block: str, parts: Sequence[str]) -> Any:
     )
     for part, at in rows.items():
       found |= {f"{fused[1]}.{block}.experts.{e}.{part}.weight": (k, (e, at)) for e in range(shape[0])}
-  return _names.View(tensors, found)
+  return tensor_names.View(tensors, found)

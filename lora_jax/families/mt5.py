@@ -2,8 +2,8 @@
 
 from collections.abc import Mapping
 
-from lora_jax import transformer
 from lora_jax.families import t5
+from lora_jax.model import transformer
 
 ARCHITECTURES = {head: f"M{name}" for head, name in t5.ARCHITECTURES.items()}
 PREFIX, IGNORED, KEYS, ONE_TABLE = t5.PREFIX, t5.IGNORED, t5.KEYS, t5.ONE_TABLE

@@ -6,8 +6,9 @@ Abdin et al. 2024 (https://arxiv.org/abs/2404.14219).
 import dataclasses
 from collections.abc import Mapping
 
-from lora_jax import families, transformer
+from lora_jax import families
 from lora_jax.families import Key, llama
+from lora_jax.model import transformer
 
 ARCHITECTURES = {head: name.replace("Llama", "Phi3") for head, name in llama.ARCHITECTURES.items()}
 PREFIX, IGNORED = llama.PREFIX, llama.IGNORED

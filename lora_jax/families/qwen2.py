@@ -2,8 +2,9 @@
 
 from collections.abc import Mapping
 
-from lora_jax import families, transformer
+from lora_jax import families
 from lora_jax.families import llama
+from lora_jax.model import transformer
 
 ARCHITECTURES = {head: name.replace("Llama", "Qwen2") for head, name in llama.ARCHITECTURES.items()}
 PREFIX, IGNORED, KEYS = llama.PREFIX, llama.IGNORED, llama.KEYS

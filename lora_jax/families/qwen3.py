@@ -2,8 +2,8 @@
 
 from collections.abc import Mapping
 
-from lora_jax import transformer
 from lora_jax.families import llama, norm, qwen2
+from lora_jax.model import transformer
 
 ARCHITECTURES = {head: name.replace("Llama", "Qwen3") for head, name in llama.ARCHITECTURES.items()}
 PREFIX, IGNORED = llama.PREFIX, llama.IGNORED

@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from lora_jax import transformer
 from lora_jax.families import Key, llama, mixtral, norm
+from lora_jax.model import transformer
 
 ARCHITECTURES = {head: name.replace("Llama", "Qwen3Moe") for head, name in llama.ARCHITECTURES.items()}
 PREFIX, IGNORED = llama.PREFIX, llama.IGNORED

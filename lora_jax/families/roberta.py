@@ -6,8 +6,9 @@ Positions begin behind the row of the padding token; a dense layer of the classi
 from collections.abc import Mapping
 from typing import Any
 
-from lora_jax import families, transformer
+from lora_jax import families
 from lora_jax.families import Key, bert, linear, norm
+from lora_jax.model import transformer
 
 ARCHITECTURES = {
   "mlm": "RobertaForMaskedLM",

@@ -7,8 +7,9 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from lora_jax import families, transformer
+from lora_jax import families
 from lora_jax.families import Key, linear, norm
+from lora_jax.model import transformer
 
 ARCHITECTURES = {"lm": "T5ForConditionalGeneration", "none": "T5Model"}
 ALIASES = {"T5WithLMHeadModel": "lm"}  # the older name

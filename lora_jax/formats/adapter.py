@@ -14,14 +14,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax import errors, fused, methods, models, patterns, transformer, tree, weights
+from lora_jax import errors, methods, patterns, tree, weights
 from lora_jax.formats import hf, peft
+from lora_jax.formats.pretrained import Model
+from lora_jax.model import transformer
+from lora_jax.weights import fused
 
 TYPE = "LORA_JAX"
 
 
 def save(
-  model: models.Model, params: Any, mask: Any, method: methods.Method, directory: str | os.PathLike, steps: int = 0
+  model: Model, params: Any, mask: Any, method: methods.Method, directory: str | os.PathLike, steps: int = 0
 ) -> None:
   """Writes the adapter in `params` as a directory that `load` reads, with all in which they differ from `model.params`.
 
@@ -51,7 +54,7 @@ def save(
   peft.write(pathlib.Path(directory), config, {k: np.asarray(x, order="C") for k, x in named.items()})
 
 
-def load(model: models.Model, directory: str | os.PathLike) -> Any:
+def load(model: Model, directory: str | os.PathLike) -> Any:
   """The parameters of `model` with an adapter on them; `directory` may be `hf:org/name[@revision]`.
 
   Raises:
@@ -65,7 +68,7 @@ def load(model: models.Model, directory: str | os.PathLike) -> Any:
     return _load(model, directory, config)
 
 
-def _load(model: models.Model, directory: pathlib.Path, config: Mapping) -> Any:
+def _load(model: Model, directory: pathlib.Path, config: Mapping) -> Any:
   tensors = hf.Tensors([directory / "adapter_model.safetensors"])
   if not isinstance(config.get("method"), list):
     raise errors.UserError(f"{directory / 'adapter_config.json'}: 'method' is no list")
@@ -85,7 +88,7 @@ def _load(model: models.Model, directory: pathlib.Path, config: Mapping) -> Any:
   return tree.map_named(leaf, shapes)
 
 
-def _shapes(model: models.Model, method: list) -> tuple[Any, Any]:
+def _shapes(model: Model, method: list) -> tuple[Any, Any]:
   """The tree that a method makes, as shapes, and its mask; nothing is computed."""
   static = []
 

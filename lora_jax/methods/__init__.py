@@ -11,7 +11,7 @@ booleans that says which leaves are trained. It may define, with the same keywor
   optimiser(inner, *, steps, **kw)         the whole gradient transformation; both get and give an optax one
   period(**kw), between(key, state, **kw)  what happens to a `train.State` after every so many steps
   held(params, **kw)                       mask of the frozen leaves that `between` changes
-  PEFT_TYPE, to_peft, from_peft            see formats/peft.py
+  PEFT                          the method whose form in formats/peft/ it has, where it is another's
 """
 
 import functools
@@ -24,7 +24,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lora_jax import errors, fused, patterns, tree, values, weights
+from lora_jax import errors, patterns, tree, values, weights
+from lora_jax.weights import fused
 
 Method = Mapping[str, Any] | Sequence[Mapping[str, Any]]  # {"name": ..., keywords}, or several
 
@@ -32,7 +33,7 @@ Method = Mapping[str, Any] | Sequence[Mapping[str, Any]]  # {"name": ..., keywor
 @functools.cache
 def names() -> list[str]:
   """Names of all methods."""
-  return [m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_")]
+  return [m.name for m in pkgutil.iter_modules(__path__) if not m.ispkg]
 
 
 def get(name: str) -> ModuleType:
@@ -51,10 +52,11 @@ def parts(method: Method) -> list[tuple[ModuleType, dict[str, Any]]]:
 
 def title(method: Method) -> str:
   """The names of the methods, joined by a plus."""
-  return "+".join(_name(module) for module, _ in parts(method))
+  return "+".join(name_of(module) for module, _ in parts(method))
 
 
-def _name(module: ModuleType) -> str:
+def name_of(module: ModuleType) -> str:
+  """What a config calls a method."""
   return module.__name__.rpartition(".")[2]
 
 
@@ -68,7 +70,7 @@ def resolve(method: Method) -> tuple[dict[str, Any], ...]:
   """The methods with all their keywords; UserError for a method, keyword or value that there is not."""
   found, wrong = [], []
   for i, (module, kw) in enumerate(parts(method)):
-    where, name = "config.method" + ("" if isinstance(method, Mapping) else f"[{i}]"), _name(module)
+    where, name = "config.method" + ("" if isinstance(method, Mapping) else f"[{i}]"), name_of(module)
     with errors.listed(wrong):
       found.append({"name": name, **values.resolve(fields(name), kw, where)})
   if wrong:
@@ -81,7 +83,7 @@ def prepare(method: Method, tokenizer: Any = None, labels: Sequence[str] = ()) -
   out = []
   for module, kw in parts(method):
     kw = module.prepare(kw, tokenizer, labels) if hasattr(module, "prepare") else kw
-    out.append({"name": _name(module), **kw})
+    out.append({"name": name_of(module), **kw})
   return out
 
 

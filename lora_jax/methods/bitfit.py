@@ -2,7 +2,7 @@
 
 All of them, or some groups: the authors find those of the query and of the first feed-forward matrix, "q,up", nearly
 as good. Where query, key and value are one matrix (GPT-2) that of the query is a part of their bias, split as LoRA
-splits the matrix; see fused.py.
+splits the matrix; see weights/fused.py.
 """
 
 from collections.abc import Sequence
@@ -11,8 +11,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lora_jax import architecture, fused, tree, weights
-from lora_jax.methods import _targets, norms
+from lora_jax import tree, weights
+from lora_jax.methods import norms, targeting
+from lora_jax.model import architecture
+from lora_jax.weights import fused
 
 WHOLE = True  # trains leaves of the pretrained model
 
@@ -35,7 +37,7 @@ def init(key: jax.Array, params: Any, *, targets: str | Sequence[str] = "all") -
   names = tree.names(params, is_leaf=weights.is_node)
   old = {k for k in names if k.endswith("/bias") and not set(k.split("/")) & set(weights.EXTRAS)}
   new = {}
-  for k, w in _targets.matrices(params).items():
+  for k, w in targeting.matrices(params).items():
     bias = k.removesuffix("kernel") + "bias"
     if k.endswith("/kernel") and architecture.stacked(k) and "/moe/" not in k and bias not in old:
       new[bias] = (w.shape[0], *w.shape[1 + architecture.in_axes(k) :])

@@ -4,7 +4,6 @@
 their length. The norm is over the inputs, one number an output, and gets no gradient (section 4.3).
 """
 
-from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,8 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from lora_jax import architecture, errors, families, transformer, tree, weights
-from lora_jax.methods import _peft, _targets, lora
+from lora_jax import errors, tree, weights
+from lora_jax.methods import lora, targeting
+from lora_jax.model import architecture, transformer
+
+VARIES = lora.VARIES
 
 
 @struct.dataclass
@@ -123,61 +125,13 @@ def init(key: jax.Array, params: Any, **kw: Any) -> tuple[Any, Any]:
   if other := sorted(k for k in new if not transformer.in_axes(k) or architecture.stack_axes(k) > 1):
     raise errors.UserError(f"DoRA does not adapt embeddings or experts, here {', '.join(other)}; name other targets")
   mask = tree.map_named(lambda k, m: DoRA(m, True, False) if k in new else m, mask, is_leaf=_is_lora)
-  return tree.map_named(lambda k, w: _node(w) if k in new else w, adapted, is_leaf=_is_lora), mask
+  return tree.map_named(lambda k, w: node(w) if k in new else w, adapted, is_leaf=_is_lora), mask
 
 
-init.__signature__ = _targets.signature(init, lora.init, without=("lora_bias", "tied"))
+init.__signature__ = targeting.signature(init, lora.init, without=("lora_bias", "tied"))
 
 
-def _node(w: weights.LoRA) -> DoRA:
+def node(w: weights.LoRA) -> DoRA:
   stack = w.scale.ndim
   length = norm(w.base, stack, w.a.ndim - 1 - stack)
   return DoRA(w, length, length)
-
-
-PEFT_TYPE = lora.PEFT_TYPE  # DoRA has no type of its own: `lora.from_peft` gives what says `use_dora` to `from_lora`
-MAGNITUDE = "lora_magnitude_vector"
-VARIES = lora.VARIES
-
-
-def to_peft(
-  params: Any, keys: Sequence[families.Key], trained: Collection[str] = ()
-) -> tuple[dict, dict[str, np.ndarray]] | None:
-  """As `lora.to_peft`, with `lora_magnitude_vector` [out] for each module; None without DoRA nodes."""
-  nodes = _peft.nodes(params, keys, DoRA, lambda w: w.base.base)
-  plain = lambda w: w.base if isinstance(w, DoRA) else weights.base(w)
-  form = nodes and lora.to_peft(jax.tree.map(plain, params, is_leaf=weights.is_node), keys, trained)
-  if not form:
-    return None
-  config, tensors = form
-  for key, node in nodes.items():
-    stack = node.base.scale.ndim
-    sizes, pattern = key.sizes(node.shape[stack:]), _peft.reverse(key.low_rank()[1])
-    for i, m in enumerate(np.asarray(node.magnitude).reshape(-1, *node.magnitude.shape[stack:])):
-      module = key.module.format(i)
-      if np.atleast_1d(node.base.scale)[i]:
-        tensors[f"{module}.{MAGNITUDE}"] = _peft.rearrange(m[None], pattern, sizes)[:, 0]
-  return config | {"use_dora": True}, tensors
-
-
-def from_lora(
-  params: Any, keys: Sequence[families.Key], config: Mapping, left: dict[str, np.ndarray], wrong: list[str]
-) -> Any:
-  """The inverse of `to_peft`; see formats/peft.py."""
-  params = lora.from_peft(params, keys, {k: v for k, v in config.items() if k != "use_dora"}, left, wrong)
-  flat = tree.flatten(params, is_leaf=weights.is_node)
-  for key in keys:
-    if not _is_lora(w := flat[key.path]):
-      continue
-    if w.bias is not None or not transformer.in_axes(key.path) or architecture.stack_axes(key.path) > 1:
-      wrong.append(f"use_dora: DoRA of {key.module} is not supported, nor is lora_bias with it")
-      continue
-    node, stack = _node(w), w.scale.ndim
-    sizes, pattern = key.sizes(w.shape[stack:]), key.low_rank()[1]
-    magnitude = np.array(node.norm).reshape(-1, *node.norm.shape[stack:])
-    for i, m in enumerate(magnitude):
-      name = f"{key.module.format(i)}.{MAGNITUDE}"
-      if np.atleast_1d(w.scale)[i] or name in left:
-        m[...] = _peft.rearrange(_peft.take(left, wrong, name, (m.size,))[:, None], pattern, sizes)[0]
-    flat[key.path] = node.replace(magnitude=jnp.asarray(magnitude.reshape(node.norm.shape)))
-  return tree.map_named(lambda k, _: flat[k], params, is_leaf=weights.is_node)

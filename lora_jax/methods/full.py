@@ -23,7 +23,7 @@ def init(
   Args:
     targets: one regex or several.
     dtype: of what is trained: "float32" masters, or "bfloat16", half as large, to which updates are rounded
-      stochastically (`train.round_stochastically`); the optimiser's moments are float32 either way, and the model
+      stochastically (`updates.round_stochastically`); the optimiser's moments are float32 either way, and the model
       computes in its own dtype.
 
   Returns:

@@ -17,8 +17,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lora_jax import architecture, errors, tree, weights
-from lora_jax.methods import _targets, full
+from lora_jax import errors, tree, weights
+from lora_jax.methods import full, targeting
+from lora_jax.model import architecture
 from lora_jax.values import Count, Positive
 
 WHOLE = True
@@ -114,8 +115,8 @@ def direction(
 def _projected(params: Any, targets: str | Sequence[str]) -> list[str]:
   """Names of the leaves that are projected; UserError where `targets` names some layers of a stack alone, or what
   another method has made of a matrix."""
-  matrices = _targets.matrices(params, experts=True)
-  hits = _targets.select(targets, matrices, "config.method.targets")
+  matrices = targeting.matrices(params, experts=True)
+  hits = targeting.select(targets, matrices, "config.method.targets")
   if odd := [k for k in hits if weights.is_node(matrices[k])]:
     raise errors.UserError(f"GaLore projects whole matrices, and another method has changed {odd[0]}")
   if some := [k for k, hit in hits.items() if not hit.all()]:

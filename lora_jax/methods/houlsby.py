@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from lora_jax.methods import _bottleneck
+from lora_jax.methods import bottleneck
 from lora_jax.values import Count
 
 WHOLE = True  # the norms
@@ -22,9 +22,9 @@ def init(
   params: Any,
   *,
   size: Count = 64,
-  activation: _bottleneck.Activation = "gelu",
-  init: _bottleneck.Init = "zero",
-  targets: str | Sequence[str] = (_bottleneck.ATTENTION, _bottleneck.FEED_FORWARD),
+  activation: bottleneck.Activation = "gelu",
+  init: bottleneck.Init = "zero",
+  targets: str | Sequence[str] = (bottleneck.ATTENTION, bottleneck.FEED_FORWARD),
   train_norms: bool = True,
 ) -> tuple[Any, Any]:
   """Puts a bottleneck after the target matrices.
@@ -37,7 +37,7 @@ def init(
     init: "zero" starts `up` at zero, so that the model does not change at first, and `down` as "paper": a normal of
       deviation 1e-2, cut at two deviations, for both; "repo" has 1e-3 as the authors' code; "lora" is
       uniform in +-1/sqrt(D) and zero. With "paper" and "repo" the model is only nearly what it was.
-    targets: matrices whose output is a vector, see `_targets.select`. The default has no cross-attention: an
+    targets: matrices whose output is a vector, see `targeting.select`. The default has no cross-attention: an
       encoder-decoder gets two adapters in each layer of the encoder and of the decoder.
     train_norms: whether scales and biases of all norms are trained too.
 
@@ -47,4 +47,4 @@ def init(
   Raises:
     UserError: a target that is none, or whose output has heads; feed-forward layers that are mixtures of experts.
   """
-  return _bottleneck.add(key, params, targets, size=size, activation=activation, init=init, train_norms=train_norms)
+  return bottleneck.add(key, params, targets, size=size, activation=activation, init=init, train_norms=train_norms)

@@ -4,17 +4,16 @@
 (section 3.3, equation 1 and what follows): d_k + d_v + d_ff numbers a layer, and d_k + d_v for attention to an encoder.
 """
 
-import math
-import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from lora_jax import architecture, errors, families, fused, tree, weights
-from lora_jax.methods import _peft, _targets
+from lora_jax import errors, tree, weights
+from lora_jax.methods import targeting
+from lora_jax.model import architecture
+from lora_jax.weights import fused
 
 INPUT, OUTPUT = weights.SCALES
 
@@ -35,7 +34,7 @@ def init(
     (params, mask): True at the vectors, float32.
   """
   del key
-  linear = _matrices(params)
+  linear = matrices(params)
   shapes = {}
   for name, chosen in ((OUTPUT, targets), (INPUT, feedforward)):
     for k, heads in _chosen(params, linear, chosen, name).items():
@@ -51,14 +50,14 @@ def init(
     raise errors.UserError(f"IA3 scales the output or the input of a matrix, not both: {', '.join(twice)}")
   mask = jax.tree.map(lambda _: False, params)
   for place, new in shapes.items():
-    params = _put(params, place.split("/"), {name: jnp.ones(shape, jnp.float32) for name, shape in new.items()})
-    mask = _put(mask, place.split("/"), dict.fromkeys(new, True))
+    params = put(params, place.split("/"), {name: jnp.ones(shape, jnp.float32) for name, shape in new.items()})
+    mask = put(mask, place.split("/"), dict.fromkeys(new, True))
   return params, mask
 
 
-def _matrices(params: Any) -> dict[str, Any]:
+def matrices(params: Any) -> dict[str, Any]:
   """Matrices that `layers.linear` multiplies by, and the parts that fused ones have, whether or not they are split."""
-  linear = {k: w for k, w in _targets.matrices(params, experts=True).items() if k != "head/kernel"}
+  linear = {k: w for k, w in targeting.matrices(params, experts=True).items() if k != "head/kernel"}
   return linear | {part: w for k, w in linear.items() for part in fused.part_names(k)}
 
 
@@ -66,7 +65,7 @@ def _chosen(params: Any, linear: Mapping[str, Any], targets: Any, name: str) -> 
   """{name of a whole matrix: None, or how many of its last heads} that `targets` means."""
   what = "config.method.targets" if name == OUTPUT else "config.method.feedforward"
   out, parts = {}, {}
-  for k, hit in _targets.select(targets, linear, what).items() if targets else ():
+  for k, hit in targeting.select(targets, linear, what).items() if targets else ():
     whole = k.rpartition("/")[0]
     if "/moe/" in k:
       hint = " without them, such as ''" if name == INPUT else ""
@@ -78,17 +77,17 @@ def _chosen(params: Any, linear: Mapping[str, Any], targets: Any, name: str) -> 
     else:
       parts.setdefault(whole, []).append(k.rpartition("/")[2])
   for k, found in parts.items():
-    order, sizes = _sizes(params, k)
+    order, heads = sizes(params, k)
     if name == INPUT or tuple(p for p in order if p in found) != order[-len(found) :]:
       raise errors.UserError(
         f"{what} names {', '.join(found)} of {k}; of a fused matrix IA3 scales the last outputs: "
         + " or ".join(repr(",".join(order[i:])) for i in range(len(order)))
       )
-    out[k] = sum(sizes[-len(found) :])
+    out[k] = sum(heads[-len(found) :])
   return out
 
 
-def _sizes(params: Any, k: str) -> tuple[tuple[str, ...], list[int]]:
+def sizes(params: Any, k: str) -> tuple[tuple[str, ...], list[int]]:
   """The parts of a fused matrix and how many heads, or rows of its axis, each has."""
   flat = tree.flatten(params, is_leaf=weights.is_node)
   group, name = k.removesuffix("/kernel").rpartition("/")[::2]
@@ -98,103 +97,10 @@ def _sizes(params: Any, k: str) -> tuple[tuple[str, ...], list[int]]:
   return fused.PARTS[name], [n, (m - n) // 2, (m - n) // 2]
 
 
-def _put(params: Any, path: Sequence[str], entries: Mapping[str, Any]) -> Any:
+def put(params: Any, path: Sequence[str], entries: Mapping[str, Any]) -> Any:
   """The tree with entries in the dict at `path`, which may not be there yet."""
   if path:
-    return {**params, path[0]: _put(params[path[0]], path[1:], entries)}
+    return {**params, path[0]: put(params[path[0]], path[1:], entries)}
   if taken := entries.keys() & params.keys():
     raise errors.UserError(f"config.method: a matrix has two of {', '.join(taken)}; name IA3 once")
   return {**params, **entries}
-
-
-PEFT_TYPE = "IA3"
-
-
-def to_peft(
-  params: Any, keys: Sequence[families.Key], trained: Collection[str] = ()
-) -> tuple[dict, dict[str, np.ndarray]] | None:
-  """(config, tensors) of PEFT's IA3; None without scales. One of a fused matrix's last heads gets ones before it."""
-  flat = tree.flatten(params, is_leaf=weights.is_node)
-  scales = {k for k in flat if k.rpartition("/")[2] in weights.SCALES}
-  tensors, modules = {}, {INPUT: {}, OUTPUT: {}}
-  for key in keys:
-    place, w = key.path.removesuffix("/kernel"), flat[key.path]
-    for name in weights.SCALES if place != key.path else ():
-      if (k := f"{place}/{name}") not in scales:
-        continue
-      scales.remove(k)
-      stack = key.hf.count("{}")
-      sizes, x = key.sizes(w.shape[stack:]), np.asarray(flat[k])
-      x = x if name == INPUT else np.asarray(weights.widened(x, w.shape, stack))
-      pattern = _peft.reverse(key.low_rank()[name == OUTPUT])
-      for i, row in enumerate(x if stack else x[None]):
-        modules[name][key.module.format(i)] = True
-        row = row[..., None] if name == INPUT else row[None]
-        tensors[f"{key.module.format(i)}.ia3_l"] = _peft.rearrange(row, pattern, sizes)
-  if scales:
-    raise errors.UserError(f"PEFT has no module for {', '.join(sorted(scales))}")
-  if not tensors:
-    return None
-  feedforward = _peft.target_modules(modules[INPUT], keys, flat)
-  if any(m.endswith(tuple(feedforward)) for m in modules[OUTPUT]):  # PEFT looks for them without a dot before
-    feedforward = list(modules[INPUT])
-  config = {
-    "peft_type": PEFT_TYPE,
-    "target_modules": _peft.target_modules(modules[OUTPUT], keys, flat) + feedforward,
-    "feedforward_modules": feedforward,
-    "fan_in_fan_out": any(key.transposed for key in keys),
-    "init_ia3_weights": True,
-  }
-  return config, tensors
-
-
-def from_peft(
-  params: Any, keys: Sequence[families.Key], config: Mapping, left: dict[str, np.ndarray], wrong: list[str]
-) -> Any:
-  """The inverse of `to_peft`; modules without a vector are scaled by ones. See formats/peft.py."""
-  is_input = _feedforward(config.get("feedforward_modules"))
-  linear, found = _matrices(params), {}
-  for key in keys:
-    if key.path not in linear or "/moe/" in key.path:
-      continue
-    stack, shape = key.hf.count("{}"), linear[key.path].shape
-    ends = stack + architecture.in_axes(key.path)
-    axes, patterns = (
-      {INPUT: shape[stack:ends], OUTPUT: shape[ends:]},
-      dict(zip(weights.SCALES, key.low_rank(), strict=True)),
-    )
-    for i in range(shape[0] if stack else 1):
-      k = f"{key.module.format(i)}.ia3_l"
-      if k not in left:
-        continue
-      name = INPUT if is_input(key.module.format(i)) else OUTPUT
-      size = math.prod(axes[name])
-      x = _peft.take(left, wrong, k, (1, size) if name == INPUT else (size, 1))
-      ones = np.ones((*shape[:stack], *axes[name]), np.float32)
-      scale = found.setdefault(key.path, {}).setdefault(name, ones)
-      x = _peft.rearrange(x, patterns[name], key.sizes(shape[stack:]))
-      scale[i if stack else ...] = x[..., 0] if name == INPUT else x[0]
-  for k, scales in found.items():
-    if OUTPUT in scales and fused.part_names(k):
-      scales[OUTPUT] = _narrow(scales[OUTPUT], _sizes(params, k)[1])
-    params = _put(params, k.split("/")[:-1], {name: jnp.asarray(x) for name, x in scales.items()})
-  return params
-
-
-def _feedforward(modules: Any) -> Any:
-  """A function that says of a module's name whether PEFT scales its input."""
-  if modules is None or isinstance(modules, list) and all(isinstance(m, str) for m in modules):
-    return lambda name: name.endswith(tuple(modules or ()))
-  if not isinstance(modules, str):
-    raise errors.UserError(f"feedforward_modules is {modules!r:.100}, expected names or a regular expression")
-  pattern = tree.compile_pattern(modules)
-  return lambda name: bool(re.fullmatch(pattern, name))
-
-
-def _narrow(scale: np.ndarray, sizes: Sequence[int]) -> np.ndarray:
-  """The scale without the first parts of a fused matrix where they are ones, as `to_peft` has filled them up."""
-  for size in sizes[:-1]:
-    if (scale[..., :size, :] != 1).any():
-      break
-    scale = scale[..., size:, :]
-  return scale

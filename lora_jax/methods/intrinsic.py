@@ -16,8 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from lora_jax import architecture, errors, tree, weights
-from lora_jax.methods import _fastfood, _targets
+from lora_jax import errors, tree, weights
+from lora_jax.methods import fastfood, targeting
+from lora_jax.model import architecture
 from lora_jax.values import Count
 
 
@@ -70,7 +71,7 @@ class Intrinsic(weights.Additive):
 
 def _rows(seed: jax.Array, z: jax.Array, shape: tuple[int, ...]) -> jax.Array:
   # The kind of key is named: what jax.random.key makes by default can be set otherwise.
-  return _fastfood.project(jax.random.wrap_key_data(seed, impl="threefry2x32"), z, shape)
+  return fastfood.project(jax.random.wrap_key_data(seed, impl="threefry2x32"), z, shape)
 
 
 def init(
@@ -99,9 +100,9 @@ def init(
   """
   if "intrinsic" in params.get("shared", {}):
     raise errors.UserError("an intrinsic dimension is there already; its vector cannot be shared by a second one")
-  params = _targets.split(params, targets)
-  linear = _targets.matrices(params)
-  chosen = _targets.select(targets, linear, "config.method.targets")
+  params = targeting.split(params, targets)
+  linear = targeting.matrices(params)
+  chosen = targeting.select(targets, linear, "config.method.targets")
   groups = {k: _groups(k, layers) for k, layers in chosen.items()}
   order = list(dict.fromkeys(g for k in chosen for g, hit in zip(groups[k], chosen[k].flat, strict=True) if hit))
   n = sum(math.prod(linear[k].shape[layers.ndim :]) * int(layers.sum()) for k, layers in chosen.items())
@@ -120,7 +121,7 @@ def init(
   arrays = {"z": jnp.zeros(dimension - m, jnp.float32)}
   if m:
     arrays["scale"] = jnp.ones(m, jnp.float32)
-  params = _targets.wrap(params, chosen, node)
+  params = targeting.wrap(params, chosen, node)
   params = params | {"shared": params.get("shared", {}) | {"intrinsic": arrays}}
   return params, tree.map_named(lambda k, _: k.startswith("shared/intrinsic/"), params)
 

@@ -5,16 +5,16 @@ LyCORIS (Yeh et al. 2024, https://arxiv.org/abs/2309.14859, section 3.2) and PEF
 """
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import struct
 
-from lora_jax import errors, families, transformer, tree, weights
-from lora_jax.methods import _lycoris, _peft, _targets
+from lora_jax import errors, tree, weights
+from lora_jax.methods import lycoris, targeting
+from lora_jax.model import transformer
 from lora_jax.values import Probability, Size
 
 INITS = ("peft", "lycoris")
@@ -54,7 +54,7 @@ class LoHa(weights.Additive):
     It equals A B, where a row of A [in, R^2] holds the products of a row of a1 with one of a2, and B likewise: where
     that is less work than the matrix [in, out], that is not formed. Else it is formed, also in the backward pass.
     """
-    b1 = self.b1 * _lycoris.output_mask(self.key, self.dropout, self.b1.shape[1:], True)
+    b1 = self.b1 * lycoris.output_mask(self.key, self.dropout, self.b1.shape[1:], True)
     a1, a2, b2 = self.a1, self.a2, self.b2
     inner, outer, r = math.prod(a1.shape[:-1]), math.prod(b1.shape[1:]), b1.shape[0]
     if r * r * (inner + outer) < inner * outer:
@@ -72,12 +72,12 @@ class LoHa(weights.Additive):
   def clean(self) -> "LoHa":
     """The node with the columns beyond each layer's rank zeroed."""
     axes = dict(a1=-1, b1=self.rank.ndim, a2=-1, b2=self.rank.ndim)
-    return self.replace(**{f: _lycoris.within(getattr(self, f), self.rank, axis) for f, axis in axes.items()})
+    return self.replace(**{f: lycoris.within(getattr(self, f), self.rank, axis) for f, axis in axes.items()})
 
   def n_padding(self, mask: "LoHa") -> int:
     """How many trained numbers are columns beyond a layer's rank."""
     return sum(
-      _lycoris.unused(getattr(self, f), self.rank, self.b1.shape[self.rank.ndim]) for f in FACTORS if getattr(mask, f)
+      lycoris.unused(getattr(self, f), self.rank, self.b1.shape[self.rank.ndim]) for f in FACTORS if getattr(mask, f)
     )
 
 
@@ -111,14 +111,14 @@ def init(
     (params, mask): True at the four factors, float32.
   """
   errors.choose(init, dict.fromkeys(INITS, True), "config.method.init")
-  _lycoris.check_dropout("LoHa", dropout)
-  params, plans = _lycoris.plan("LoHa", params, targets, rank, alpha, rank_pattern, alpha_pattern)
+  lycoris.check_dropout("LoHa", dropout)
+  params, plans = lycoris.plan("LoHa", params, targets, rank, alpha, rank_pattern, alpha_pattern)
 
   def node(k, w, _):
     return _node(tree.fold(key, k), k, w, *plans[k], dropout, init)
 
-  params = _targets.wrap(params, plans, node)
-  return params, _targets.mask(params, LoHa, FACTORS)
+  params = targeting.wrap(params, plans, node)
+  return params, targeting.mask(params, LoHa, FACTORS)
 
 
 def _node(key, k, w, ranks, scale, dropout, init) -> LoHa:
@@ -127,12 +127,12 @@ def _node(key, k, w, ranks, scale, dropout, init) -> LoHa:
   inner, outer, r = shape[:n], shape[n:], int(ranks.max())
 
   def factor(i, sizes, draw):
-    return _lycoris.columns(jax.random.fold_in(key, i), ranks, math.prod(sizes), draw)
+    return lycoris.columns(jax.random.fold_in(key, i), ranks, math.prod(sizes), draw)
 
   per_rank = jax.lax.rsqrt(jnp.maximum(ranks.reshape(-1, 1, 1), 1).astype(jnp.float32))
   if init == "peft":
-    a1, a2 = factor(0, inner, _lycoris.uniform) / math.sqrt(math.prod(inner)), jnp.zeros((ranks.size, *inner, r))
-    b1, b2 = factor(1, outer, _lycoris.uniform) * per_rank, factor(2, outer, _lycoris.uniform) * per_rank
+    a1, a2 = factor(0, inner, lycoris.uniform) / math.sqrt(math.prod(inner)), jnp.zeros((ranks.size, *inner, r))
+    b1, b2 = factor(1, outer, lycoris.uniform) * per_rank, factor(2, outer, lycoris.uniform) * per_rank
   else:
     a1, a2 = factor(0, inner, jax.random.normal), factor(2, inner, jax.random.normal)
     b1, b2 = 0.1 * factor(1, outer, jax.random.normal), jnp.zeros((ranks.size, math.prod(outer), r))
@@ -146,56 +146,3 @@ def _node(key, k, w, ranks, scale, dropout, init) -> LoHa:
     rank=jnp.asarray(ranks, jnp.int32),
     dropout=float(dropout),
   )
-
-
-PEFT_TYPE = "LOHA"
-NAMES = {"hada_w1_a": "b1", "hada_w1_b": "a1", "hada_w2_a": "b2", "hada_w2_b": "a2"}
-
-
-def to_peft(
-  params: Any, keys: Sequence[families.Key], trained: Collection[str] = ()
-) -> tuple[dict, dict[str, np.ndarray]] | None:
-  """(config, tensors) of PEFT's LoHa; None without LoHa nodes, UserError for what PEFT has none for: see
-  `_lycoris.nodes`."""
-  found = _lycoris.nodes(params, keys, LoHa)
-  if not found:
-    return None
-  tensors = {}
-  for key, node in found.items():
-    patterns = dict(zip("ab", map(_peft.reverse, key.low_rank()), strict=True))
-    sizes = key.sizes(node.shape[node.scale.ndim :])
-    for i, module, r in _lycoris.adapted(key, node):
-      for name, field in NAMES.items():
-        x = np.asarray(getattr(node, field))[i]
-        x = x[..., :r] if field[0] == "a" else x[:r]
-        tensors[f"{module}.{name}"] = _peft.rearrange(x, patterns[field[0]], sizes)
-  return {"peft_type": PEFT_TYPE, "init_weights": True, **_lycoris.peft_config(found, params, keys)}, tensors
-
-
-def from_peft(
-  params: Any, keys: Sequence[families.Key], config: Mapping, left: dict[str, np.ndarray], wrong: list[str]
-) -> Any:
-  """The inverse of `to_peft`; see formats/peft.py."""
-  _lycoris.check_config(config)
-
-  def build(key, w, modules, rows):
-    shape = w.shape[1:] if "{}" in key.hf else w.shape
-    patterns, sizes = dict(zip("ab", key.low_rank(), strict=True)), key.sizes(shape)
-    n, ranks, scale = transformer.in_axes(key.path), *_lycoris.ranks_of(config, modules, rows)
-    inner, outer = shape[:n], shape[n:]
-    fields = {
-      f: np.zeros((len(rows), *inner, max(ranks)) if f[0] == "a" else (len(rows), max(ranks), *outer), np.float32)
-      for f in FACTORS
-    }
-    for i, (module, row, r) in enumerate(zip(modules, rows, ranks, strict=True)):
-      theirs = {"a": (r, math.prod(inner)), "b": (math.prod(outer), r)}
-      for name, f in NAMES.items() if r else ():
-        x = _peft.take(row, wrong, f"{module}.{name}", theirs[f[0]])
-        view = fields[f][i, ..., :r] if f[0] == "a" else fields[f][i, :r]
-        view[...] = _peft.rearrange(x, patterns[f[0]], sizes)
-    stack = slice(None) if "{}" in key.hf else 0
-    arrays = {f: jnp.asarray(x[stack]) for f, x in fields.items()}
-    scale, rank = jnp.asarray(np.float32(scale)[stack]), jnp.asarray(np.int32(ranks)[stack])
-    return LoHa(base=w, **arrays, scale=scale, rank=rank, dropout=float(config.get("rank_dropout") or 0.0))
-
-  return _lycoris.read(params, keys, left, NAMES, build)

@@ -5,8 +5,7 @@ section 3.3; after Edalati et al. 2022, https://arxiv.org/abs/2212.10650).
 """
 
 import math
-import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -14,8 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from lora_jax import errors, families, transformer, tree, weights
-from lora_jax.methods import _lycoris, _targets
+from lora_jax import errors, tree, weights
+from lora_jax.methods import lycoris, targeting
+from lora_jax.model import transformer
 from lora_jax.values import Count, Probability, Size
 
 INITS = ("peft", "lycoris")
@@ -66,7 +66,7 @@ class LoKr(weights.Additive):
     factors = [self.scale * factors[0], *factors[1:]]
     product = f"{kept}mn,{','.join(specs)}->{kept}op"
     y = jnp.einsum(product, x, *(f.astype(x.dtype) for f in factors), preferred_element_type=dtype)
-    y = y * jnp.asarray(_lycoris.output_mask(self.key, self.dropout, y.shape[-2:], self.rescale), y.dtype)
+    y = y * jnp.asarray(lycoris.output_mask(self.key, self.dropout, y.shape[-2:], self.rescale), y.dtype)
     sizes = dict(zip(w_axes, self.base.shape, strict=True))
     return jnp.einsum(f"{kept}{outer}->{out}", y.reshape(*y.shape[:-2], *(sizes[c] for c in outer)))
 
@@ -79,7 +79,7 @@ class LoKr(weights.Additive):
     rank = self.rank
 
     def clean(f):
-      return (_lycoris.within(f[0], rank, -1), _lycoris.within(f[1], rank, rank.ndim)) if isinstance(f, tuple) else f
+      return (lycoris.within(f[0], rank, -1), lycoris.within(f[1], rank, rank.ndim)) if isinstance(f, tuple) else f
 
     return self.replace(left=clean(self.left), right=clean(self.right))
 
@@ -91,7 +91,7 @@ class LoKr(weights.Additive):
       pairs = zip(f, m, strict=True) if isinstance(f, tuple) else [(f, m)]
       for x, trained in pairs if any(jax.tree.leaves(m)) else ():
         columns = f[0].shape[-1] if isinstance(f, tuple) else 1
-        n += _lycoris.unused(x, np.minimum(np.asarray(self.rank), columns), columns) if trained else 0
+        n += lycoris.unused(x, np.minimum(np.asarray(self.rank), columns), columns) if trained else 0
     return n
 
 
@@ -158,20 +158,20 @@ def init(
     (params, mask): True at the factors, float32.
   """
   errors.choose(init, dict.fromkeys(INITS, True), "config.method.init")
-  _lycoris.check_dropout("LoKr", dropout)
+  lycoris.check_dropout("LoKr", dropout)
   if decompose_factor != -1 and decompose_factor < 1:
     raise errors.UserError(f"LoKr needs config.method.decompose_factor >= 1, or -1, not {decompose_factor}")
-  params, plans = _lycoris.plan("LoKr", params, targets, rank, alpha, rank_pattern, alpha_pattern)
+  params, plans = lycoris.plan("LoKr", params, targets, rank, alpha, rank_pattern, alpha_pattern)
   static = dict(dropout=float(dropout), rescale=rescale, factor=int(decompose_factor), both=bool(decompose_both))
 
   def node(k, w, _):
     return _node(tree.fold(key, k), k, w, *plans[k], init, static)
 
-  params = _targets.wrap(params, plans, node)
-  return params, _targets.mask(params, LoKr, ("left", "right"))
+  params = targeting.wrap(params, plans, node)
+  return params, targeting.mask(params, LoKr, ("left", "right"))
 
 
-def _layout(name: str, inner: int, outer: int, ranks: Sequence[int], static: Mapping) -> dict[str, tuple[int, ...]]:
+def layout_of(name: str, inner: int, outer: int, ranks: Sequence[int], static: Mapping) -> dict[str, tuple[int, ...]]:
   """`sizes` for the largest of the layers' ranks; UserError if a factor is of low rank in some layers only."""
   each = [sizes(inner, outer, int(r), static["factor"], static["both"]) for r in sorted({int(r) for r in ranks} - {0})]
   if len({tuple(len(s[side]) for side in ("left", "right")) for s in each}) > 1:
@@ -184,18 +184,18 @@ def _layout(name: str, inner: int, outer: int, ranks: Sequence[int], static: Map
 def _node(key, k, w, ranks, scale, init, static) -> LoKr:
   stack = ranks.shape
   axes, n = w.shape[len(stack) :], transformer.in_axes(k)
-  layout = _layout(k, math.prod(axes[:n]), math.prod(axes[n:]), ranks.reshape(-1), static)
+  layout = layout_of(k, math.prod(axes[:n]), math.prod(axes[n:]), ranks.reshape(-1), static)
   per_rank = jax.lax.rsqrt(jnp.maximum(ranks.reshape(-1, 1, 1), 1).astype(jnp.float32))
 
   def factor(i, size, zero):
     """Torch's kaiming_uniform_ divides by the root of the columns there, which are the rows here."""
     side = jax.random.fold_in(key, i)
     if len(size) == 2:
-      draw = lambda layer: _lycoris.uniform(jax.random.fold_in(side, layer), size) / math.sqrt(size[0])
+      draw = lambda layer: lycoris.uniform(jax.random.fold_in(side, layer), size) / math.sqrt(size[0])
       f = jnp.zeros((ranks.size, *size)) if zero else jax.vmap(draw)(jnp.arange(ranks.size))
       return f.reshape(*stack, *size)
-    a = _lycoris.columns(jax.random.fold_in(side, 0), ranks, size[0], _lycoris.uniform) / math.sqrt(size[0])
-    b = _lycoris.columns(jax.random.fold_in(side, 1), ranks, size[2], _lycoris.uniform).swapaxes(1, 2) * per_rank
+    a = lycoris.columns(jax.random.fold_in(side, 0), ranks, size[0], lycoris.uniform) / math.sqrt(size[0])
+    b = lycoris.columns(jax.random.fold_in(side, 1), ranks, size[2], lycoris.uniform).swapaxes(1, 2) * per_rank
     a, b = (a, jnp.zeros_like(b)) if zero == "b" else (jnp.zeros_like(a), b) if zero == "a" else (a, b)
     return a.reshape(*stack, *size[:2]), b.reshape(*stack, *size[1:])
 
@@ -208,99 +208,3 @@ def _node(key, k, w, ranks, scale, init, static) -> LoKr:
     rank=jnp.asarray(ranks, jnp.int32),
     **static,
   )
-
-
-PEFT_TYPE = "LOKR"
-# (field, index in a pair) of each tensor; torch's are transposed.
-NAMES = {
-  "lokr_w1": ("left", None),
-  "lokr_w1_a": ("left", 1),
-  "lokr_w1_b": ("left", 0),
-  "lokr_w2": ("right", None),
-  "lokr_w2_a": ("right", 1),
-  "lokr_w2_b": ("right", 0),
-}
-
-
-def in_order(key: families.Key) -> bool:
-  """Whether their axes, flattened, lie in the order of ours, which a Kronecker product needs; not in GPT-NeoX's qkv."""
-  letters = lambda side: [c for c in re.findall(r"\w+", side) if c != "r"]
-  return all(letters(left) == letters(right) for left, right in (p.split("->") for p in key.low_rank()))
-
-
-def to_peft(
-  params: Any, keys: Sequence[families.Key], trained: Collection[str] = ()
-) -> tuple[dict, dict[str, np.ndarray]] | None:
-  """(config, tensors) of PEFT's LoKr; None without LoKr nodes. UserError for what PEFT has none for: see
-  `_lycoris.nodes` and `in_order`; and where nodes differ in `factor`, `both` or dropout."""
-  found = _lycoris.nodes(params, keys, LoKr)
-  if not found:
-    return None
-  static = {(w.factor, w.both, w.dropout, w.rescale) for w in found.values()}
-  if odd := [key.path for key in found if not in_order(key)]:
-    raise errors.UserError(f"PEFT's axes of {', '.join(odd)} are interleaved: a Kronecker product is none there")
-  if len(static) > 1:
-    raise errors.UserError("PEFT has one decompose_factor, decompose_both and dropout for all LoKr matrices")
-  tensors = {}
-  for key, node in found.items():
-    for i, module, r in _lycoris.adapted(key, node):
-      for name, (field, part) in NAMES.items():
-        f = getattr(node, field)
-        if isinstance(f, tuple) == (part is not None):
-          x = np.asarray(f if part is None else f[part])[i].T
-          tensors[f"{module}.{name}"] = x if part is None else x[:, :r] if part == 1 else x[:r]
-  factor, both, _, rescale = static.pop()
-  own = {"decompose_factor": factor, "decompose_both": both, "rank_dropout_scale": rescale, "init_weights": True}
-  return {"peft_type": PEFT_TYPE, **own, **_lycoris.peft_config(found, params, keys)}, tensors
-
-
-def from_peft(
-  params: Any, keys: Sequence[families.Key], config: Mapping, left: dict[str, np.ndarray], wrong: list[str]
-) -> Any:
-  """The inverse of `to_peft`; see formats/peft.py."""
-  boolean = ("true or false", lambda x: isinstance(x, bool))
-  whole = ("a whole number", lambda x: isinstance(x, int) and not isinstance(x, bool))
-  rules = {"decompose_factor": whole, "decompose_both": boolean, "rank_dropout_scale": boolean}
-  _lycoris.check_config(config, rules)
-  static = dict(
-    dropout=float(config.get("rank_dropout") or 0.0),
-    rescale=bool(config.get("rank_dropout_scale")),
-    factor=config.get("decompose_factor", -1),
-    both=bool(config.get("decompose_both")),
-  )
-
-  def build(key, w, modules, rows):
-    axes, n = w.shape["{}" in key.hf :], transformer.in_axes(key.path)
-    ranks, scale = _lycoris.ranks_of(config, modules, rows)
-    if not in_order(key):
-      wrong.append(f"{key.module}: a Kronecker product over its interleaved axes is not supported")
-      return w
-    layout = {}
-    with errors.listed(wrong):
-      layout = _layout(key.module, math.prod(axes[:n]), math.prod(axes[n:]), ranks, static)
-    if not layout:
-      return w
-    fields = {f: _zeros(len(rows), size) for f, size in layout.items()}
-    for i, (module, row, r) in enumerate(zip(modules, rows, ranks, strict=True)):
-      for name, (field, part) in NAMES.items() if r else ():
-        f, x = fields[field], row.get(f"{module}.{name}")
-        view = f[i] if part is None and not isinstance(f, tuple) else None
-        if isinstance(f, tuple) and part is not None:
-          view = f[1][i, :r] if part else f[0][i, :, :r]
-        expected = None if view is None else view.T.shape
-        if (None if x is None else x.shape) != expected:
-          wrong.append(f"{module}.{name} is {None if x is None else x.shape}, expected {expected}")
-        elif x is not None:
-          view[...] = x.astype(np.float32).T
-    stack = slice(None) if "{}" in key.hf else 0
-    arrays = jax.tree.map(lambda x: jnp.asarray(x[stack]), fields)
-    scale, rank = jnp.asarray(np.float32(scale)[stack]), jnp.asarray(np.int32(ranks)[stack])
-    return LoKr(base=w, **arrays, scale=scale, rank=rank, **static)
-
-  return _lycoris.read(params, keys, left, NAMES, build)
-
-
-def _zeros(layers: int, size: tuple[int, ...]) -> Any:
-  if len(size) == 2:
-    return np.zeros((layers, *size), np.float32)
-  return np.zeros((layers, *size[:2]), np.float32), np.zeros((layers, *size[1:]), np.float32)

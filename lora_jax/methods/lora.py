@@ -11,11 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax import architecture, errors, families, methods, transformer, tree, weights
-from lora_jax.methods import _lora_peft, _lora_values, _targets
+from lora_jax import errors, methods, tree, weights
+from lora_jax.methods import initial, targeting
+from lora_jax.model import architecture, transformer
 from lora_jax.values import Probability, Size
 
-INITS = _lora_values.INITS
+INITS = initial.INITS
 EMBED, HEAD = "embed/kernel", "head/kernel"
 BIASES = ("none", "all", "lora_only")
 VARIES = ("rank", "alpha", "dropout", "targets", "rank_pattern", "alpha_pattern", "layers_to_transform", "rslora")
@@ -33,7 +34,7 @@ def init(
   alpha_pattern: Mapping[str, float] | None = None,
   layers_to_transform: Size | Sequence[Size] | None = None,
   rslora: bool = False,
-  init: _lora_values.Init = "peft",
+  init: initial.Init = "peft",
   bias: Literal["none", "all", "lora_only"] = "none",
   lora_bias: bool = False,
   tied: bool = True,
@@ -53,7 +54,7 @@ def init(
     rslora: scale by alpha / sqrt(rank) rather than alpha / rank.
     init: "peft", A uniform in +-1/sqrt(in), as loralib and PEFT do; "paper" or "gaussian", A normal with deviation
       1/rank; "orthogonal", A and B random with A B = 0 up to rounding (even ranks); "pissa", "pissa_niter_N" and
-      "olora", parts of W, see `_lora_values.decompose`. Of an embedding A is zero and B standard normal.
+      "olora", parts of W, see `initial.decompose`. Of an embedding A is zero and B standard normal.
     bias: "all" trains every bias of the model besides, "lora_only" those beside an adapted matrix.
     lora_bias: whether B has a bias, which starts at zero.
     tied: whether an adapter of a table that the head shares acts on both its uses; if not, on the targeted one alone.
@@ -61,15 +62,15 @@ def init(
   Returns:
     (params, mask): True at the leaves `a` and `b`, float32, and at biases as asked.
   """
-  _lora_values.check(init)
+  initial.check(init)
   errors.choose(bias, dict.fromkeys(BIASES), "config.method.bias")
   if not 0 <= dropout < 1 or rank < 0:
     raise errors.UserError(f"LoRA needs rank >= 0 and 0 <= dropout < 1, not rank={rank}, dropout={dropout}")
-  params = _targets.split(params, targets)
+  params = targeting.split(params, targets)
   linear = _matrices(params)
-  hits = _only(_targets.select(targets, linear, "config.method.targets"), layers_to_transform)
-  ranks = _targets.values(rank_pattern, rank, linear, "config.method.rank_pattern")
-  alphas = _targets.values(alpha_pattern, alpha, linear, "config.method.alpha_pattern")
+  hits = _only(targeting.select(targets, linear, "config.method.targets"), layers_to_transform)
+  ranks = targeting.values(rank_pattern, rank, linear, "config.method.rank_pattern")
+  alphas = targeting.values(alpha_pattern, alpha, linear, "config.method.alpha_pattern")
   chosen = {k: r.astype(int) for k, hit in hits.items() if (r := np.where(hit, ranks[k], 0)).max() > 0}
   if not chosen:
     raise errors.UserError("LoRA adapts nothing: every target has rank 0")
@@ -81,7 +82,7 @@ def init(
   tables = {EMBED, HEAD} if shared else {EMBED}
   specs = {k: _spec(k, linear[k], r, init, k in tables) for k, r in chosen.items()}
   _check(specs, alphas, lora_bias, tables)
-  drawn = _lora_values.draw(key, [s for s in specs.values() if not _lora_values.decomposes(s.init)])
+  drawn = initial.draw(key, [s for s in specs.values() if not initial.decomposes(s.init)])
 
   def node(k, w, _):
     for name in [n for n in (EMBED, HEAD) if n in chosen] if shared and k == EMBED else [k]:
@@ -91,7 +92,7 @@ def init(
       w = _node(w, chosen[name], scale, factors, lora_bias, dropout=float(dropout), rslora=bool(rslora), use=use)
     return w
 
-  adapted = _targets.wrap(params, chosen | ({EMBED: None} if shared and HEAD in chosen else {}), node)
+  adapted = targeting.wrap(params, chosen | ({EMBED: None} if shared and HEAD in chosen else {}), node)
   return methods.train_also(adapted, trainable(adapted), _biases(params, chosen, bias))
 
 
@@ -102,13 +103,13 @@ def trainable(params: Any) -> Any:
     is_pair = isinstance(w, weights.LoRA) and isinstance(w.base, weights.LoRA) and w.use and w.base.use
     return m.replace(base=m.base.replace(a=True, b=True)) if is_pair else m
 
-  mask = _targets.mask(params, weights.LoRA, ("a", "b", "bias"))
+  mask = targeting.mask(params, weights.LoRA, ("a", "b", "bias"))
   return jax.tree.map(both, params, mask, is_leaf=weights.is_node)
 
 
 def _matrices(params: Any) -> dict[str, Any]:
   """{name: weight} of what can be adapted; a head that is tied to the table is there as the table."""
-  linear = _targets.matrices(params, experts=True)
+  linear = targeting.matrices(params, experts=True)
   table = tree.flatten(params, is_leaf=weights.is_node).get(EMBED)
   if table is None:
     return linear
@@ -126,23 +127,23 @@ def _only(hits: Mapping[str, np.ndarray], layers: int | Sequence[int] | None) ->
   return {k: h & np.isin(np.arange(h.size), layers) if h.ndim else h for k, h in hits.items()}
 
 
-def _spec(name: str, w: Any, ranks: np.ndarray, init: str, table: bool) -> _lora_values.Spec:
+def _spec(name: str, w: Any, ranks: np.ndarray, init: str, table: bool) -> initial.Spec:
   if table:
     init = "normal" if name == EMBED else init if init in ("paper", "gaussian") else "peft"
-    return _lora_values.Spec(name, (int(ranks),), 1, w.shape[1], w.shape[0], init)
+    return initial.Spec(name, (int(ranks),), 1, w.shape[1], w.shape[0], init)
   axes = architecture.stack_axes(name)
   shape, n_in = w.shape[axes:], transformer.in_axes(name)
   experts = w.shape[1] if axes == 2 else 1
   inner, outer = int(np.prod(shape[:n_in])), int(np.prod(shape[n_in:]))
-  return _lora_values.Spec(name, tuple(map(int, ranks.reshape(-1))), experts, inner, outer, init)
+  return initial.Spec(name, tuple(map(int, ranks.reshape(-1))), experts, inner, outer, init)
 
 
-def _check(specs: Mapping[str, _lora_values.Spec], alphas: Mapping, lora_bias: bool, tables: Collection[str]) -> None:
+def _check(specs: Mapping[str, initial.Spec], alphas: Mapping, lora_bias: bool, tables: Collection[str]) -> None:
   """Raises UserError for ranks that an initialisation cannot have and a bias that an embedding cannot have."""
   for k, s in specs.items():
-    if _lora_values.decomposes(s.init) and max(s.ranks) > min(s.inner, s.outer):
+    if initial.decomposes(s.init) and max(s.ranks) > min(s.inner, s.outer):
       raise errors.UserError(f"init={s.init!r}: {k} has no rank {max(s.ranks)}; at most {min(s.inner, s.outer)}")
-    if _lora_values.decomposes(s.init) and np.min(alphas[k]) <= 0:
+    if initial.decomposes(s.init) and np.min(alphas[k]) <= 0:
       raise errors.UserError(f"init={s.init!r} needs alpha > 0, which for {k} is {np.min(alphas[k])}")
     if s.init == "orthogonal" and any(r % 2 for r in s.ranks):
       raise errors.UserError(f"init='orthogonal' needs even ranks; {k} has {sorted(set(s.ranks))}")
@@ -170,9 +171,7 @@ def _matrix(key, w, spec, scale, drawn):
     return a.reshape(*stack, *inner, columns), b, None
   each = jax.tree.map(lambda x: x.reshape(-1, *x.shape[axes:]), w)
   ranks, scale = (np.repeat(np.reshape(x, -1), spec.experts) for x in (spec.ranks, scale))
-  a, b = _lora_values.decompose(
-    tree.fold(key, spec.name), each, ranks, scale, n_in=n_in, columns=columns, init=spec.init
-  )
+  a, b = initial.decompose(tree.fold(key, spec.name), each, ranks, scale, n_in=n_in, columns=columns, init=spec.init)
   a, b = a.reshape(*stack, *inner, columns), b.reshape(*stack, columns, *outer)
   return a, b, (jnp.copy(a), jnp.copy(b))  # training gives the buffers of a and b away
 
@@ -201,26 +200,3 @@ def _biases(params: Any, chosen: Mapping[str, np.ndarray], bias: str) -> set[str
   if not names:
     raise errors.UserError(f"config.method.bias={bias!r} finds no biases in this model; use 'none'")
   return names
-
-
-PEFT_TYPE = "LORA"
-
-
-def to_peft(
-  params: Any, keys: Sequence[families.Key], trained: Collection[str] = ()
-) -> tuple[dict, dict[str, np.ndarray]] | None:
-  """(adapter config, tensors by Hugging Face module name) of the LoRA nodes in `params`; None if it has none.
-
-  `lora_A.weight` is [r, in] and `lora_B.weight` [out, r], float32. The commonest rank and alpha become `r` and
-  `lora_alpha`, the others patterns. What has a `start` is written as LoRA of twice the rank, [a, a0] and [b, -b0].
-  """
-  return _lora_peft.write(params, keys, trained)
-
-
-def from_peft(
-  params: Any, keys: Sequence[families.Key], config: Mapping, left: dict[str, np.ndarray], wrong: list[str]
-) -> Any:
-  """The inverse of `to_peft`: `params` with LoRA nodes; see formats/peft.py."""
-  if config.get("use_dora"):
-    return methods.get("dora").from_lora(params, keys, config, left, wrong)
-  return _lora_peft.read(params, keys, config, left, wrong)

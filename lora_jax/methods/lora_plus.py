@@ -5,11 +5,13 @@ from typing import Any
 import jax
 import optax
 
-from lora_jax import fused, tree
-from lora_jax.methods import _targets, lora
+from lora_jax import tree
+from lora_jax.methods import lora, targeting
 from lora_jax.values import Positive
+from lora_jax.weights import fused
 
 VARIES = lora.VARIES
+PEFT = "lora"  # the form of formats/peft that it has
 
 
 def init(
@@ -26,7 +28,7 @@ def init(
   return lora.init(key, params, **kw)
 
 
-init.__signature__ = _targets.signature(init, lora.init, without=("lora_bias", "tied"))
+init.__signature__ = targeting.signature(init, lora.init, without=("lora_bias", "tied"))
 
 
 def optimiser(
@@ -45,6 +47,3 @@ def _ratio(name: str, lr_ratio: float, embedding_lr_ratio: float) -> float:
   if name.startswith(lora.EMBED) and name.endswith(("/a", "/b")):
     return embedding_lr_ratio
   return lr_ratio if fused.whole(name).endswith(("/b", "/bias")) else 1.0
-
-
-PEFT_TYPE, to_peft, from_peft = lora.PEFT_TYPE, lora.to_peft, lora.from_peft

@@ -8,9 +8,10 @@ from typing import Any
 
 import jax
 
-from lora_jax.methods import _targets, lora
+from lora_jax.methods import lora, targeting
 
 VARIES = lora.VARIES
+PEFT = "lora"  # the form of formats/peft that it has
 
 
 def init(key: jax.Array, params: Any, *, alpha: float = 8.0, **kw: Any) -> tuple[Any, Any]:
@@ -18,7 +19,4 @@ def init(key: jax.Array, params: Any, *, alpha: float = 8.0, **kw: Any) -> tuple
   return lora.init(key, params, alpha=alpha, init="olora", **kw)
 
 
-init.__signature__ = _targets.signature(init, lora.init, without=("init", "bias", "lora_bias", "tied"))
-
-
-PEFT_TYPE, to_peft, from_peft = lora.PEFT_TYPE, lora.to_peft, lora.from_peft
+init.__signature__ = targeting.signature(init, lora.init, without=("init", "bias", "lora_bias", "tied"))

@@ -4,16 +4,16 @@ The network ties the tokens of the prompt together; only its output is needed af
 """
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import struct
 
-from lora_jax import errors, layers, prompts, tree
+from lora_jax import errors, tree
 from lora_jax.methods import prompt_tuning
+from lora_jax.model import layers, prompts
 from lora_jax.values import Count
 
 STARTS = prompt_tuning.STARTS
@@ -127,21 +127,3 @@ def dense(key: jax.Array, name: str, inner: tuple[int, ...], outer: tuple[int, .
   fan = math.prod(inner)
   parts = {"kernel": (*inner, *outer), "bias": outer}
   return {k: uniform(key, f"{name}/{k}", shape, fan) for k, shape in parts.items()}
-
-
-PEFT_TYPE = "P_TUNING"
-from_peft = prompt_tuning.from_peft
-
-
-def to_peft(
-  params: Any, keys: Sequence[Any], trained: Collection[str] = ()
-) -> tuple[dict, dict[str, np.ndarray]] | None:
-  """(adapter config, {"prompt_embeddings": [P, D]}) of an `Encoder` before everything: what it computes."""
-  found = prompt_tuning.form(params, PEFT_TYPE, Encoder)
-  if found is None:
-    return None
-  config, tensors = found
-  prompt = params["prompt"]
-  hidden = prompt.mlp[0]["kernel"].shape[1] // (2 if prompt.lstm else 1)
-  kind = "LSTM" if prompt.lstm else "MLP"
-  return config | {"encoder_reparameterization_type": kind, "encoder_hidden_size": hidden}, tensors

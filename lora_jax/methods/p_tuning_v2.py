@@ -9,9 +9,14 @@ from typing import Any
 
 import jax
 
-from lora_jax.methods import _targets, prefix_tuning
-from lora_jax.methods.prefix_tuning import MERGES, PEFT_TYPE, STARTS, from_peft, to_peft  # noqa: F401, its own too
+from lora_jax.methods import prefix_tuning, targeting
+from lora_jax.methods.prefix_tuning import (
+  MERGES,  # noqa: F401, names of users
+  STARTS,  # noqa: F401, names of users
+)
 from lora_jax.values import Count
+
+PEFT = "prefix_tuning"  # the form of formats/peft that it has
 
 
 def init(key: jax.Array, params: Any, *, hidden: Count | None = None, **kw: Any) -> tuple[Any, Any]:
@@ -26,4 +31,4 @@ def init(key: jax.Array, params: Any, *, hidden: Count | None = None, **kw: Any)
   return prefix_tuning.init(key, params, hidden=hidden, **kw)
 
 
-init.__signature__ = _targets.signature(init, prefix_tuning.init)
+init.__signature__ = targeting.signature(init, prefix_tuning.init)

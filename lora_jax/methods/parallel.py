@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from lora_jax.methods import _bottleneck
+from lora_jax.methods import bottleneck
 from lora_jax.values import Count
 
 MERGES = False  # it is not linear
@@ -21,9 +21,9 @@ def init(
   *,
   size: Count = 64,
   scale: float = 4.0,
-  activation: _bottleneck.Activation = "relu",
-  init: _bottleneck.Init = "lora",
-  targets: str | Sequence[str] = _bottleneck.FEED_FORWARD,
+  activation: bottleneck.Activation = "relu",
+  init: bottleneck.Init = "lora",
+  targets: str | Sequence[str] = bottleneck.FEED_FORWARD,
 ) -> tuple[Any, Any]:
   """Puts a bottleneck beside feed-forward layers.
 
@@ -44,4 +44,4 @@ def init(
   Raises:
     UserError: a target that is none; feed-forward layers that are mixtures of experts.
   """
-  return _bottleneck.add(key, params, targets, size=size, activation=activation, init=init, scale=scale, beside=True)
+  return bottleneck.add(key, params, targets, size=size, activation=activation, init=init, scale=scale, beside=True)

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from lora_jax.methods import _bottleneck
+from lora_jax.methods import bottleneck
 from lora_jax.values import Count
 
 MERGES = False  # it is not linear
@@ -21,9 +21,9 @@ def init(
   params: Any,
   *,
   size: Count = 64,
-  activation: _bottleneck.Activation = "relu",
-  init: _bottleneck.Init = "zero",
-  targets: str | Sequence[str] = _bottleneck.FEED_FORWARD,
+  activation: bottleneck.Activation = "relu",
+  init: bottleneck.Init = "zero",
+  targets: str | Sequence[str] = bottleneck.FEED_FORWARD,
 ) -> tuple[Any, Any]:
   """Puts a bottleneck after the target matrices.
 
@@ -33,4 +33,4 @@ def init(
   Returns:
     (params, mask).
   """
-  return _bottleneck.add(key, params, targets, size=size, activation=activation, init=init)
+  return bottleneck.add(key, params, targets, size=size, activation=activation, init=init)

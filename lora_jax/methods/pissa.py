@@ -9,10 +9,11 @@ from typing import Any
 import jax
 
 from lora_jax import errors
-from lora_jax.methods import _targets, lora
+from lora_jax.methods import lora, targeting
 from lora_jax.values import Size
 
 VARIES = lora.VARIES
+PEFT = "lora"  # the form of formats/peft that it has
 
 
 def init(
@@ -30,7 +31,4 @@ def init(
   return lora.init(key, params, alpha=alpha, init=how, **kw)
 
 
-init.__signature__ = _targets.signature(init, lora.init, without=("init", "bias", "lora_bias", "tied"))
-
-
-PEFT_TYPE, to_peft, from_peft = lora.PEFT_TYPE, lora.to_peft, lora.from_peft
+init.__signature__ = targeting.signature(init, lora.init, without=("init", "bias", "lora_bias", "tied"))

@@ -1,9 +1,9 @@
 """Prompt tuning: learned embeddings before the text (Lester et al. 2021, https://arxiv.org/abs/2104.08691, section 2).
 
-The model reads [P; X] instead of X, and only P is trained. It goes with a task's own template: see prompts.py.
+The model reads [P; X] instead of X, and only P is trained. It goes with a task's own template: see model/prompts.py.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from lora_jax import errors, prompts, tree, weights
-from lora_jax.methods import _peft
+from lora_jax import errors, tree, weights
+from lora_jax.model import prompts
 from lora_jax.values import Count, Size
 
 STARTS = "the text begins with vectors that the model has not seen"
@@ -130,49 +130,3 @@ def prepare(kw: Mapping[str, Any], tokenizer: Any = None, labels: Sequence[str] 
   if tokenizer is not None and kw.get("init") == "labels" and kw.get("labels") is None and labels:
     kw["labels"] = tokenizer.encode_batch(list(labels))
   return kw
-
-
-PEFT_TYPE = "PROMPT_TUNING"
-
-
-def to_peft(
-  params: Any, keys: Sequence[Any], trained: Collection[str] = ()
-) -> tuple[dict, dict[str, np.ndarray]] | None:
-  """(adapter config, {"prompt_embeddings": [P, D]}) of a `Prompt` that stands before everything; None of others.
-
-  Its `scaled` must be False: `prompts.unscaled` sees to that.
-  """
-  return form(params, PEFT_TYPE, Prompt)
-
-
-def form(params: Any, kind: str, node: type) -> tuple[dict, dict[str, np.ndarray]] | None:
-  """The PEFT form of a soft prompt of class `node`: what it computes. See `to_peft`."""
-  prompt = params.get("prompt")
-  if not isinstance(prompt, node) or prompt.placement != "prefix":
-    return None
-  table = np.asarray(prompt(), np.float32)
-  layers = params["layers"]["attn"]
-  config = {
-    "peft_type": kind,
-    "num_virtual_tokens": len(table),
-    "token_dim": table.shape[1],
-    "num_transformer_submodules": 1,  # an encoder-decoder's has two tables, of which PEFT uses the first
-    "num_attention_heads": layers["o"]["kernel"].shape[1],
-    "num_layers": layers["o"]["kernel"].shape[0],
-  }
-  return config, {"prompt_embeddings": table}
-
-
-def from_peft(params: Any, keys: Sequence[Any], config: Mapping, left: dict[str, np.ndarray], wrong: list[str]) -> Any:
-  """The inverse of `to_peft`: `params` with a `Prompt`; see formats/peft.py."""
-  rows, _ = size(left)
-  count = config.get("num_virtual_tokens") or rows
-  shape = (rows if rows == 2 * count else count, params["embed"]["kernel"].shape[1])
-  table = _peft.take(left, wrong, "prompt_embeddings", shape)
-  return params | {"prompt": Prompt(jnp.asarray(table[:count]))}
-
-
-def size(tensors: Mapping[str, np.ndarray]) -> tuple[int, int]:
-  """Rows and columns of the one tensor of a prompt-learning adapter; zeros where there is none, or no matrix."""
-  shape = np.shape(tensors.get("prompt_embeddings", ()))
-  return shape if len(shape) == 2 else (0, 0)

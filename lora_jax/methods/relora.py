@@ -12,9 +12,11 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from lora_jax import architecture, errors, train, tree, weights
-from lora_jax.methods import _targets, lora
+from lora_jax import errors, tree, weights
+from lora_jax.methods import lora, targeting
+from lora_jax.model import architecture
 from lora_jax.values import Count, Share
+from lora_jax.weights import updates
 
 MODEL = True  # the run leaves the merged model
 
@@ -61,7 +63,7 @@ def init(
   return jax.tree.map(lambda x, m: x.astype(jnp.float32) if m else x, params, mask), mask
 
 
-init.__signature__ = _targets.signature(
+init.__signature__ = targeting.signature(
   init, lora.init, without=("layers_to_transform", "init", "bias", "lora_bias", "tied")
 )
 
@@ -73,12 +75,10 @@ def period(*, cycle: Count = 1000, **_) -> int:
 
 def held(params: Any, **_) -> Any:
   """The mask of the matrices that are merged into, and of the scales and ranks that this takes."""
-  return _targets.mask(params, weights.LoRA, ("base", "scale", "rank"))
+  return targeting.mask(params, weights.LoRA, ("base", "scale", "rank"))
 
 
-def between(
-  key: jax.Array, state: train.State, *, prune: str = "random", keep: Share | None = None, **_
-) -> train.State:
+def between(key: jax.Array, state: Any, *, prune: str = "random", keep: Share | None = None, **_) -> Any:
   """The state with scale * A B merged into the weights, A drawn anew, B zero, and the moments of both pruned.
 
   The model stays what it was: the sum is taken in float32, and for weights in bfloat16 rounded stochastically, so that
@@ -89,7 +89,7 @@ def between(
   def restart(k, w):
     if not isinstance(w, weights.LoRA):
       return w
-    base = train.apply_updates({k: w.base}, {k: w.delta()}, key)[k]
+    base = updates.add({k: w.base}, {k: w.delta()}, key)[k]
     bound = 1 / math.sqrt(math.prod(w.a.shape[architecture.stack_axes(k) : -1]))  # as lora.py draws A
     a = jax.random.uniform(tree.fold(key, f"{k}/a"), w.a.shape, minval=-bound, maxval=bound)
     return w.replace(base=base, a=a, b=jnp.zeros_like(w.b)).clean()

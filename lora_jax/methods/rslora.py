@@ -7,9 +7,10 @@ from typing import Any
 
 import jax
 
-from lora_jax.methods import _targets, lora
+from lora_jax.methods import lora, targeting
 
 VARIES = lora.VARIES
+PEFT = "lora"  # the form of formats/peft that it has
 
 
 def init(key: jax.Array, params: Any, **kw: Any) -> tuple[Any, Any]:
@@ -17,7 +18,4 @@ def init(key: jax.Array, params: Any, **kw: Any) -> tuple[Any, Any]:
   return lora.init(key, params, rslora=True, **kw)
 
 
-init.__signature__ = _targets.signature(init, lora.init, without=("rslora", "lora_bias", "tied"))
-
-
-PEFT_TYPE, to_peft, from_peft = lora.PEFT_TYPE, lora.to_peft, lora.from_peft
+init.__signature__ = targeting.signature(init, lora.init, without=("rslora", "lora_bias", "tied"))

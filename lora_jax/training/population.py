@@ -1,0 +1,316 @@
+"""Populations: several adapters trained by one program over one frozen base.
+
+`jax.vmap` runs over what members have of their own (trained leaves, optimiser states, hyperparameters, seeds, scales);
+what they share is not batched, so that a product with the base is one matmul over P x B x T. Each member computes what
+a run of its own would.
+
+LoRA of smaller rank is padded with zero columns and rows; a matrix that a member does not adapt has a node of rank 0.
+Both have zero gradients, so value and moments of the padding stay exactly zero.
+"""
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import struct
+
+from lora_jax import errors, methods, sharding, tree, weights
+from lora_jax.methods import dora
+from lora_jax.training import optim, train
+
+
+@struct.dataclass
+class Hyper:
+  """What the members of a population set for themselves, stacked: every leaf has a leading P.
+
+  Fields:
+    learning_rates: float32 [S], by step; after the last of a member its last one.
+    steps: int32 [], after which the member rests.
+    seed: uint32 []; of dropout.
+    optim: {keyword of `optim.transformation`: float32 []} where members differ.
+    dropout: {name of a node: float32 []} where members differ.
+    batch: int32 []; which of the batches of a step is the member's.
+  """
+
+  learning_rates: jax.Array
+  steps: jax.Array
+  seed: jax.Array
+  optim: dict[str, jax.Array]
+  dropout: dict[str, jax.Array]
+  batch: jax.Array
+
+
+@struct.dataclass
+class State:
+  """What training a population changes; every leaf has a leading P.
+
+  Fields:
+    members: train.State.
+    alive: bool; False from the step on whose loss or gradient was not finite: such a member changes no more.
+  """
+
+  members: train.State
+  alive: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Trees:
+  """The parameters of a population, apart by who has them.
+
+  Fields:
+    trainable: trained leaves [P, ...].
+    own: frozen leaves that members do not share [P, ...], such as scales; None in the places of others.
+    shared: the frozen leaves of all.
+    held: leaves that methods change between steps [P, ...], or None.
+    dropout: {node: rates of the members} where they differ.
+  """
+
+  trainable: Any
+  own: Any
+  shared: Any
+  held: Any
+  dropout: dict[str, list[float]]
+
+
+def align(members: Sequence[tuple[Any, Any]]) -> tuple[list[tuple[Any, Any]], dict[str, list[float]]]:
+  """The (params, mask) of members as trees of one structure and shape, and their rates of dropout where they differ.
+
+  Raises:
+    UserError: the members differ in more than ranks and targets of LoRA or DoRA, alpha and dropout.
+  """
+  is_node = weights.is_node
+  flat = [[dict(tree.flatten(x, is_leaf=is_node)) for x in member] for member in members]
+  names = flat[0][0].keys()
+  for params, _ in flat[1:]:
+    if odd := sorted(names ^ params.keys()):
+      raise errors.UserError(f"members of one population have the same leaves; {odd[0]} is in some of them alone")
+  made = {k: _aligned(k, [(p[k], m[k]) for p, m in flat]) for k in names}
+  rates = _unify_dropout(made)
+  out = []
+  for i, (params, mask) in enumerate(members):
+    both = [tree.map_named(lambda k, _, j=j: made[k][i][j], x, is_leaf=is_node) for j, x in enumerate((params, mask))]
+    out.append(tuple(both))
+  return out, rates
+
+
+def _aligned(name: str, pairs: list[tuple[Any, Any]]) -> list[tuple[Any, Any]]:
+  """Weights at one place, each with its mask, as weights of one structure."""
+  adapted = [p for p in pairs if isinstance(p[0], weights.LoRA | dora.DoRA)]
+  if not adapted:
+    return _aligned_parts(name, pairs)
+  kind = type(adapted[0][0])
+  if any(type(w) is not kind for w, _ in adapted):
+    raise errors.UserError(f"members of one population adapt {name} by nodes of one kind")
+  pairs = [p if isinstance(p[0], kind) else _idle(p, adapted[0]) for p in pairs]
+  below = _aligned(f"{name}/base", [(w.base, m.base) for w, m in pairs])
+  pairs = [(w.replace(base=b), m.replace(base=n)) for (w, m), (b, n) in zip(pairs, below, strict=True)]
+  if kind is dora.DoRA:
+    return pairs
+  columns = max(w.a.shape[-1] for w, _ in pairs)
+  return [(_padded(w, columns).replace(rslora=False), m.replace(rslora=False)) for w, m in pairs]
+
+
+def _aligned_parts(name: str, pairs: list[tuple[Any, Any]]) -> list[tuple[Any, Any]]:
+  """Those of nodes that hold others, part by part."""
+  ws, ms = [w for w, _ in pairs], [m for _, m in pairs]
+  if not all(hasattr(w, "map") for w in ws) or any(type(w) is not type(ws[0]) for w in ws):
+    return pairs
+  parts, out = [], [[], []]
+  ws[0].map(lambda part, v: parts.append(part) or v)
+
+  def of(w):
+    found = {}
+    w.map(lambda part, v: found.setdefault(part, v))
+    return found
+
+  each = [(of(w), of(m)) for w, m in pairs]
+  made = {part: _aligned(f"{name}/{part}", [(w[part], m[part]) for w, m in each]) for part in parts}
+  for i, (w, m) in enumerate(zip(ws, ms, strict=True)):
+    out[0].append(w.map(lambda part, _, i=i: made[part][i][0]))
+    out[1].append(m.map(lambda part, _, i=i: made[part][i][1]))
+  return list(zip(*out, strict=True))
+
+
+def _idle(pair: tuple[Any, Any], like: tuple[Any, Any]) -> tuple[Any, Any]:
+  """A weight that is not adapted, and its mask, in a node like another's of rank 0: all of it is zero."""
+  (w, m), (node, mask) = pair, like
+  zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), node.replace(base=None))
+  if isinstance(node, dora.DoRA):
+    inner = _idle(pair, (node.base, mask.base))
+    return zeros.replace(base=inner[0]), mask.replace(base=inner[1])
+  return zeros.replace(base=w), mask.replace(base=m)
+
+
+def _padded(w: weights.LoRA, columns: int) -> weights.LoRA:
+  """LoRA with zeros for further columns of `a` and rows of `b`."""
+  more, axis = columns - w.a.shape[-1], w.scale.ndim + w.n_experts_axes()
+  if not more:
+    return w
+  # On the host, where nothing has to be compiled for each shape.
+  pad = lambda x, at: np.pad(sharding.to_host(x), [(0, more if i == at else 0) for i in range(x.ndim)])
+  start = w.start and (pad(w.start[0], w.a.ndim - 1), pad(w.start[1], axis))
+  return w.replace(a=pad(w.a, w.a.ndim - 1), b=pad(w.b, axis), start=start)
+
+
+def _unify_dropout(made: Mapping[str, list[tuple[Any, Any]]]) -> dict[str, list[float]]:
+  """Gives the nodes of `made` at each place one static rate of dropout, in place; returns the rates that differed."""
+  found = {}
+  for k, pairs in made.items():
+    seen: dict[str, list[float]] = {}
+    for w, _ in pairs:
+      note = lambda n, v: seen.setdefault(n, []).append(getattr(v, "dropout", 0.0)) or v
+      weights.map_nodes(note, {k: w})
+    differ = {n: rates for n, rates in seen.items() if len(set(rates)) > 1}
+    for i, pair in enumerate(pairs if differ else ()):
+      set_rate = lambda n, v: v.replace(dropout=max(differ[n])) if n in differ else v
+      made[k][i] = tuple(weights.map_nodes(set_rate, {k: x})[k] for x in pair)
+    found |= differ
+  return found
+
+
+def stack(members: Sequence[tuple[Any, Any]], held: Sequence[Any] | None = None) -> Trees:
+  """The (params, mask) of members as one population; leaves that are one array in all of them are shared.
+
+  Args:
+    held: for each member the mask of frozen leaves that its method changes between steps.
+  """
+  aligned, rates = align(members)
+  splits = [tree.split(p, m) for p, m in aligned]
+  trainable, frozen = ([s[i] for s in splits] for i in (0, 1))
+  structures = {jax.tree.structure(x) for x in trainable}, {jax.tree.structure(x) for x in frozen}
+  if any(len(s) > 1 for s in structures):
+    raise errors.UserError("members of one population differ in more than their numbers; give them groups of their own")
+  stacked = lambda xs: jax.jit(lambda xs: jax.tree.map(lambda *leaves: jnp.stack(leaves), *xs))(xs)
+  kept = None
+  if held is not None:
+    pairs = [tree.split(f, tree.split(h, m)[1]) for f, h, (_, m) in zip(frozen, held, aligned, strict=True)]
+    kept, frozen = stacked([p[0] for p in pairs]), [p[1] for p in pairs]
+  same = jax.tree.map(lambda *leaves: all(x is leaves[0] for x in leaves), *frozen)
+  shared = tree.split(frozen[0], same)[0]
+  own = stacked([tree.split(f, same)[1] for f in frozen])
+  return Trees(stacked(trainable), own, shared, kept, rates)
+
+
+def unstack(stacked: Any, i: int, like: Any) -> Any:
+  """Member i's leaves of a stacked tree, without padding, in the structure and shapes of `like`."""
+  flat = tree.flatten(stacked)
+  return tree.map_named(lambda k, x: flat[k][(i, *(slice(n) for n in x.shape))], like)
+
+
+def hyper(configs: Sequence[Any], batches: Sequence[int], dropout: Mapping[str, list[float]]) -> Hyper:
+  """The hyperparameters of members from their resolved configs; see `Hyper`."""
+  steps = [c.train.steps for c in configs]
+  table, made = [], {}
+  for c, n in zip(configs, steps, strict=True):
+    schedule = n, c.optim
+    if schedule not in made:
+      rate = optim.make(steps=n, **dataclasses.asdict(c.optim))[1]
+      rates = jax.jit(jax.vmap(lambda t, rate=rate: jnp.asarray(rate(t), jnp.float32)))(np.arange(n))
+      made[schedule] = np.pad(np.asarray(rates), (0, max(steps) - n), mode="edge")
+    table.append(made[schedule])
+  return Hyper(
+    learning_rates=np.stack(table),
+    steps=np.array(steps, np.int32),
+    seed=np.array([c.train.seed for c in configs], np.uint32),
+    optim={k: np.array(v, np.float32) for k, v in _different(configs).items()},
+    dropout={k: np.array(v, np.float32) for k, v in dropout.items()},
+    batch=np.array(batches, np.int32),
+  )
+
+
+# Optimisers whose step depends on means over a leaf, which zeros for further ranks would change, and what gives ranks.
+SEE_PADDING = ("adafactor",)
+RANKS = ("rank", "rank_pattern")
+NUMBERS = ("weight_decay", "clip_norm", "b1", "b2", "eps")  # keywords of an optimiser that may differ in a population
+
+
+def _different(configs: Sequence[Any]) -> dict[str, list[float]]:
+  """The numbers of the optimiser in which members differ; no clipping is an infinite bound."""
+  values = {k: [getattr(c.optim, k) for c in configs] for k in NUMBERS}
+  values["clip_norm"] = [x or np.inf for x in values["clip_norm"]]
+  return {k: v for k, v in values.items() if len(set(v)) > 1}
+
+
+def _optimiser(config: Any, hyper: Hyper) -> tuple[optax.GradientTransformation, optax.Schedule]:
+  """The optimiser of one member, whose numbers are traced, and its schedule."""
+  common = {k: v for k, v in dataclasses.asdict(config.optim).items() if k not in optim.SCHEDULE}
+  common |= methods.wrappers(config.method, config.train.steps)
+  rate = lambda step: hyper.learning_rates[jnp.minimum(step, hyper.learning_rates.size - 1)]
+  return optim.transformation(rate, **common | hyper.optim), rate
+
+
+def init_state(config: Any, trees: Trees, hyper: Hyper) -> State:
+  """The state before the first step; `config` is that of any of the members."""
+
+  def member(hyper, trainable, held):
+    return train.init_state(trainable, _optimiser(config, hyper)[0], held)
+
+  members = jax.jit(jax.vmap(member))(hyper, trees.trainable, trees.held)
+  return State(members, jnp.ones(hyper.steps.shape, bool))
+
+
+def make_step(
+  forward: Callable, objective: Callable, config: Any, *, shared_batch: bool
+) -> Callable[[State, Hyper, Any, Any, dict], tuple[State, dict]]:
+  """A step `(state, hyper, own, shared, batch) -> (state, metrics [P])` of a whole population.
+
+  Args:
+    forward, objective: as in `train.make_step`.
+    config: of any of the members, for what all have in common.
+    shared_batch: whether all members learn from the same batch, whose arrays are [B, ...] then; else they are
+      [K, B, ...] and a member takes the one at `hyper.batch`.
+  """
+
+  counts = not shared_batch and "most" in inspect.signature(objective).parameters
+
+  def member(state, alive, hyper, own, shared, batch, most):
+    optimiser, rate = _optimiser(config, hyper)
+    active = alive & (state.step < hyper.steps)
+    step = train.make_step(
+      forward,
+      functools.partial(objective, most=most) if counts else objective,
+      optimiser,
+      rate,
+      seed=hyper.seed,
+      accumulate=config.train.accumulate,
+      penalty=methods.penalty(config.method),
+      rates=hyper.dropout,
+      active=active,
+    )
+    batch = batch if shared_batch else jax.tree.map(lambda x: x[hyper.batch], batch)
+    state, metrics = step(state, tree.join(own, shared), batch)
+    return state, alive & (~active | (metrics["finite"] > 0)), metrics
+
+  run = jax.vmap(member, in_axes=(0, 0, 0, 0, None, None, None), spmd_axis_name="population")
+
+  def step(state: State, hyper: Hyper, own: Any, shared: Any, batch: dict) -> tuple[State, dict]:
+    most = jnp.count_nonzero(batch["weights"], axis=-1).max() if counts else None
+    members, alive, metrics = run(state.members, state.alive, hyper, own, shared, batch, most)
+    return State(members, alive), metrics
+
+  return step
+
+
+def compiler_options() -> dict[str, Any] | None:
+  """What XLA is told about programs of members: on a GPU to leave low-rank products to cuBLAS.
+
+  It batches them as fast as the kernels that XLA would make and time, dozens for each shape: half of all compiling.
+  """
+  return {"xla_gpu_enable_triton_gemm": False} if jax.default_backend() == "gpu" else None
+
+
+def between(change: Callable) -> Callable[[Hyper, State], State]:
+  """A method's change between steps for the members that go on after it; see `methods.between`."""
+
+  def member(hyper, state, alive):
+    key = jax.random.fold_in(jax.random.key(hyper.seed), state.step)
+    goes = alive & (state.step < hyper.steps)
+    return jax.tree.map(functools.partial(jnp.where, goes), change(key, state), state)
+
+  return lambda hyper, state: state.replace(members=jax.vmap(member)(hyper, state.members, state.alive))
