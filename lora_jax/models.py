@@ -44,6 +44,7 @@ def load(
   sharding: Callable[[str, tuple[int, ...]], jax.sharding.Sharding | None] = lambda path, shape: None,
   head: Literal["lm", "mlm", "classification", "none"] | None = None,
   n_labels: Count | None = None,
+  quantise: Callable[[str, jax.Array], Any] | None = None,
   **choices: Any,
 ) -> Model:
   """Loads a model.
@@ -57,6 +58,8 @@ def load(
     head: "lm", "mlm", "classification" or "none"; the checkpoint's own if None. A classifier that the checkpoint
       lacks starts at random, from its leaves' names alone.
     n_labels: outputs of a classifier; as many as the checkpoint has labels if None.
+    quantise: from a leaf's name and the matrix of one layer, or of one expert of it, [*in, *out], to a `weights.Packed`
+      of that, or to the matrix itself. It runs while a tensor is on its way: no stack of layers is ever dense.
     **choices: further fields of `transformer.Config`, such as `scan` or `remat`.
 
   Raises:
@@ -91,12 +94,14 @@ def load(
   else:
     dtype = dtype or _stored_dtype(tensors)
     config = dataclasses.replace(config, dtype=dtype, head=head, n_labels=n_labels or config.n_labels, **choices)
-    config, params, fresh = _build(config, family, tensors, sharding, str(path), chosen)
+    config, params, fresh = _build(config, family, tensors, sharding, str(path), chosen, quantise)
   return Model(name, config, params, tok, hf_config, str(path), fresh, generation)
 
 
 # What a config may say of a model.
-FIELDS = values.fields(load, without=("sharding",)) | values.fields(transformer.Config, only=transformer.RUNTIME)
+FIELDS = values.fields(load, without=("sharding", "quantise")) | values.fields(
+  transformer.Config, only=transformer.RUNTIME
+)
 
 
 # Leaves that depend on the head: a checkpoint may have those of another head, or lack those of a new one.
@@ -106,7 +111,9 @@ PIECE_BYTES = 2**25  # of a tensor that is on its way to the device
 READERS = 4  # leaves that are read, decoded and compiled for at a time
 
 
-def _build(config, family, tensors, sharding, where, new_head) -> tuple[transformer.Config, dict, tuple[str, ...]]:
+def _build(
+  config, family, tensors, sharding, where, new_head, quantise
+) -> tuple[transformer.Config, dict, tuple[str, ...]]:
   """The parameter tree from a tensor source; refuses missing, unused and misshapen tensors, all in one message."""
   tensors = family.view(tensors) if hasattr(family, "view") else tensors
   bare = bool(family.PREFIX) and not any(n.startswith(family.PREFIX) for n in tensors.names())
@@ -149,11 +156,18 @@ def _build(config, family, tensors, sharding, where, new_head) -> tuple[transfor
     if path in fresh:
       x = transformer.init_leaf(config, jax.random.key(0), path, want[path])
       return x if place is None else sharding_lib.put_leaf(x, place)
-    buffer = jnp.zeros(want[path].shape, want[path].dtype, device=place)
-    sizes = key.sizes(want[path].shape[key.hf.count("{}") :])
-    write = _writer(key.pattern, tuple(sizes.items()), place)
+    stack = key.hf.count("{}")
+    one = jax.ShapeDtypeStruct(want[path].shape[stack:], want[path].dtype)
+    packed = one if quantise is None else jax.eval_shape(functools.partial(quantise, path), one)
+    is_packed = isinstance(packed, weights.Weight)
+    places = _places(packed, want[path].shape[:stack], place)
+    zeros = lambda s, where: jnp.zeros((*want[path].shape[:stack], *s.shape), s.dtype, device=where)
+    buffer = jax.tree.map(zeros, packed, places)
+    sizes = tuple(key.sizes(one.shape).items())
+    write = _writer(key.pattern, sizes, str(one.dtype), places, quantise if is_packed else None, path)
     for index, n in names:
-      for start, piece in _pieces(key, tensors.read(n), index):
+      x = tensors.read(n)
+      for start, piece in [((*index, *[0] * key.ndim), x)] if is_packed else _pieces(key, x, index):
         buffer, finite = write(buffer, piece, start)
         if not finite:  # and waits, so that only one of the leaf is on the way
           raise errors.UserError(f"{where}: {n} has values that are not finite, as {config.dtype}")
@@ -200,18 +214,31 @@ def _pieces(key: families.Key, x: np.ndarray, index: tuple[int, ...]) -> Iterato
     yield (*index, *(i if a == left[0] else 0 for a in right)), x[i : i + step]
 
 
+def _places(one: Any, stack: tuple[int, ...], place: jax.sharding.Sharding | None) -> Any:
+  """Where each tensor of a stack of weights like `one` is, `place` being that of the dense stack."""
+  if not isinstance(one, weights.Weight) or not isinstance(place, jax.sharding.NamedSharding):
+    return jax.tree.map(lambda _: place, one)
+  stacked = jax.tree.map(lambda s: jax.ShapeDtypeStruct((*stack, *s.shape), s.dtype), one)
+  fit = lambda s, spec: sharding_lib.fit(place.mesh, spec, s.shape)
+  return jax.tree.map(fit, stacked, weights.place(stacked, place.spec))
+
+
 @functools.cache
-def _writer(pattern: str, sizes: tuple, place: jax.sharding.Sharding | None) -> Callable:
+def _writer(pattern: str, sizes: tuple, dtype: str, place: Any, quantise: Callable | None, path: str) -> Callable:
   """A function that puts a tensor of a file, in our axes, in its place of a stacked leaf, on the device.
 
-  The host holds one tensor of the leaf at a time, and the device no second copy of it. The function also says whether
-  all values are finite.
+  The host holds one tensor of the leaf at a time, and the device no second copy of it. With `quantise` the leaf is a
+  packed weight. The function also says whether all values are finite.
   """
 
   def write(buffer, x, start):
-    x = einops.rearrange(x, pattern, **dict(sizes)).astype(buffer.dtype)
-    finite = jnp.isfinite(x).all()
-    return jax.lax.dynamic_update_slice(buffer, x.reshape((1,) * (buffer.ndim - x.ndim) + x.shape), start), finite
+    x = einops.rearrange(x, pattern, **dict(sizes)).astype(dtype)
+
+    def put(buffer, x):
+      at = (*start, *[0] * buffer.ndim)[: buffer.ndim]
+      return jax.lax.dynamic_update_slice(buffer, x.reshape((1,) * (buffer.ndim - x.ndim) + x.shape), at)
+
+    return jax.tree.map(put, buffer, x if quantise is None else quantise(path, x)), jnp.isfinite(x).all()
 
   return jax.jit(write, donate_argnums=0, out_shardings=(place, None))
 

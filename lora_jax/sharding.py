@@ -20,30 +20,19 @@ MESH = ("population", *AXES)  # the first spreads members that are trained toget
 BATCH = P(("data", "fsdp"))
 Axis = Literal[-1] | Count
 
-# Megatron's split of heads and hidden units over `tensor`, the other matrix axis over `fsdp`; the leading None is L.
-# The same rules place optimiser moments, whose names end alike.
-WEIGHT = "kernel(/(q|k|v|gate|up))?(/(base|lower|upper))*$"  # a matrix, a part of a fused one, what adapters hold
-A, B = "kernel(/(q|k|v|gate|up))?/a$", "kernel(/(q|k|v|gate|up))?/b$"
+# Megatron's split of heads and hidden units over `tensor`, the other matrix axis over `fsdp`; the leading None is
+# L, and the next one E. A rule is for a weight, which itself says how its tensors are split.
+KERNEL = "kernel(/(q|k|v|gate|up))?(/(base|lower|upper))*$"  # a matrix or a part of a fused one, in adapters or not
 RULES = (
-  (rf"embed/{WEIGHT}", P("tensor", "fsdp")),
-  (rf"head/{WEIGHT}", P("fsdp", "tensor")),
-  (rf"(attn|cross)/(q|k|v|qkv)/{WEIGHT}", P(None, "fsdp", "tensor", None)),
-  (rf"(attn|cross)/o/{WEIGHT}", P(None, "tensor", None, "fsdp")),
-  (rf"mlp/(gate|up)/{WEIGHT}", P(None, "fsdp", "tensor")),
-  (rf"mlp/gate_up/{WEIGHT}", P(None, "fsdp", None, "tensor")),
-  (rf"mlp/down/{WEIGHT}", P(None, "tensor", "fsdp")),
-  (rf"moe/(gate|up)/{WEIGHT}", P(None, None, "fsdp", "tensor")),
-  (rf"moe/down/{WEIGHT}", P(None, None, "tensor", "fsdp")),
-  (rf"((attn|cross)/(q|k|v|qkv)|mlp/(gate|up|gate_up))/{A}", P(None, "fsdp", None)),
-  (rf"((attn|cross)/(q|k|v|qkv)|mlp/(gate|up))/{B}", P(None, None, "tensor")),
-  (rf"mlp/gate_up/{B}", P(None, None, None, "tensor")),
-  (rf"((attn|cross)/o|mlp/down)/{A}", P(None, "tensor")),
-  (rf"((attn|cross)/o|mlp/down)/{B}", P(None, None, "fsdp")),
-  (rf"moe/(gate|up)/{A}", P(None, None, "fsdp")),
-  (rf"moe/(gate|up)/{B}", P(None, None, None, "tensor")),
-  (rf"moe/down/{A}", P(None, None, "tensor")),
-  (rf"moe/down/{B}", P(None, None, None, "fsdp")),
-  (r"", P()),
+  (rf"embed/{KERNEL}", P("tensor", "fsdp")),
+  (rf"head/{KERNEL}", P("fsdp", "tensor")),
+  (rf"(attn|cross)/(q|k|v|qkv)/{KERNEL}", P(None, "fsdp", "tensor", None)),
+  (rf"(attn|cross)/o/{KERNEL}", P(None, "tensor", None, "fsdp")),
+  (rf"mlp/(gate|up)/{KERNEL}", P(None, "fsdp", "tensor")),
+  (rf"mlp/gate_up/{KERNEL}", P(None, "fsdp", None, "tensor")),
+  (rf"mlp/down/{KERNEL}", P(None, "tensor", "fsdp")),
+  (rf"moe/(gate|up)/{KERNEL}", P(None, None, "fsdp", "tensor")),
+  (rf"moe/down/{KERNEL}", P(None, None, "tensor", "fsdp")),
 )
 
 
@@ -68,20 +57,29 @@ def make_mesh(data: Axis = -1, fsdp: Axis = 1, tensor: Axis = 1, population: Axi
   return jax.make_mesh(shape, MESH, axis_types=(AxisType.Auto,) * len(MESH), devices=jax.devices()[: math.prod(shape)])
 
 
-def placer(mesh: jax.sharding.Mesh, rules: Sequence[tuple[str, P]] = RULES) -> Callable[[str, tuple], NamedSharding]:
-  """A function from a leaf's name and shape to its sharding.
+class Placer:
+  """A function from a weight's name and shape to its sharding.
 
   A mesh axis that does not divide its dimension (3 kv heads over 2 devices) is dropped there: that dimension is
   replicated.
   """
-  match = tree.first_match(rules, P())
 
-  def place(name: str, shape: tuple[int, ...]) -> NamedSharding:
-    spec = match(name)[: len(shape)]
-    fits = [s if s is not None and n % _axis_size(mesh, s) == 0 else None for s, n in zip(spec, shape, strict=False)]
-    return NamedSharding(mesh, P(*fits))
+  def __init__(self, mesh: jax.sharding.Mesh, rules: Sequence[tuple[str, P]] = RULES):
+    self.mesh = mesh
+    self.spec = tree.first_match(rules, P())
 
-  return place
+  def __call__(self, name: str, shape: tuple[int, ...]) -> NamedSharding:
+    return self.fit(self.spec(name), shape)
+
+  def fit(self, spec: P, shape: tuple[int, ...]) -> NamedSharding:
+    """The sharding of an array for a spec whose axes may not divide all of its dimensions."""
+    return fit(self.mesh, spec, shape)
+
+
+def fit(mesh: jax.sharding.Mesh, spec: P, shape: tuple[int, ...]) -> NamedSharding:
+  """The sharding of an array; dimensions that the axes of `spec` do not divide are replicated."""
+  pairs = zip(spec[: len(shape)], shape, strict=False)
+  return NamedSharding(mesh, P(*(s if s is not None and n % _axis_size(mesh, s) == 0 else None for s, n in pairs)))
 
 
 def stacked(place: Callable[[str, tuple], NamedSharding]) -> Callable[[str, tuple], NamedSharding]:

@@ -80,7 +80,7 @@ def main(argv):
   if not (directory / "config.json").exists():
     hf.SHARD_BYTES = 2**29
     hf.save(directory, CONFIG, tensors(CONFIG))
-  place = sharding.placer(sharding.make_mesh(data=1, fsdp=FSDP.value))
+  place = sharding.Placer(sharding.make_mesh(data=1, fsdp=FSDP.value))
   with tempfile.TemporaryDirectory() as tiny:
     hf.save(tiny, TINY, tensors(TINY))
     models.load(tiny, dtype=DTYPE.value, sharding=place)

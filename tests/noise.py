@@ -17,6 +17,6 @@ def moved(params, mask, size=0.1, seed=1):
 
   def node(k, w, m):
     w = tree.map_named(lambda n, x, t: add(f"{k}/{n}", x, size, seed) if t else x, w, m)
-    return w.clean() if hasattr(w, "clean") else w
+    return w.clean() if isinstance(w, weights.Weight) else w
 
   return tree.map_named(node, params, mask, is_leaf=weights.is_node)

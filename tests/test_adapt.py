@@ -384,7 +384,7 @@ PARAMS = {
     ([("cube", {"name": "lora", "in_axes": 3})], "in_axes=3, expected 1 to 2"),
     ([("kernel", {"name": "lora", "stacked": True})], "is no matrix"),
     ([("kernel", {"name": "houlsby"})], "not one of a single weight"),
-    ([("kernel", {"name": "lora", "lora_bias": True})], "a bias has no place"),
+    ([("kernel", {"name": "lora", "lora_bias": True})], "rule for .*kernel: the adapter has a bias"),
   ],
 )
 def test_rules_that_are_refused(rules, message):

@@ -145,7 +145,7 @@ def test_what_cannot_be_trained_is_refused():
   with pytest.raises(errors.UserError, match="config.method.dtype 'float16'.*'bfloat16'"):
     full.init(KEY, params, dtype="float16")
   params["layers"]["mlp"]["up"]["kernel"] = params["layers"]["mlp"]["up"]["kernel"].astype(jnp.int8)
-  with pytest.raises(errors.UserError, match="layers/mlp/up/kernel is int8.*not quantised"):
+  with pytest.raises(errors.UserError, match="layers/mlp/up/kernel is packed.*not quantised"):
     full.init(KEY, params)
   full.init(KEY, params, targets="attn")
 

@@ -31,7 +31,7 @@ def model_of(config, deviation=0.2):
 
 
 def scales(params):
-  return {k: x for k, x in tree.flatten(params, is_leaf=weights.is_node).items() if k.endswith("_scale")}
+  return {k: x for k, x in tree.flatten(params).items() if k.endswith("_scale")}
 
 
 @pytest.mark.slow
@@ -43,14 +43,14 @@ def test_keys_values_and_hidden_units_are_scaled(layers):
   params = noisy(*ia3.init(KEY, base))
   s = scales(params)
   assert {k: x.shape for k, x in s.items()} == {
-    "layers/attn/k/output_scale": (layers, 2, 4),
-    "layers/attn/v/output_scale": (layers, 2, 4),
-    "layers/mlp/down/input_scale": (layers, 24),
+    "layers/attn/k/kernel/output_scale": (layers, 2, 4),
+    "layers/attn/v/kernel/output_scale": (layers, 2, 4),
+    "layers/mlp/down/kernel/input_scale": (layers, 24),
   }
   flat = tree.flatten(base)
   for name in "kv":
-    flat[f"layers/attn/{name}/kernel"] *= s[f"layers/attn/{name}/output_scale"][:, None]
-  flat["layers/mlp/down/kernel"] *= s["layers/mlp/down/input_scale"][..., None]
+    flat[f"layers/attn/{name}/kernel"] *= s[f"layers/attn/{name}/kernel/output_scale"][:, None]
+  flat["layers/mlp/down/kernel"] *= s["layers/mlp/down/kernel/input_scale"][..., None]
   by_hand = tree.unflatten(base, flat)
   ours = jitted(config, params, TOKENS)
   np.testing.assert_allclose(ours, jitted(config, by_hand, TOKENS), atol=1e-4)
@@ -63,19 +63,23 @@ def test_the_input_of_down_is_the_output_of_up():
   base = model_of(CONFIG)
   down = noisy(*ia3.init(KEY, base, targets=""))
   up, _ = ia3.init(KEY, base, targets="up", feedforward="")
-  up["layers"]["mlp"]["up"]["output_scale"] = down["layers"]["mlp"]["down"]["input_scale"]
+  mlp = up["layers"]["mlp"]
+  mlp["up"]["kernel"] = mlp["up"]["kernel"].replace(output_scale=down["layers"]["mlp"]["down"]["kernel"].input_scale)
   np.testing.assert_allclose(jitted(CONFIG, down, TOKENS), jitted(CONFIG, up, TOKENS), atol=1e-4)
 
 
-@pytest.mark.parametrize("targets, heads", [("k,v", 4), ("v", 2), ("q,k,v", 8), ("qkv", 8), ("kernel/[kv]$", 4)])
-def test_fused_matrices(targets, heads):
-  """The last heads of q, k and v in one matrix are scaled, its bias too: (Wx + b) o l."""
+@pytest.mark.parametrize(
+  "targets, parts", [("k,v", "kv"), ("v", "v"), ("q,v", "qv"), ("qkv", ""), ("kernel/[kv]$", "kv")]
+)
+def test_fused_matrices(targets, parts):
+  """Parts of q, k and v in one matrix are scaled, and their bias too: (Wx + b) o l."""
   base = model_of(FUSED)
   params = noisy(*ia3.init(KEY, base, targets=targets))
-  s = params["layers"]["attn"]["qkv"]["output_scale"]
-  assert s.shape == (3, heads, 4)
-  whole = jnp.concatenate([jnp.ones((3, 8 - heads, 4)), s], 1)
-  by_hand, ff = jax.tree.map(lambda x: x, base), params["layers"]["mlp"]["down"]["input_scale"]
+  s = {k.split("/")[-2]: x for k, x in scales(params).items() if "qkv" in k}
+  assert set(s) == (set(parts) or {"kernel"})
+  heads = {"q": 4, "k": 2, "v": 2}
+  whole = s["kernel"] if not parts else jnp.concatenate([s.get(p, jnp.ones((3, n, 4))) for p, n in heads.items()], 1)
+  by_hand, ff = jax.tree.map(lambda x: x, base), params["layers"]["mlp"]["down"]["kernel"].input_scale
   qkv, down = by_hand["layers"]["attn"]["qkv"], by_hand["layers"]["mlp"]["down"]
   qkv["kernel"], qkv["bias"] = qkv["kernel"] * whole[:, None], qkv["bias"] * whole
   down["kernel"] *= ff[..., None]
@@ -87,7 +91,8 @@ def test_gate_and_up_in_one_matrix():
   base = model_of(FUSED)
   up = noisy(*ia3.init(KEY, base, targets="up", feedforward=""))
   down, _ = ia3.init(KEY, base, targets="", feedforward="down")
-  down["layers"]["mlp"]["down"]["input_scale"] = up["layers"]["mlp"]["gate_up"]["output_scale"][:, 0]
+  mlp, scale = down["layers"]["mlp"], up["layers"]["mlp"]["gate_up"]["kernel"].parts["up"].output_scale[:, 0]
+  mlp["down"]["kernel"] = mlp["down"]["kernel"].replace(input_scale=scale)
   np.testing.assert_allclose(jitted(FUSED, up, TOKENS), jitted(FUSED, down, TOKENS), atol=1e-4)
 
 
@@ -130,8 +135,6 @@ def test_over_an_adapter():
       "every layer, but config.method.targets names some layers of layers/attn/k",
     ),
     (CONFIG, {"targets": "head"}, "'head' matches nothing"),
-    (FUSED, {"targets": "q,v"}, "names q, v of layers/attn/qkv/kernel.*'q,k,v' or 'k,v' or 'v'"),
-    (FUSED, {"targets": "", "feedforward": "gate"}, "feedforward names gate of layers/mlp/gate_up/kernel"),
     (dataclasses.replace(CONFIG, n_experts=4), {}, "does not scale experts .*choose config.method.feedforward"),
   ],
 )
@@ -143,9 +146,14 @@ def test_bad_settings_are_refused(config, kw, message):
 def test_experts_can_be_left_out():
   config = dataclasses.replace(CONFIG, n_experts=4)
   params, _ = ia3.init(KEY, transformer.init(config, KEY), feedforward="")
-  assert set(scales(params)) == {"layers/attn/k/output_scale", "layers/attn/v/output_scale"}
-  with pytest.raises(errors.UserError, match="name IA3 once"):
-    ia3.init(KEY, params, feedforward="")
+  assert set(scales(params)) == {"layers/attn/k/kernel/output_scale", "layers/attn/v/kernel/output_scale"}
+
+
+def test_inputs_of_a_part_have_no_form_in_peft(tmp_path):
+  params = model_of(FUSED)
+  model = models.Model("tiny", FUSED, params, None, {"model_type": "llama"})
+  with pytest.raises(peft_format.NoForm, match="no module for layers/mlp/gate_up/kernel/gate"):
+    peft_format.save(model, ia3.init(KEY, params, targets="", feedforward="gate")[0], tmp_path)
 
 
 # {name: (target_modules, feedforward_modules)} of PEFT, its defaults where it has them.

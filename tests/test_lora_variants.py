@@ -220,7 +220,7 @@ def test_lora_bias_is_merged_into_the_bias(base):
   assert np.array_equal(
     merged["layers"]["attn"]["q"]["bias"] != 0, np.repeat([[[False]], [[True]], [[False]]], 4, 1).repeat(4, 2)
   )
-  with pytest.raises(errors.UserError, match="layers/attn/q/kernel has an adapter with a bias"):
+  with pytest.raises(errors.UserError, match="layers/attn/q/kernel: the adapter has a bias"):
     weights.merge(lora.init(KEY, base, lora_bias=True)[0])
 
 

@@ -187,7 +187,7 @@ def test_bad_settings_are_refused(base, kw, message):
     lowrank.to_lora(adapted(base), **kw)
 
 
-@pytest.mark.parametrize("name, leaf", [("parallel", "layers/mlp/adapter"), ("prompt_tuning", "prompt/table")])
+@pytest.mark.parametrize("name, leaf", [("parallel", "layers/mlp/adapter"), ("prompt_tuning", "prompt")])
 def test_what_is_no_change_of_weights_is_refused(base, name, leaf):
   params = adapted(base, name)
   with pytest.raises(errors.UserError, match=f"no change of weights.*{leaf}"):

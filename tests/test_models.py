@@ -103,7 +103,7 @@ def test_large_tensors_are_read_in_pieces(tmp_path, monkeypatch):
   pieces = models._pieces
   monkeypatch.setattr(models, "_pieces", lambda *a: [seen.append(p[1].nbytes) or p for p in pieces(*a)])
   monkeypatch.setattr(models, "PIECE_BYTES", 1000)
-  place = sharding.placer(sharding.make_mesh(data=2, fsdp=2, tensor=2))
+  place = sharding.Placer(sharding.make_mesh(data=2, fsdp=2, tensor=2))
   for kw in ({}, {"sharding": place}):
     jax.tree.map(np.testing.assert_array_equal, whole, models.load(str(tmp_path), dtype="float32", **kw).params)
   assert len(seen) > 2 * 3 * 9 and sorted(seen)[len(seen) // 2] <= 1000
@@ -258,7 +258,7 @@ def test_our_own_tree_is_saved_and_loaded(tmp_path):
   reference(tmp_path / "a", num_key_value_heads=2, rope_parameters=LLAMA3)
   model = models.load(str(tmp_path / "a"), dtype="float32")
   models.save(model, tmp_path / "b", form="orbax")
-  place = sharding.placer(sharding.make_mesh(data=2, fsdp=2, tensor=2))
+  place = sharding.Placer(sharding.make_mesh(data=2, fsdp=2, tensor=2))
   again = models.load(str(tmp_path / "b"), dtype="float32", sharding=place)
   assert again.config == model.config
   assert again.params["layers"]["mlp"]["up"]["kernel"].sharding.spec == jax.P(None, "fsdp", "tensor")

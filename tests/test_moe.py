@@ -11,6 +11,7 @@ from jax.test_util import check_grads
 
 from lora_jax import sharding, tree, weights as nodes
 from lora_jax.model import mixture, transformer
+from lora_jax.weights import grouped
 
 D, F = 6, 10
 
@@ -64,7 +65,7 @@ def test_grouped_dot_equals_a_loop_over_rows(routing):
   x, w = normal(1, len(experts), D), normal(2, 5, D, F)
   slots, owner, rows = mixture.blocks(jnp.asarray(experts), 5)
   xs = jnp.zeros((owner.size * rows, D)).at[slots].set(x).reshape(-1, rows, D)
-  y = mixture.grouped_dot(xs, w, owner).reshape(-1, F)
+  y = grouped.dot(xs, w, owner).reshape(-1, F)
   np.testing.assert_allclose(y[slots], np.einsum("md,mdf->mf", x, w[experts]), atol=1e-5)
 
 
@@ -102,7 +103,7 @@ def test_gradients_equal_those_of_the_dense_formula():
 def test_gradients_equal_finite_differences():
   x, w = normal(5, 7, 8, D), normal(6, 3, D, F)
   owner = jnp.array([0, 0, 2, 2, 2, 2, 2])
-  run = jax.jit(lambda x, w: mixture.grouped_dot(x, w, owner))
+  run = jax.jit(lambda x, w: grouped.dot(x, w, owner))
   check_grads(run, (x, w), order=1, modes=["rev"], atol=2e-2, rtol=2e-2)
 
 
@@ -110,10 +111,10 @@ def test_frozen_experts_keep_no_copy_of_inputs_or_weights():
   """Residuals: activations of the routed rows, and the frozen weights themselves."""
   E, G, M = 4, 9, 8
   x, w, owner = normal(1, G, M, D), normal(2, E, D, F), jnp.sort(jnp.arange(G) % E)
-  frozen = jax.vjp(lambda x: mixture.grouped_dot(x, w, owner), x)[1]
+  frozen = jax.vjp(lambda x: grouped.dot(x, w, owner), x)[1]
   kept = [a for a in jax.tree.leaves(frozen) if a is not w and a.size > G]
   assert not kept, [a.shape for a in kept]
-  trained = jax.vjp(lambda x, w: mixture.grouped_dot(x, w, owner), x, w)[1]
+  trained = jax.vjp(lambda x, w: grouped.dot(x, w, owner), x, w)[1]
   assert (G, M, D) in [a.shape for a in jax.tree.leaves(trained)]
 
 
@@ -178,14 +179,14 @@ def test_sharded_equals_unsharded(sizes):
   mesh = sharding.make_mesh(*sizes)
   with jax.set_mesh(mesh):
     x = sharding.put_batch({"x": np.asarray(x)}, mesh)["x"]
-    ours = tree.flatten(jax.jit(lambda *a: run(*a))(sharding.put(params, sharding.placer(mesh)), x))
+    ours = tree.flatten(jax.jit(lambda *a: run(*a))(sharding.put(params, sharding.Placer(mesh)), x))
   for k, a in tree.flatten(expected).items():
     np.testing.assert_allclose(ours[k], a, atol=2e-5 * np.abs(a).max(), err_msg=k)
 
 
 def test_experts_are_split_over_fsdp_and_tensor():
   mesh = sharding.make_mesh(1, 2, 4)
-  place = sharding.placer(mesh)
+  place = sharding.Placer(mesh)
   shapes = tree.flatten(transformer.shapes(model(5)))
   for name in ("gate", "up", "down"):
     k = f"layers/moe/{name}/kernel"

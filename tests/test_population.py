@@ -183,7 +183,7 @@ def test_devices_of_a_population_do_not_communicate(base, shared):
   """With batches of their own neither: one number says when all have gone through their targets."""
   members, mesh = configs(*({"train": {"seed": i}} for i in range(4))), sharding.make_mesh(1, population=4)
   trees = population.stack([member(base, c) for c in members])
-  given, place = resolved(members), sharding.placer(mesh)
+  given, place = resolved(members), sharding.Placer(mesh)
   hyper = population.hyper(given, [0, 1, 1, 0], trees.dropout)
   with jax.set_mesh(mesh):
     put = lambda x: sharding.put(x, sharding.stacked(place))

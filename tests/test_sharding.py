@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from lora_jax import errors, sharding, tree
+from lora_jax import errors, sharding, tree, weights
 from lora_jax.inference import evaluate
 from lora_jax.methods import lora
 from lora_jax.model import transformer
@@ -23,8 +23,9 @@ MESHES = [pytest.param((1, 2, 4), id="(1, 2, 4)"), *SLOW]
 
 def step(mesh, method):
   """One step on a mesh: (state before, frozen, state after, metrics)."""
-  place = sharding.placer(mesh)
-  trainable, frozen = (sharding.put(jax.device_get(t), place) for t in adapted(CONFIG, method))
+  trainable, frozen = (jax.device_get(t) for t in adapted(CONFIG, method))
+  place = weights.placer(tree.join(trainable, frozen), mesh)
+  trainable, frozen = (sharding.put(t, place) for t in (trainable, frozen))
   # A large eps keeps Adam's step a smooth function of the gradient.
   optimiser, rate = optim.make(
     steps=10, schedule="constant", warmup=0, learning_rate=0.1, eps=1e-2, clip_norm=0, weight_decay=0.1
@@ -125,12 +126,12 @@ def test_every_rule_is_the_first_for_some_leaf():
   ],
 )
 def test_axes_that_do_not_divide_are_replicated(name, shape, spec):
-  place = sharding.placer(sharding.make_mesh(2, 2, 2))
+  place = sharding.Placer(sharding.make_mesh(2, 2, 2))
   assert place(name, shape).is_equivalent_to(jax.NamedSharding(sharding.make_mesh(2, 2, 2), spec), len(shape))
 
 
 def test_rules_can_be_replaced():
-  place = sharding.placer(sharding.make_mesh(2, 2, 2), [("w", P(("data", "fsdp"), "tensor"))])
+  place = sharding.Placer(sharding.make_mesh(2, 2, 2), [("w", P(("data", "fsdp"), "tensor"))])
   assert place("w", (4, 2)).shard_shape((4, 2)) == (1, 1)
   assert place("w", (2, 2)).shard_shape((2, 2)) == (2, 1)
   assert place("other", (4, 2)).is_fully_replicated
@@ -189,14 +190,15 @@ def test_scores_on_a_mesh_equal_those_of_one_device():
   mesh = sharding.make_mesh(2, 2, 2)
   with jax.set_mesh(mesh):
     placed = sharding.replicate(inputs, mesh)
-    params = sharding.put(params, sharding.placer(mesh))
+    params = sharding.put(params, weights.placer(params, mesh))
     got = evaluate.score(CONFIG, params, placed["tokens"], placed["lengths"], labels, lengths, 4, (7,))
   np.testing.assert_allclose(got[0], want[0], atol=1e-5)
   np.testing.assert_array_equal(got[1], want[1])
 
 
 def test_to_host_leaves_addressable_trees_alone():
-  params = sharding.put(tree.join(*adapted(CONFIG)), sharding.placer(sharding.make_mesh(2, 2, 2)))
+  params = tree.join(*adapted(CONFIG))
+  params = sharding.put(params, weights.placer(params, sharding.make_mesh(2, 2, 2)))
   assert sharding.to_host(params) is params
 
 

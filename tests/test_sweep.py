@@ -324,7 +324,7 @@ def test_members_are_spread_over_the_population_axis(swept, done, tmp_path, monk
 
 def test_a_checkpoint_holds_the_members_alone(tmp_path):
   """And not what fills the mesh, which another one has another number of."""
-  place = lambda x, n: sharding.put(x, sharding.stacked(sharding.placer(sharding.make_mesh(1, population=n))))
+  place = lambda x, n: sharding.put(x, sharding.stacked(sharding.Placer(sharding.make_mesh(1, population=n))))
 
   def state(rows, n):
     x = np.array(rows, np.float32)

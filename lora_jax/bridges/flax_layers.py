@@ -107,7 +107,7 @@ def _plain(module: Any, hook: str) -> bool:
 
 def _merged(k: matrices.Kernel) -> jax.Array:
   """The merged weight for a layer that has no other way; UserError if there should be dropout."""
-  if any(getattr(n, "dropout", 0) for n in matrices.chain(k.node)):
+  if any(n.dropout for n in matrices.chain(k.node)):
     raise errors.UserError(
       f"dropout of an adapter on a weight {k.base.shape}, whose layer is none that can run beside its adapter: see "
       "lora_jax.bridges, and `in_axes` for a convolution"
@@ -233,13 +233,13 @@ def _conv(k: matrices.Kernel) -> Callable:
   node = k.node
 
   def run(x, w, *args, **kw):
-    low_rank = isinstance(node, weights.LoRA) and node.start is None and len(k.outer) == 1
-    if not low_rank or kw.get("feature_group_count", 1) != 1:
+    if k.pair is None or len(k.outer) != 1 or kw.get("feature_group_count", 1) != 1:
       return lax.conv_general_dilated(x, _merged(k).astype(w.dtype), *args, **kw)
-    a = node.a.reshape(*k.inner, -1).astype(x.dtype)
+    a, b = k.pair
+    a = a.reshape(*k.inner, -1).astype(x.dtype)
     h = lax.conv_general_dilated(weights.dropout(x, node.dropout, node.key), a, *args, **kw)
     y = lax.conv_general_dilated(x, w, *args, **kw)
-    return y + weights.dot("...R,RO->...O", h, node.b * node.scale).astype(y.dtype)
+    return y + weights.dot("...R,RO->...O", h, b).astype(y.dtype)
 
   return run
 

@@ -103,9 +103,9 @@ class Surgery:
     self.plans = {k: matrices.plan(k, flat[k].shape, s) for k, s in specs.items() if k not in self.trained}
     shapes = {k: plan.shapes(flat[k]) for k, plan in self.plans.items()}
     chains = {k: matrices.chain(node) for k, (node, _) in shapes.items()}
-    self.dropout = [k for k, nodes in chains.items() if any(getattr(n, "dropout", 0) for n in nodes)]
+    self.dropout = [k for k, nodes in chains.items() if any(n.dropout for n in nodes)]
     # A start that is subtracted has to be what is trained from, whatever key `init` is called with.
-    fixed = {k for k, nodes in chains.items() if any(getattr(n, "start", None) is not None for n in nodes)}
+    fixed = {k for k, nodes in chains.items() if any(n.start is not None for n in nodes)}
 
     def parts(key, other, some):
       nodes = {k: plan.start(other if k in fixed else key, some[k])[0] for k, plan in self.plans.items()}

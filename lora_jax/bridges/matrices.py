@@ -15,30 +15,8 @@ from lora_jax import errors, methods, tree, values, weights
 
 # What a method may need besides its node; none of it happens in the training loop of somebody else.
 HOOKS = ("penalty", "direction", "optimiser", "between")
+OTHERS = ("feedforward",)  # keywords for further targets, which a single weight has not
 TABLE = "embedding"  # what Flax calls the leaf of an embedding layer
-
-
-@struct.dataclass
-class Scaled(weights.Adapter):
-  """A matrix whose outputs are scaled (IA3, Liu et al. 2022, https://arxiv.org/abs/2205.05638, section 3.3).
-
-  Fields:
-    base: [*stack, in, out].
-    output_scale: float32 [*stack, out].
-  """
-
-  base: weights.Weight
-  output_scale: jax.Array
-
-  def dot(self, spec: str, x: jax.Array, dtype: Any = None) -> jax.Array:
-    """`dot(spec, x, base) * output_scale`; the outputs are the last axis."""
-    y = weights.dot(spec, x, self.base, dtype)
-    return y * self.output_scale.astype(y.dtype)
-
-  def dense(self) -> jax.Array:
-    """The merged weight in the dtype of the base."""
-    w = weights.dense(self.base)
-    return (w.astype(jnp.float32) * self.output_scale[..., None, :]).astype(w.dtype)
 
 
 @struct.dataclass
@@ -81,8 +59,14 @@ class Kernel:
 
   @property
   def table(self) -> Any:
-    """The weight [V, D] of an embedding layer: LoRA as it is, others, which have no form for rows, merged."""
-    return self.matrix if isinstance(self.node, weights.LoRA) and self.node.start is None else self.dense()
+    """The weight [V, D] of an embedding layer; adapters that have no form for rows are merged."""
+    return self.dense() if self.pair is None else self.matrix
+
+  @property
+  def pair(self) -> tuple[jax.Array, jax.Array] | None:
+    """a [in, R] and b [R, out] where their product is all that is added to a matrix."""
+    pairs = self.matrix.factors() if self.additive and self.matrix.scale.ndim == 0 else None
+    return pairs[0] if pairs is not None and len(pairs) == 1 else None
 
   def _rows(self, fn, x):
     lead = x.shape[: x.ndim - len(self.inner)]
@@ -95,11 +79,8 @@ def on(node: Any, base: Any) -> Any:
 
 
 def chain(node: Any) -> list:
-  """A node and the nodes inside it."""
-  inside = [node]
-  while weights.is_node(getattr(inside[-1], "base", None)):
-    inside.append(inside[-1].base)
-  return inside
+  """An adapter and those inside it."""
+  return [node, *chain(node.adapted)] if isinstance(node, weights.Adapter) else []
 
 
 class Plan(NamedTuple):
@@ -122,16 +103,15 @@ class Plan(NamedTuple):
   def start(self, key: jax.Array, w: jax.Array) -> tuple[Any, Any]:
     """(node, mask): what the method puts in the place of the weight, without its base, and what of it is trained."""
     w = w.reshape(*self.stack, math.prod(self.inner), math.prod(self.outer))
-    if self.method["name"] == "ia3":
-      return Scaled(None, jnp.ones((*self.stack, w.shape[-1]))), Scaled(None, True)
     module, keywords = methods.parts(self.method)[0]
     params = functools.reduce(lambda x, k: {k: x}, reversed(self.path.split("/")), w)
+    keywords = _no_others(module) | keywords
     params, mask = module.init(tree.fold(key, self.name), params, targets=[f"^{self.path}$"], **keywords)
     node, mask = _only(params, self.path), _only(mask, self.path)
-    if not hasattr(node, "map") or not any(jax.tree.leaves(mask)):
+    if not isinstance(node, weights.Adapter) or not any(jax.tree.leaves(mask)):
       raise errors.UserError(f"rule for {self.name}: the method {self.method['name']!r} is not one of a single weight")
-    if any(getattr(n, "bias", None) is not None for n in chain(node)):
-      raise errors.UserError(f"rule for {self.name}: a bias has no place in the weight; use lora_bias=False")
+    with errors.located(f"rule for {self.name}"):
+      weights.merged_bias(node, None)
     return _reshaped(on(node, None), self.stack, self.inner, self.outer), on(mask, None)
 
   def shapes(self, w: jax.Array) -> tuple[Any, Any]:
@@ -155,16 +135,13 @@ def plan(name: str, shape: Sequence[int], method: Mapping[str, Any]) -> Plan:
   """The plan for a leaf; `method` may have `in_axes` and `stacked`, see `bridges.adapt`."""
   where = f"rule for {name}"
   keywords = {k: v for k, v in method.items() if k not in ("in_axes", "stacked")}
-  if keywords["name"] == "ia3":
-    values.keywords(lambda: None, {k: v for k, v in keywords.items() if k != "name"}, where)
-  else:
-    module, given = methods.parts(keywords)[0]
-    if needed := [h for h in HOOKS if hasattr(module, h)]:
-      raise errors.UserError(f"{where}: the method {keywords['name']!r} needs lora_jax's own training ({needed[0]})")
-    whole = getattr(module, "WHOLE", False) or getattr(module, "MODEL", False)
-    if whole or "targets" not in inspect.signature(module.init).parameters:
-      raise errors.UserError(f"{where}: the method {keywords['name']!r} is not one of a single weight; there is 'full'")
-    values.keywords(module.init, given, f"{where} ({keywords['name']})", ("key", "params", "targets"))
+  module, given = methods.parts(keywords)[0]
+  if needed := [h for h in HOOKS if hasattr(module, h)]:
+    raise errors.UserError(f"{where}: the method {keywords['name']!r} needs lora_jax's own training ({needed[0]})")
+  whole = getattr(module, "WHOLE", False) or getattr(module, "MODEL", False)
+  if whole or "targets" not in inspect.signature(module.init).parameters:
+    raise errors.UserError(f"{where}: the method {keywords['name']!r} is not one of a single weight; there is 'full'")
+  values.keywords(module.init, given, f"{where} ({keywords['name']})", ("key", "params", "targets", *OTHERS))
   stack, axes = ((), tuple(shape)) if not method.get("stacked") else (tuple(shape[:1]), tuple(shape[1:]))
   if len(axes) < 2:
     raise errors.UserError(f"{where}: its shape {tuple(shape)} is no matrix; 'full' trains it, or name kernels alone")
@@ -172,11 +149,16 @@ def plan(name: str, shape: Sequence[int], method: Mapping[str, Any]) -> Plan:
   if not isinstance(n, int) or not 0 < n < len(axes):
     raise errors.UserError(f"{where}: in_axes={n!r}, expected 1 to {len(axes) - 1} of the axes {axes}")
   result = Plan(name, keywords, stack, axes[:n], axes[n:], "layers/m/kernel" if stack else "m/kernel")
-  if name.split("/")[-1] == TABLE and len(axes) == 2 and not stack and keywords["name"] != "ia3":
+  if name.split("/")[-1] == TABLE and len(axes) == 2 and not stack:
     node, mask = result.shapes(jax.ShapeDtypeStruct(axes, jnp.float32))
     if isinstance(node, weights.LoRA) and node.start is None and mask.a:
       result = result._replace(path="embed/kernel")  # LoRA starts with A zero there
   return result
+
+
+def _no_others(module: Any) -> dict[str, str]:
+  """The keywords of a method for further targets, which name nothing."""
+  return {k: "" for k in OTHERS if k in inspect.signature(module.init).parameters}
 
 
 def _in_axes(name: str, axes: int) -> int:

@@ -35,7 +35,8 @@ def save(
   """
   trained = [k for k, m in tree.flatten(mask).items() if m]
   # Leaves that no model of this config has, such as biases that BitFit adds: transformers would drop them.
-  added = set(tree.names(weights.strip(params))) - set(tree.names(transformer.shapes(model.config)))
+  stripped = tree.names(weights.strip(params), is_leaf=weights.is_node)
+  added = set(stripped) - set(tree.names(transformer.shapes(model.config)))
   try:
     if not added:
       peft.save(model, params, directory, trained, method, steps)

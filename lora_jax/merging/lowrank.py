@@ -31,7 +31,7 @@ class Fit(NamedTuple):
 
 
 def to_lora(params: Any, rank: int | None = None, variance: float | None = None) -> tuple[Any, dict[str, Fit]]:
-  """The tree with `weights.LoRA` in place of all other nodes and of IA3's scales.
+  """The tree with `weights.LoRA` in place of all other adapters.
 
   Layers may have different ranks: singular values that are zero up to rounding are left out, and where nothing is left
   in any layer the weight is plain. Experts of a layer have the rank of the one that needs most. Of a fused matrix
@@ -55,8 +55,7 @@ def to_lora(params: Any, rank: int | None = None, variance: float | None = None)
     raise errors.UserError(f"converting to LoRA: rank={rank!r} must be a whole number, at least 1")
   if variance is not None and not 0 < variance <= 1:
     raise errors.UserError(f"converting to LoRA: variance={variance!r} must be in (0, 1]")
-  steps = {"adapter", "prompt", "prefix"}
-  if odd := [k for k in tree.names(params, is_leaf=weights.is_node) if set(k.split("/")) & steps]:
+  if odd := [k for k, x in tree.flatten(params, is_leaf=weights.is_node).items() if isinstance(x, weights.Added)]:
     raise errors.UserError(f"no change of weights, which LoRA could stand for: {', '.join(odd)}")
   found: dict[str, tuple] = {}
   bound = lambda w: weights.bind(w, params.get("shared"))
@@ -80,19 +79,19 @@ def table(report: Mapping[str, Fit]) -> str:
 
 
 def _visit(params: Any, where: str, convert: Any) -> Any:
-  """The tree without nodes and scales; `convert(name, weight, scales, bias)` sees each that has some."""
+  """The tree without adapters; `convert(name, weight, bias)` sees each of them."""
   if not isinstance(params, dict):
     return params
-  p = {k: _visit(v, f"{where}{k}/", convert) for k, v in params.items() if k not in weights.EXTRAS}
-  scales = {k: params[k] for k in weights.SCALES if k in params}
-  w, name = params.get("kernel"), f"{where}kernel"
-  if isinstance(w, fused.Fused) and not scales:
-    parts = {k: v for k, v in w.parts.items() if isinstance(v, weights.Adapter)}
-    for part, v in parts.items():
-      convert(f"{name}/{part}", v, {}, None)
-    return p | {"kernel": w.map(lambda _, v: weights.base(v)) if parts else w.base}
-  if scales or isinstance(w, weights.Adapter):
-    convert(name, w, scales, params.get("bias"))
+  p = {k: _visit(v, f"{where}{k}/", convert) for k, v in params.items() if k != weights.SHARED}
+  w, bias, name = params.get("kernel"), params.get("bias"), f"{where}kernel"
+  if isinstance(w, fused.Fused):
+    each = zip(w.parts.items(), w.biases(bias), strict=True)
+    adapted = [(part, v, b) for (part, v), b in each if isinstance(v, weights.Adapter)]
+    for part, v, b in adapted:
+      convert(f"{name}/{part}", v, b)
+    return p | {"kernel": w.map(lambda _, v: weights.base(v)) if adapted else w.adapted}
+  if isinstance(w, weights.Adapter):
+    convert(name, w, bias)
     p["kernel"] = weights.base(w)
   return p
 
@@ -124,7 +123,7 @@ def _alike(made: Mapping[str, weights.LoRA]) -> dict[str, weights.LoRA]:
   return {k: node(w.replace(rank=jnp.asarray(w.rank, jnp.int32))) for k, w in made.items()}
 
 
-def _convert(found: dict, rank, variance, bound, name: str, w: Any, scales: Mapping, bias: Any) -> None:
+def _convert(found: dict, rank, variance, bound, name: str, w: Any, bias: Any) -> None:
   """Puts (LoRA with numpy arrays and scale 1, or None if there is no change, and how well it fits) in `found`.
 
   `bound` gives a layer's node the arrays that all layers share.
@@ -136,10 +135,9 @@ def _convert(found: dict, rank, variance, bound, name: str, w: Any, scales: Mapp
   inner, outer = shape[len(experts) :][:n_in], shape[len(experts) :][n_in:]
   each, offsets, kept, left = [], [], 0.0, 0.0
   for i in layers:
-    layer = jax.tree.map(lambda x: x[i], (w, dict(scales), bias))
-    delta, offset = _change(bound(layer[0]), *layer[1:])
-    factors = None if scales or experts else _factors(layer[0])
-    offsets.append(np.zeros(outer, np.float32) if offset is None else np.asarray(offset))
+    layer = bound(weights.at(w, i))
+    delta, factors = np.asarray(_delta(layer)), _factors(layer)
+    offsets.append(_offset(layer, jnp.zeros(outer) if bias is None else weights.dense(weights.at(bias, i))))
     delta = delta.reshape(*(experts or (1,)), math.prod(inner), math.prod(outer))
     parts = [_svd(m, factors) for m in delta]
     r = max(_rank(s, rank, variance) for _, s, _ in parts) or int(bool(offsets[-1].any()))
@@ -170,38 +168,14 @@ def _convert(found: dict, rank, variance, bound, name: str, w: Any, scales: Mapp
   found[name] = node, fit
 
 
-def _change(w: Any, scales: Mapping[str, jax.Array], bias: jax.Array | None) -> tuple[np.ndarray, jax.Array | None]:
-  """(what is added to a layer's weight, in float32, and what to its outputs or None)."""
-  if any(getattr(x, "use", "") for x in _chain(w)):
-    raise errors.UserError("an adapter of one use of a table that embedding and head share is no change of the weight")
-  delta, offset = _delta(w), _offset(w)
-  if not scales:
-    return np.asarray(delta), offset
-  base = weights.dense(weights.base(w)).astype(jnp.float32)
-  given = [x for x in (bias, offset) if x is not None]
-  changed, outputs = base + delta, sum(given) if given else None
-  for name, scale in scales.items():
-    changed = weights.scaled(changed, scale.astype(jnp.float32), name, 0)
-    if name == "output_scale" and given:
-      outputs = weights.scaled(outputs, scale.astype(jnp.float32), name, 0)
-  return np.asarray(changed - base), outputs if bias is None else outputs - bias
-
-
 def _factors(w: Any) -> tuple[np.ndarray, np.ndarray] | None:
-  """[in, n] and [n, out] whose product is the change of a layer that LoRA alone adapts; None of others."""
-  chain = _chain(w)
-  if not all(isinstance(x, weights.LoRA) for x in chain) or isinstance(chain[-1].base, fused.Fused):
+  """[in, n] and [n, out] whose product is the change of a layer; None where it is not known in this form."""
+  each = [x.factors() if isinstance(x, weights.Additive) else None for x in _chain(w)]
+  if None in each or not isinstance(weights.base(w), jax.Array | np.ndarray):
     return None
-  plain = []
-  for x in chain:
-    if x.start is None:
-      plain.append(x)
-    else:  # a b - a0 b0 as differences, which lose nothing where both are large
-      (a0, b0), x = x.start, x.replace(start=None)
-      plain += [x.replace(b=x.b - b0), x.replace(a=x.a - a0, b=b0)]
-  each = [fused.factors(jax.tree.map(lambda x: x[None], x), (0,)) for x in plain]
-  a = np.concatenate([a.reshape(math.prod(a.shape[:-1]), a.shape[-1]) for a, _, _ in each], -1)
-  return a, np.concatenate([s * b.reshape(len(b), math.prod(b.shape[1:])) for _, b, s in each])
+  pairs = [pair for pairs in each for pair in pairs]
+  a = np.concatenate([np.asarray(a).reshape(-1, a.shape[-1]) for a, _ in pairs], -1)
+  return a, np.concatenate([np.asarray(b).reshape(b.shape[0], -1) for _, b in pairs])
 
 
 def _chain(w: Any) -> list[Any]:
@@ -212,7 +186,7 @@ def _chain(w: Any) -> list[Any]:
 def _delta(w: Any) -> jax.Array:
   """What a layer's adapters add to its weight, in float32."""
   if isinstance(w, fused.Fused):
-    return jnp.concatenate([_delta(p) for p in w.parts.values()], fused.AXIS)
+    return weights.join([_delta(p) for p in w.parts.values()])
   if isinstance(w, weights.Additive):
     return w.layer_delta() + _delta(w.base)
   if isinstance(w, weights.Adapter):
@@ -228,12 +202,9 @@ def _in_float32(w: Any) -> Any:
   return weights.dense(w).astype(jnp.float32)
 
 
-def _offset(w: Any) -> jax.Array | None:
-  """What a layer's adapters add to every output."""
-  if isinstance(w, fused.Fused) and any(_offset(p) is not None for p in w.parts.values()):
-    raise errors.UserError("LoRA with a bias on a part of a matrix whose outputs are scaled besides is not converted")
-  found = [x.offset() for x in _chain(w) if hasattr(x, "offset")]
-  return sum(found) if (found := [x for x in found if x is not None]) else None
+def _offset(w: Any, bias: jax.Array) -> np.ndarray:
+  """What a layer's adapters add to its bias, zeros where it has none."""
+  return np.asarray(weights.merged_bias(w, bias) - bias)
 
 
 def _svd(delta: np.ndarray, factors: tuple | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

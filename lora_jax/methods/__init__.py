@@ -1,17 +1,24 @@
 """Finetuning methods, one module each: what is trained. A list of methods is a method.
 
 A method module has `init(key, params, **kw) -> (params, mask)`: the tree with what the method adds, and a tree of
-booleans that says which leaves are trained. It may define, with the same keywords:
+booleans that says which leaves are trained. What adapts a weight is a `weights.Weight` around it; what stands beside
+weights is a `weights.Added`. A module may also define
 
   STARTS                        why a model with it does not compute at first what it did before; absent if it does
   VARIES                        the keywords in which members of one population may differ, see population.align
+  WHOLE                         True where it trains weights of the pretrained model themselves
+  MODEL                         True where a run leaves a whole model: most weights are trained, or are merged into
+  MERGES                        False where what it adds has no place in the weights
+  PEFT                          the method whose form in formats/peft/ it has, where that is not its own
+
+and functions of the same keywords:
+
   prepare(kw, tokenizer, labels) -> kw     texts in its keywords as token ids
   penalty(params, **kw)                    float32 [], added to the mean loss
   direction(inner, **kw)                   an optimiser's gradient transformation, before decay and learning rate
   optimiser(inner, *, steps, **kw)         the whole gradient transformation; both get and give an optax one
   period(**kw), between(key, state, **kw)  what happens to a `train.State` after every so many steps
   held(params, **kw)                       mask of the frozen leaves that `between` changes
-  PEFT                          the method whose form in formats/peft/ it has, where it is another's
 """
 
 import functools
@@ -91,19 +98,12 @@ def init(key: jax.Array, params: Any, method: Method) -> tuple[Any, Any]:
   """(params, mask) of one method or several, each applied to what those before it gave."""
   regexes = [t for _, kw in parts(method) for t in patterns.texts(kw) if patterns.is_regex(t)]
   patterns.check(regexes, tree.names(params), "method")
-  trained = set()
+  mask = None
   for i, (module, kw) in enumerate(parts(method)):
-    params, mask = module.init(jax.random.fold_in(key, i) if i else key, params, **kw)
-    mask = tree.map_named(lambda k, m: m or any(x in trained for x in _earlier(k)), mask)
-    trained = {k for k, m in tree.flatten(mask).items() if m}
-  return params, mask
-
-
-def _earlier(name: str) -> list[str]:
-  """What a leaf may have been called before a method put the weight that it belongs to into a node."""
-  steps = name.split("/")
-  found = [name, *("/".join(steps[:i] + steps[i + 1 :]) for i, s in enumerate(steps) if s == "base")]
-  return found + [fused.whole(k) for k in found]
+    old = params
+    params, own = module.init(jax.random.fold_in(key, i) if i else key, params, **kw)
+    mask = own if mask is None else weights.inherit(old, mask, params, own)
+  return weights.settle(params, mask)
 
 
 def leaves_model(method: Method) -> bool:
@@ -116,10 +116,15 @@ def leaves_model(method: Method) -> bool:
 
 
 def train_also(params: Any, mask: Any, names: Collection[str]) -> tuple[Any, Any]:
-  """(params, mask) with the leaves `names` trained besides, as float32 masters."""
-  chosen = lambda k: k in names or fused.whole(k) in names
+  """(params, mask) with the pretrained weights `names` also trained, as float32 masters, whatever adapts them."""
+  layout = weights.layout(params)
+
+  def chosen(k):
+    weight, depth, _, free = layout[k]
+    return free and not depth and (weight in names or fused.whole(weight) in names)
+
   params = tree.map_named(lambda k, x: x.astype(jnp.float32) if chosen(k) else x, params)
-  return params, tree.map_named(lambda k, m: m or chosen(k), mask)
+  return weights.settle(params, tree.map_named(lambda k, m: m or chosen(k), mask))
 
 
 def size(params: Any, mask: Any) -> int:
@@ -127,10 +132,9 @@ def size(params: Any, mask: Any) -> int:
 
   def count(w, m):
     n = sum(x.size for x, t in zip(jax.tree.leaves(w), jax.tree.leaves(m), strict=True) if t)
-    return n - w.n_padding(m) if hasattr(w, "n_padding") else n
+    return n - w.n_padding(m) if weights.is_node(w) else n
 
-  pads = lambda w: weights.is_node(w) or hasattr(w, "n_padding")
-  return sum(jax.tree.leaves(jax.tree.map(count, params, mask, is_leaf=pads)))
+  return sum(jax.tree.leaves(jax.tree.map(count, params, mask, is_leaf=weights.is_node)))
 
 
 def penalty(method: Method) -> Callable[[Any], jax.Array] | None:

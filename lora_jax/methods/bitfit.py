@@ -35,7 +35,7 @@ def init(key: jax.Array, params: Any, *, targets: str | Sequence[str] = "all") -
   """
   del key
   names = tree.names(params, is_leaf=weights.is_node)
-  old = {k for k in names if k.endswith("/bias") and not set(k.split("/")) & set(weights.EXTRAS)}
+  old = {k for k in names if k.endswith("/bias")}
   new = {}
   for k, w in targeting.matrices(params).items():
     bias = k.removesuffix("kernel") + "bias"

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jax.sharding import PartitionSpec as P
 
 from lora_jax import errors, tree, weights
 from lora_jax.methods import lora, targeting
@@ -27,12 +28,15 @@ class DoRA(weights.Adapter):
   Fields:
     base: weights.LoRA of W [*in, *out].
     magnitude: float32 [*out].
-    norm: float32 [*out]; ||W||, which `magnitude` starts from. With it no step needs the sum over W's squares.
+    norm: float32 [*out]; ||W||, which `magnitude` starts from. With it no step needs the sum over W's squares. None
+      where W itself is trained.
   """
 
   base: weights.LoRA
   magnitude: jax.Array
-  norm: jax.Array
+  norm: jax.Array | None
+
+  TRAINABLE = ("magnitude",)
 
   def gain(self, dtype: Any = jnp.float32) -> jax.Array:
     """`magnitude / ||W + s A B||`, float32 [*out]: 1 where nothing has been trained.
@@ -51,10 +55,13 @@ class DoRA(weights.Adapter):
     aw = jax.lax.stop_gradient(aw).astype(jnp.float32)
     aa = jnp.tensordot(a, a, ([*range(a.ndim - 1)],) * 2, precision="highest")
     change = s * jnp.sum(b * (2 * aw + s * jnp.tensordot(aa, b, 1, precision="highest")), 0)
+    known = self.norm
+    if known is None:
+      known = jax.lax.stop_gradient(norm(self.base.base, 0, self.base.a.ndim - 1))
     # Relative to ||W||, so that the gain is 1 to the last bit where there is no change.
-    norm = jnp.where(self.norm > 0, self.norm, 1.0)
-    square = (self.norm > 0) + change / norm**2
-    gain = self.magnitude / norm / jnp.sqrt(jnp.maximum(square, 1e-12))
+    length = jnp.where(known > 0, known, 1.0)
+    square = (known > 0) + change / length**2
+    gain = self.magnitude / length / jnp.sqrt(jnp.maximum(square, 1e-12))
     return jnp.where(s == 0, 1.0, gain)
 
   def dot(self, spec: str, x: jax.Array, dtype: Any = None) -> jax.Array:
@@ -79,6 +86,24 @@ class DoRA(weights.Adapter):
       return (node.gain() * (w.astype(jnp.float32) + node.base.layer_delta())).astype(w.dtype)
 
     return jax.vmap(layer)(self) if self.base.scale.ndim else layer(self)
+
+  def over_trained(self) -> "DoRA":
+    """The weight without the length that W had at first."""
+    return super().over_trained().replace(norm=None)
+
+  def idle(self, base: Any) -> "DoRA":
+    """Another weight, to be adapted by an idle LoRA, with magnitudes of zero, which count where LoRA is not idle."""
+    zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), self.replace(base=None))
+    return zeros.replace(base=base)
+
+  def place(self, spec: P) -> "DoRA":
+    """What there is of each output is split like the outputs."""
+    placed = super().place(spec)
+    if not len(spec):
+      return placed
+    stack = self.base.scale.ndim
+    out = P(*spec[:stack], *spec[len(spec) - self.magnitude.ndim + stack :])
+    return placed.replace(magnitude=out, norm=None if self.norm is None else out)
 
   def clean(self) -> "DoRA":
     """The node with LoRA's padding zeroed."""

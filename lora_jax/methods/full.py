@@ -6,7 +6,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from lora_jax import errors, tree
+from lora_jax import errors, tree, weights
 
 WHOLE = True  # trains leaves of the pretrained model
 MODEL = True  # so many of them that the whole model is what a run leaves
@@ -18,7 +18,7 @@ Dtype = Literal[DTYPES]
 def init(
   key: jax.Array, params: Any, *, targets: str | Sequence[str] = ".*", dtype: Dtype = "float32"
 ) -> tuple[Any, Any]:
-  """Trains every leaf whose name one of the regexes `targets` is found in.
+  """Trains every weight whose name one of the regexes `targets` is found in, see `weights.mask`.
 
   Args:
     targets: one regex or several.
@@ -30,7 +30,8 @@ def init(
     (params, mask).
   """
   del key
-  mask = tree.mask(params, [targets] if isinstance(targets, str) else list(targets), "config.method.targets")
+  patterns = [targets] if isinstance(targets, str) else list(targets)
+  mask = weights.mask(params, patterns, "config.method.targets")
   return masters(params, mask, dtype), mask
 
 
@@ -38,15 +39,13 @@ def masters(params: Any, mask: Any, dtype: str = "float32") -> Any:
   """The tree with what is trained in `dtype`; norms and biases, which models hold in float32, stay float32.
 
   Raises:
-    UserError: a dtype that there is not, or a weight of integers, such as a quantised one.
+    UserError: a dtype that there is not.
   """
   errors.choose(dtype, dict.fromkeys(DTYPES), "config.method.dtype")
 
   def leaf(k, x, m):
     if not m:
       return x
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-      raise errors.UserError(f"{k} is {x.dtype}, which cannot be trained; load a model that is not quantised")
     return x.astype(jnp.float32 if dtype == "float32" or k.endswith(("/scale", "/bias")) else dtype)
 
   return tree.map_named(leaf, params, mask)

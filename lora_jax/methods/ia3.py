@@ -4,103 +4,72 @@
 (section 3.3, equation 1 and what follows): d_k + d_v + d_ff numbers a layer, and d_k + d_v for attention to an encoder.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from lora_jax import errors, tree, weights
+from lora_jax import errors, weights
 from lora_jax.methods import targeting
 from lora_jax.model import architecture
-from lora_jax.weights import fused
 
-INPUT, OUTPUT = weights.SCALES
+INPUT, OUTPUT = weights.Scaled.TRAINABLE
 
 
 def init(
   key: jax.Array, params: Any, *, targets: str | Sequence[str] = "k,v", feedforward: str | Sequence[str] = "down"
 ) -> tuple[Any, Any]:
-  """Vectors of ones beside matrices: `output_scale` after the targets, `input_scale` before the feed-forward ones.
+  """Scales the outputs of the targets, and the inputs of the feed-forward matrices, by vectors of ones.
 
   In a gated layer, `down(act(gate(x)) o up(x))`, scaling the input of `down` is the same as scaling the output of `up`,
-  as the authors' code does. k and v of a matrix that is q, k and v have one vector, [L, 2K, H].
+  as the authors' code does.
 
   Args:
-    targets, feedforward: as `targets` of `lora.init`, in all layers; "" is none. Of a fused matrix the last parts can
-      be scaled: "k,v", "v" or "q,k,v" of q, k and v, "up" or "gate,up" of gate and up.
+    targets, feedforward: as `targets` of `lora.init`, in all layers; "" names no matrix.
 
   Returns:
-    (params, mask): True at the vectors, float32.
+    (params, mask): True at the vectors of `weights.Scaled`, float32.
   """
   del key
-  linear = matrices(params)
-  shapes = {}
-  for name, chosen in ((OUTPUT, targets), (INPUT, feedforward)):
-    for k, heads in _chosen(params, linear, chosen, name).items():
-      stack = architecture.stack_axes(k)
-      ends = stack + architecture.in_axes(k)
-      shape = linear[k].shape
-      outer = shape[ends:] if heads is None else (*shape[ends:-2], heads, shape[-1])
-      place = k.removesuffix("/kernel")
-      shapes.setdefault(place, {})[name] = shape[:ends] if name == INPUT else (*shape[:stack], *outer)
-  if not shapes:
+  sides: dict[str, str] = {}
+  for side, chosen in ((OUTPUT, targets), (INPUT, feedforward)):
+    if not chosen:
+      continue
+    params = targeting.split(params, chosen)
+    for k, hit in _select(params, chosen, side).items():
+      if sides.setdefault(k, side) != side:
+        raise errors.UserError(f"IA3 scales the output or the input of a matrix, not both: {k}")
+      if not hit.all():
+        raise errors.UserError(f"IA3 has a vector in every layer, but {_keyword(side)} names some layers of {k} only")
+  if not sides:
     raise errors.UserError("IA3 scales nothing: config.method.targets and config.method.feedforward are empty")
-  if twice := [k for k, s in shapes.items() if len(s) > 1]:
-    raise errors.UserError(f"IA3 scales the output or the input of a matrix, not both: {', '.join(twice)}")
-  mask = jax.tree.map(lambda _: False, params)
-  for place, new in shapes.items():
-    params = put(params, place.split("/"), {name: jnp.ones(shape, jnp.float32) for name, shape in new.items()})
-    mask = put(mask, place.split("/"), dict.fromkeys(new, True))
-  return params, mask
+  params = targeting.wrap(params, sides, scaled)
+  return params, targeting.mask(params, weights.Scaled, (INPUT, OUTPUT))
 
 
 def matrices(params: Any) -> dict[str, Any]:
-  """Matrices that `layers.linear` multiplies by, and the parts that fused ones have, whether or not they are split."""
-  linear = {k: w for k, w in targeting.matrices(params, experts=True).items() if k != "head/kernel"}
-  return linear | {part: w for k, w in linear.items() for part in fused.part_names(k)}
+  """Those that a layer multiplies by, before it adds the bias."""
+  return {k: w for k, w in targeting.matrices(params, experts=True).items() if k != "head/kernel"}
 
 
-def _chosen(params: Any, linear: Mapping[str, Any], targets: Any, name: str) -> dict[str, int | None]:
-  """{name of a whole matrix: None, or how many of its last heads} that `targets` means."""
-  what = "config.method.targets" if name == OUTPUT else "config.method.feedforward"
-  out, parts = {}, {}
-  for k, hit in targeting.select(targets, linear, what).items() if targets else ():
-    whole = k.rpartition("/")[0]
-    if "/moe/" in k:
-      hint = " without them, such as ''" if name == INPUT else ""
-      raise errors.UserError(f"IA3 does not scale experts and their router ({k}); choose {what}{hint}")
-    if not hit.all():
-      raise errors.UserError(f"IA3 has a vector in every layer, but {what} names some layers of {k} only")
-    if not fused.part_names(whole):
-      out[k] = None
-    else:
-      parts.setdefault(whole, []).append(k.rpartition("/")[2])
-  for k, found in parts.items():
-    order, heads = sizes(params, k)
-    if name == INPUT or tuple(p for p in order if p in found) != order[-len(found) :]:
-      raise errors.UserError(
-        f"{what} names {', '.join(found)} of {k}; of a fused matrix IA3 scales the last outputs: "
-        + " or ".join(repr(",".join(order[i:])) for i in range(len(order)))
-      )
-    out[k] = sum(heads[-len(found) :])
-  return out
+def scaled(k: str, w: Any, side: str) -> weights.Scaled:
+  """A matrix of a name whose outputs or inputs are scaled by ones."""
+  stack = architecture.stack_axes(k)
+  ends = stack + architecture.in_axes(k)
+  axes = w.shape[stack:ends] if side == INPUT else w.shape[ends:]
+  ones = jnp.ones((*w.shape[:stack], *axes), jnp.float32)
+  return weights.Scaled(w, outer=len(w.shape) - ends, **{side: ones})
 
 
-def sizes(params: Any, k: str) -> tuple[tuple[str, ...], list[int]]:
-  """The parts of a fused matrix and how many heads, or rows of its axis, each has."""
-  flat = tree.flatten(params, is_leaf=weights.is_node)
-  group, name = k.removesuffix("/kernel").rpartition("/")[::2]
-  if name != "qkv":
-    return fused.PARTS[name], [1, 1]
-  n, m = flat[f"{group}/o/kernel"].shape[-3], flat[k].shape[fused.AXIS]
-  return fused.PARTS[name], [n, (m - n) // 2, (m - n) // 2]
+def _keyword(side: str) -> str:
+  return "config.method.targets" if side == OUTPUT else "config.method.feedforward"
 
 
-def put(params: Any, path: Sequence[str], entries: Mapping[str, Any]) -> Any:
-  """The tree with entries in the dict at `path`, which may not be there yet."""
-  if path:
-    return {**params, path[0]: put(params[path[0]], path[1:], entries)}
-  if taken := entries.keys() & params.keys():
-    raise errors.UserError(f"config.method: a matrix has two of {', '.join(taken)}; name IA3 once")
-  return {**params, **entries}
+def _select(params: Any, chosen: str | Sequence[str], side: str) -> dict[str, np.ndarray]:
+  found = targeting.select(chosen, matrices(params), _keyword(side))
+  if experts := [k for k in found if "/moe/" in k]:
+    hint = " without them, such as ''" if side == INPUT else ""
+    raise errors.UserError(f"IA3 does not scale experts and their router ({experts[0]}); choose {_keyword(side)}{hint}")
+  return found

@@ -36,7 +36,7 @@ class Intrinsic(weights.Additive):
     shared: z [d] and the lambdas [m] or None, float32, present after `weights.bind`.
   """
 
-  base: weights.Weight
+  base: Any
   seed: jax.Array
   scale: jax.Array
   layer: jax.Array | None = None

@@ -38,7 +38,7 @@ class LoHa(weights.Additive):
     dropout: probability that an output's part of the change is dropped, which PEFT calls `rank_dropout`.
   """
 
-  base: weights.Weight
+  base: Any
   a1: jax.Array
   b1: jax.Array
   a2: jax.Array
@@ -47,6 +47,8 @@ class LoHa(weights.Additive):
   rank: jax.Array
   key: jax.Array | None = None
   dropout: float = struct.field(pytree_node=False, default=0.0)
+
+  TRAINABLE = FACTORS
 
   def change(self, spec: str, x: jax.Array, dtype: Any = None) -> jax.Array:
     """`x` times the change of the weight.

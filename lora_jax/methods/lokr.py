@@ -41,7 +41,7 @@ class LoKr(weights.Additive):
     factor, both: of `init`, kept for the adapter file.
   """
 
-  base: weights.Weight
+  base: Any
   left: Factor
   right: Factor
   scale: jax.Array
@@ -51,6 +51,8 @@ class LoKr(weights.Additive):
   rescale: bool = struct.field(pytree_node=False, default=False)
   factor: int = struct.field(pytree_node=False, default=-1)
   both: bool = struct.field(pytree_node=False, default=False)
+
+  TRAINABLE = ("left", "right")
 
   def change(self, spec: str, x: jax.Array, dtype: Any = None) -> jax.Array:
     """x as [.., M, N] times both factors: the product [in, out] is not formed."""

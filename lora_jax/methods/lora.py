@@ -187,7 +187,7 @@ def _node(w, ranks, scale, factors, lora_bias, **static) -> weights.LoRA:
 def _biases(params: Any, chosen: Mapping[str, np.ndarray], bias: str) -> set[str]:
   """Names of the pretrained model's biases that are trained."""
   flat = tree.flatten(params, is_leaf=weights.is_node)
-  names = {k for k in flat if k.endswith("/bias") and not set(k.split("/")) & set(weights.EXTRAS)}
+  names = {k for k in flat if k.endswith("/bias")}
   if bias == "none":
     return set()
   if bias == "lora_only":

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from lora_jax import errors, tree
+from lora_jax import errors, tree, weights
 from lora_jax.methods import prompt_tuning
 from lora_jax.model import layers, prompts
 from lora_jax.values import Count
@@ -22,7 +22,7 @@ ENCODERS = ("mlp", "lstm")
 
 
 @struct.dataclass
-class Encoder:
+class Encoder(weights.Added):
   """An embedding, an LSTM in two directions if `lstm` is not empty, and linear layers with ReLU between them.
 
   Fields, all float32:

@@ -4,7 +4,7 @@ The baseline that Houlsby et al. 2019 (https://arxiv.org/abs/1902.00751, section
 layers") compare adapters with.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -22,7 +22,7 @@ AFTER = "^(norm|project|head|pooler|classifier)/"  # what a model may have after
 
 
 @struct.dataclass
-class Parts:
+class Parts(weights.Weight):
   """A leaf that is stacked over layers, in two parts, which `transformer.hidden` scans one after the other.
 
   So the gradient and the optimiser's moments exist for the upper part alone, and no backward pass runs through the
@@ -33,29 +33,39 @@ class Parts:
     upper: [k, ...].
   """
 
-  lower: weights.Weight
+  lower: Any
   upper: jax.Array
+
+  TRAINABLE = ("lower", "upper")
 
   @property
   def shape(self) -> tuple[int, ...]:
     """Shape of the whole stack."""
     return (self.lower.shape[0] + self.upper.shape[0], *self.upper.shape[1:])
 
-  def __getitem__(self, index: tuple[int, ...]) -> weights.Weight:
-    """What `index` finds in the whole stack: a layer, or an expert of one."""
-    layer, *rest = index
+  def map(self, fn: Callable[[str, Any], Any]) -> "Parts":
+    """The stack with `fn(name, weight)` in place of both parts."""
+    return Parts(fn("lower", self.lower), fn("upper", self.upper))
+
+  def at(self, index: Any) -> Any:
+    """A layer, an expert of one, or all layers of one of the parts."""
     n = self.lower.shape[0]
+    if isinstance(index, slice):
+      start, stop, _ = index.indices(self.shape[0])
+      part, index = (self.lower, index) if stop <= n else (self.upper, slice(start - n, stop - n))
+      return weights.at(part, index)
+    layer, *rest = index if isinstance(index, tuple) else (index,)
     part, layer = (self.lower, layer) if layer < n else (self.upper, layer - n)
-    return jax.tree.map(lambda x: x[(layer, *rest)], part)
+    return weights.at(part, (layer, *rest))
+
+  def cuts(self) -> tuple[int, ...]:
+    """The first layer of the upper part."""
+    return (self.lower.shape[0],)
 
   def dense(self) -> jax.Array:
     """The whole stack in the dtype of the lower part: a copy."""
     lower = weights.dense(self.lower)
     return jnp.concatenate([lower, self.upper.astype(lower.dtype)])
-
-  def dot(self, spec: str, x: jax.Array, dtype: Any = None) -> jax.Array:
-    """`weights.dot` with the whole stack."""
-    return weights.dot(spec, x, self.dense(), dtype)
 
 
 def init(
@@ -83,17 +93,21 @@ def init(
   depth = next(iter(flat.values())).shape[0]
   if not 0 <= layers <= depth:
     raise errors.UserError(f"config.method.layers={layers} is not within the {depth} layers of the model")
-  if found := [k for k, w in flat.items() if hasattr(w, "base")]:
-    raise errors.UserError(f"{found[0]} is adapted already; in a list of methods 'partial' comes before those")
+  if found := [k for k, w in flat.items() if isinstance(w, weights.Weight)]:
+    why = "is packed; load a model that is not quantised"
+    if flat[found[0]].adapted is not None:
+      why = "is adapted already; in a list of methods 'partial' comes before those"
+    raise errors.UserError(f"{found[0]} {why}")
   targets, also = ([x] if isinstance(x, str) else list(x) for x in (targets, also))
+  names = weights.addressable(params)
   tree.check_patterns(targets if layers else (), flat, "config.method.targets")
-  tree.check_patterns(set(also) - {AFTER}, tree.names(params), "config.method.also")
+  tree.check_patterns(set(also) - {AFTER}, names.values(), "config.method.also")
   inside, outside = (tree.first_match([(p, True) for p in patterns], False) for patterns in (targets, also))
 
   def trained(k):
     if k.startswith("layers/"):
       return layers > 0 and inside(k.removesuffix("/upper")) and (layers == depth or k.endswith("/upper"))
-    return outside(k)
+    return k in names and outside(names[k])
 
   def part(k, w):
     if not k.startswith("layers/"):

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from lora_jax import errors, tree
+from lora_jax import errors, tree, weights
 from lora_jax.methods import p_tuning
 from lora_jax.model import layers
 from lora_jax.values import Count, NonNegative
@@ -24,7 +24,7 @@ MERGES = False
 
 
 @struct.dataclass
-class Prefix:
+class Prefix(weights.Added):
   """Keys and values, float32 [L, P, K, H], and in `cross` {"k", "v"} of attention to an encoder; {} for none."""
 
   k: jax.Array
@@ -42,7 +42,7 @@ class Prefix:
 
 
 @struct.dataclass
-class Projected:
+class Projected(weights.Added):
   """Keys and values that two linear layers with tanh between them compute (section 4.3 of the paper).
 
   Fields, all float32:

@@ -21,7 +21,7 @@ INITS = ("random", "vocab", "text", "labels")
 
 
 @struct.dataclass
-class Prompt:
+class Prompt(weights.Added):
   """A table of embeddings.
 
   Fields:

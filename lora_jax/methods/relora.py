@@ -52,14 +52,15 @@ def init(
   if cycle < 1 or not 0 <= (keep or 0) <= 1:
     raise errors.UserError(f"ReLoRA needs cycle >= 1 and 0 <= keep <= 1, not cycle={cycle}, keep={keep}")
   also = [also] if isinstance(also, str) else list(also)
-  tree.check_patterns(also, tree.names(params), "config.method.also")
-  trained = tree.first_match([(p, True) for p in also], False)
+  beside = weights.mask(params, also, "config.method.also")
+  before = params
   params, mask = lora.init(key, params, alpha=alpha, targets=targets, **kw)
   for k, w in _nodes(params).items():
     if weights.is_node(w.base) or k == "embed/kernel":
       what = f"a {type(w.base).__name__}" if weights.is_node(w.base) else "a table, which `also` can train"
       raise errors.UserError(f"ReLoRA merges into matrices that are arrays; {k} is {what}")
-  mask = tree.map_named(lambda k, m, h: not h and (m or trained(k)), mask, held(params))
+  mask = weights.inherit(before, beside, params, mask)
+  mask = jax.tree.map(lambda m, h: m and not h, mask, held(params))
   return jax.tree.map(lambda x, m: x.astype(jnp.float32) if m else x, params, mask), mask
 
 

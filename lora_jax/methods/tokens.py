@@ -29,9 +29,11 @@ class Rows(weights.Adapter):
     rows: float32 [n, D].
   """
 
-  base: weights.Weight
+  base: Any
   ids: jax.Array
   rows: jax.Array
+
+  TRAINABLE = ("rows",)
 
   def take(self, ids: jax.Array) -> jax.Array:
     """Rows `ids` of the table."""

@@ -35,13 +35,15 @@ class VeRA(weights.Additive):
     dropout: probability that an input element is dropped before A.
   """
 
-  base: weights.Weight
+  base: Any
   d: jax.Array
   b: jax.Array
   scale: jax.Array
   key: jax.Array | None = None
   shared: tuple[jax.Array, jax.Array] | None = None
   dropout: float = struct.field(pytree_node=False, default=0.0)
+
+  TRAINABLE = ("d", "b")
 
   def bind(self, shared: Mapping) -> "VeRA":
     """The node with A and B of `params["shared"]`."""

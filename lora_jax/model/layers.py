@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax import errors
-from lora_jax.weights import dense, dot, widened
+from lora_jax.weights import affine
 
 gelu_tanh = functools.partial(jax.nn.gelu, approximate=True)
 ACTIVATIONS = {
@@ -45,15 +45,9 @@ def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float) -> j
 def linear(spec: str, x: jax.Array, params: Mapping) -> jax.Array:
   """`dot(spec, x, kernel)`, plus `bias` where there is one.
 
-  What methods may have added to the dict: `input_scale` and `output_scale`, maybe of the last heads alone, multiply x
-  and the sum (IA3), and an `adapter`, a function of the sum, is added to it (Houlsby).
+  An `adapter` that a method has put into the dict is a function of the sum, and is added to it (Houlsby).
   """
-  if "input_scale" in params:
-    x = x * params["input_scale"].astype(x.dtype)
-  y = dot(spec, x, params["kernel"])
-  y = y + dense(params["bias"]).astype(y.dtype) if "bias" in params else y
-  if "output_scale" in params:
-    y = y * widened(params["output_scale"], y.shape).astype(y.dtype)
+  y = affine(spec, x, params["kernel"], params.get("bias"))
   return y + params["adapter"](y) if "adapter" in params else y
 
 

@@ -13,9 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from lora_jax import sharding, weights
 from lora_jax.model import layers
-from lora_jax.weights import Weight, dot
-
-STEP_BYTES = 2**26
+from lora_jax.weights import Weight, dot, grouped
 
 
 def route(x: jax.Array, router: Weight, k: int, normalise: bool) -> tuple[jax.Array, jax.Array]:
@@ -65,90 +63,6 @@ def blocks(experts: jax.Array, n_experts: int) -> tuple[jax.Array, jax.Array, in
   return slots.astype(jnp.int32), owner.astype(jnp.int32), rows
 
 
-@jax.custom_vjp
-def grouped_dot(x: jax.Array, w: jax.Array, owner: jax.Array) -> jax.Array:
-  """`x[g] @ w[owner[g]]` for every block g; sums are float32.
-
-  Only `w` itself is kept for the backward pass, and x where `w` is differentiated.
-
-  Args:
-    x: [G, M, D].
-    w: [E, D, F].
-    owner: int32 [G].
-
-  Returns:
-    [G, M, F] in the dtype of x.
-  """
-  return _each(lambda x, w: _matmul(x, w).astype(x.dtype), x, w, owner)
-
-
-def _each(fn, x, w, owner):
-  """`fn(x[g], w[owner[g]])` for all blocks; as many at a time as keeps the copies of `w` within STEP_BYTES."""
-  size = _at_once(w, owner)
-  return jax.lax.map(lambda block: fn(block[0], w[block[1]]), (x, owner), batch_size=size)
-
-
-def _at_once(w, owner):
-  """Blocks that are multiplied together: 16 of large matrices, of small ones as many as STEP_BYTES hold."""
-  size = max(1, STEP_BYTES // (w.nbytes // w.shape[0]))
-  return min(size, 16, owner.size) if size < owner.size else owner.size
-
-
-def _matmul(x, w):
-  return jnp.matmul(x, w.astype(x.dtype), preferred_element_type=jnp.float32)
-
-
-def _forward(x, w, owner):
-  residuals = (x.value if w.perturbed else None, w.value, owner.value)
-  return grouped_dot(x.value, w.value, owner.value), residuals
-
-
-def _backward(residuals, g):
-  x, w, owner = residuals
-  if isinstance(g, jax.custom_derivatives.SymbolicZero):
-    return None, None, None
-  dx = _each(lambda g, w: _matmul(g, w.T).astype(g.dtype), g, w, owner)
-  if x is None:
-    return dx, None, None
-
-  def add(dw, block):
-    x, g, e = block
-    return dw.at[e].add(_matmul(jnp.swapaxes(x, -1, -2), g)), None
-
-  dw, blocks = jnp.zeros(w.shape, jnp.float32), (x, g, owner)
-  dw = add(dw, blocks)[0] if _at_once(w, owner) == owner.size else jax.lax.scan(add, dw, blocks)[0]
-  return dx, dw.astype(w.dtype), None
-
-
-grouped_dot.defvjp(_forward, _backward, symbolic_zeros=True)
-
-
-def expert_dot(x: jax.Array, w: Weight, owner: jax.Array, keys: tuple = ()) -> jax.Array:
-  """`grouped_dot` for an array or LoRA on one, whose change goes through its factors alone.
-
-  Args:
-    x: [G, M, D].
-    w: [E, D, F], in LoRA `a` [E, D, R] and `b` [E, R, F].
-    owner: int32 [G].
-    keys: mesh axes over which rows or columns of x are split, so that dropout differs between their devices.
-  """
-  if not isinstance(w, weights.LoRA):
-    return grouped_dot(x, w, owner)
-  y, dropped = expert_dot(x, w.base, owner, keys), x
-  if w.key is not None:
-    key, *rate = w.key if isinstance(w.key, tuple) else (w.key,)
-    for axis in keys:
-      key = jax.random.fold_in(key, jax.lax.axis_index(axis))
-    dropped = weights.dropout(x, w.dropout, (key, *rate) if rate else key)
-  pair = lambda x, a, b: grouped_dot(grouped_dot(x, a, owner), b * w.scale, owner)
-  if w.start is None:
-    return y + pair(dropped, w.a, w.b)
-  # As differences, see weights.LoRA.change.
-  a, b = w.start
-  y += pair(dropped, w.a, w.b - b) + pair(dropped, w.a - a, b)
-  return y if dropped is x else y + pair(dropped - x, a, b)
-
-
 def mlp(x: jax.Array, params: Mapping, activation: str, k: int, normalise: bool) -> jax.Array:
   """The gated feed-forward layer of each token's `k` experts, weighted by the router.
 
@@ -156,38 +70,25 @@ def mlp(x: jax.Array, params: Mapping, activation: str, k: int, normalise: bool)
 
   Args:
     x: [B, T, D].
-    params: router/kernel [D, E]; {gate, up}/kernel [E, D, F], down/kernel [E, F, D]. LoRA on them is never made dense.
+    params: router/kernel [D, E]; {gate, up}/kernel [E, D, F], down/kernel [E, F, D]. Adapters and packed
+      weights stay what they are.
   """
   w = {name: params[name]["kernel"] for name in ("router", "gate", "up", "down")}
-  w = {name: m if name == "router" else _plain(m) for name, m in w.items()}
   run = functools.partial(_mlp, activation=activation, k=k, normalise=normalise)
   if not sharding.splits(x):
     return run(x, w)
   parts = jax.sharding.get_abstract_mesh().shape["tensor"]
   split = "tensor" if parts > 1 and w["up"].shape[2] % parts == 0 else None
-  up, down = (functools.partial(_specs, inner=i, outer=o) for i, o in ((None, split), (split, None)))
-  specs = (sharding.BATCH, {"router": P(), "gate": up(w["gate"]), "up": up(w["up"]), "down": down(w["down"])})
+  into, out = P(None, None, split), P(None, split, None)
+  split_w = {"router": P(), "gate": into, "up": into, "down": out}
+  split_w = {name: weights.place(w[name], spec) for name, spec in split_w.items()}
 
   def local(x, w):
     y = run(x, w, rows=sharding.BATCH[0], columns=(split,) if split else ())
     return y if split is None else jax.lax.psum(y, split)
 
   # The loops' carries start the same on all devices and then differ, which the check does not allow.
-  return jax.shard_map(local, in_specs=specs, out_specs=sharding.BATCH, check_vma=False)(x, w)
-
-
-def _plain(w):
-  """LoRA as it is, over an array; other nodes are made dense."""
-  return w.replace(base=_plain(w.base)) if isinstance(w, weights.LoRA) else weights.dense(w)
-
-
-def _specs(w, inner, outer):
-  """Where experts' matrices [E, in, out], and factors of LoRA on them, are split."""
-  if not isinstance(w, weights.LoRA):
-    return P(None, inner, outer)
-  a, b = P(None, inner), P(None, None, outer)
-  specs = jax.tree.map(lambda _: P(), w).replace(base=_specs(w.base, inner, outer), a=a, b=b)
-  return specs if w.start is None else specs.replace(start=(a, b))
+  return jax.shard_map(local, in_specs=(sharding.BATCH, split_w), out_specs=sharding.BATCH, check_vma=False)(x, w)
 
 
 def _mlp(x, w, activation, k, normalise, rows=(), columns=()):
@@ -197,8 +98,8 @@ def _mlp(x, w, activation, k, normalise, rows=(), columns=()):
   token = jnp.arange(slots.size) // k
   xs = jnp.zeros((owner.size * size, x.shape[-1]), x.dtype).at[slots].set(flat[token], unique_indices=True)
   xs = xs.reshape(owner.size, size, -1)
-  gate, up = (expert_dot(xs, w[name], owner, rows) for name in ("gate", "up"))
+  gate, up = (grouped.dot(xs, w[name], owner, rows) for name in ("gate", "up"))
   h = layers.ACTIVATIONS[activation](gate) * up
-  y = expert_dot(h, w["down"], owner, (*rows, *columns)).reshape(owner.size * size, -1)
+  y = grouped.dot(h, w["down"], owner, (*rows, *columns)).reshape(owner.size * size, -1)
   y = y.at[slots].get(unique_indices=True).reshape(*share.shape, -1)
   return jnp.einsum("MkD,Mk->MD", y, share, preferred_element_type=jnp.float32).astype(x.dtype).reshape(x.shape)

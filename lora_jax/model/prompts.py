@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from lora_jax import errors
+from lora_jax import errors, weights
 
 # Before everything, after the token that begins a text (before it where there is none), or between the prompt and the
 # response, which for a classifier and an encoder is the end.
@@ -67,14 +67,14 @@ def insert(soft: Soft | None, ids: Sequence[int], begins: bool) -> np.ndarray:
 
 def bake(params: Any) -> Any:
   """The tree with a table, and keys and values, in place of the networks that compute them."""
-  network = lambda w: hasattr(w, "bake")
-  return jax.tree.map(lambda w: w.bake() if network(w) else w, params, is_leaf=network)
+  bake = lambda w: w.bake() if isinstance(w, weights.Added) else w
+  return jax.tree.map(bake, params, is_leaf=weights.is_node)
 
 
 def unscaled(params: Any, embed_scale: float | None) -> Any:
   """The tree with the soft prompt that enters the layers, not one that `embed_scale` multiplies before."""
   prompt = params.get("prompt")
-  if not getattr(prompt, "scaled", False):
+  if prompt is None or not prompt.scaled:
     return params
   return params | {"prompt": prompt.replace(table=prompt.table * (embed_scale or 1), scaled=False)}
 

@@ -4,6 +4,7 @@ Letters: B batch, T query length, S key length; the others are those of model/ar
 """
 
 import dataclasses
+import itertools
 from typing import Any
 
 import jax
@@ -273,14 +274,10 @@ def hidden(
 
 
 def _parts(xs: Any) -> list:
-  """Runs of layers to scan one after the other: all, or two where a method has split the leaves (partial.py)."""
-  split = lambda w: hasattr(w, "upper")
-  found = [w for w in jax.tree.leaves(xs, is_leaf=split) if split(w)]
-  if not found:
-    return [xs]
-  n = found[0].lower.shape[0]
-  lower = jax.tree.map(lambda w: w.lower if split(w) else w[:n], xs, is_leaf=split)
-  return [lower, jax.tree.map(lambda w: w.upper if split(w) else w[n:], xs, is_leaf=split)]
+  """Runs of layers to scan one after the other: all, or more where a weight asks for cuts (partial.py)."""
+  bounds = [0, *weights.cuts(xs), None]
+  pick = lambda part: jax.tree.map(lambda w: weights.at(w, part), xs, is_leaf=weights.is_node)
+  return [xs] if len(bounds) == 2 else [pick(slice(*pair)) for pair in itertools.pairwise(bounds)]
 
 
 def _embed(c, params, tokens, positions, token_types, prompt):

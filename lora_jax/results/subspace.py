@@ -204,7 +204,7 @@ def _places(names, found, layers) -> list[tuple[str, int | None]]:
 
 def _factors(node: weights.LoRA, index: tuple, where: str) -> tuple[np.ndarray, np.ndarray]:
   """(a [I, R], scale * b [R, O]) of one layer; of LoRA that starts elsewhere than at zero, those of the change."""
-  a, b, scale = fused.factors(node, index)
+  a, b, scale = node.layer(index)
   a, b = a.reshape(-1, a.shape[-1]).astype(np.float64), scale * b.reshape(len(b), -1).astype(np.float64)
   if node.start is not None:
     u, s, v = product_svd(a, b)

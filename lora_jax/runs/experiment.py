@@ -180,7 +180,7 @@ def load(config: Config, task: tasks.Task, mesh: jax.sharding.Mesh) -> models.Mo
   if classifies:
     own = {"head": "classification", "n_labels": task.n_outputs}
     given |= {k: v for k, v in own.items() if given[k] is None}
-  model = models.load(**given, sharding=sharding.placer(mesh))
+  model = models.load(**given, sharding=sharding.Placer(mesh))
   if model.config.head != ("classification" if classifies else "lm"):
     raise errors.UserError(
       f"config.objective.name={config.objective['name']!r} does not train a model with the head "
@@ -243,10 +243,10 @@ def least_memory(config: Config, task: tasks.Task, model: models.Model, members:
 
 def _adapted(config: Config, task: tasks.Task, mesh: jax.sharding.Mesh, given: models.Model | None = None) -> tuple:
   """(model, state before the first step, frozen tree, mask, optimiser, its learning rate) of a config."""
-  place = sharding.placer(mesh)
   model = given or load(config, task, mesh)
   memory.check(least_memory(config, task, model), mesh.size)
   params, mask, held = adapt(config, task, model)
+  place = weights.placer(params, mesh)
   trainable, frozen = tree.split(sharding.put(params, place), mask)
   if held is not None:
     held, frozen = tree.split(frozen, tree.split(held, mask)[1])
@@ -461,7 +461,8 @@ def export(exp: Experiment, workdir: pathlib.Path) -> None:
 
 def summarise(exp: Experiment, history: list[dict], wall_seconds: float) -> dict:
   """The content of summary.json."""
-  base = tree.flatten(weights.strip(exp.params))
+  stripped = weights.strip(exp.params)
+  base = tree.flatten(stripped)
   trainable = tree.flatten(exp.state.trainable)
   rows = [{k.removeprefix("train/"): v for k, v in row.items()} for row in history if "train/loss" in row]
   scores = {
@@ -478,7 +479,7 @@ def summarise(exp: Experiment, history: list[dict], wall_seconds: float) -> dict
     method=methods.title(exp.config.method),
     task=exp.task.name,
     trainable_params=methods.size(exp.params, exp.mask),
-    total_params=tree.size(base) + tree.size([x for k, x in trainable.items() if k not in base]),
+    total_params=weights.n_params(stripped) + tree.size([x for k, x in trainable.items() if k not in base]),
     **scores,
     steps=exp.config.train.steps,
     loss_first=rows[0]["loss"],

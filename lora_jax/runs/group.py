@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from lora_jax import methods, models, progress, sharding, tasks, tree
+from lora_jax import methods, models, progress, sharding, tasks, tree, weights
 from lora_jax.formats import checkpoint, hf
 from lora_jax.inference import evaluate
 from lora_jax.model import prompts
@@ -124,7 +124,7 @@ def build(configs: Mapping[str, Config], task: tasks.Task, mesh: jax.sharding.Me
     trees = population.stack([a[:2] for a in adapted], held)
     del adapted
     hyper = population.hyper(everyone, which, trees.dropout)
-    placed = functools.partial(sharding.put, place=sharding.stacked(sharding.placer(mesh)))
+    placed = functools.partial(sharding.put, place=sharding.stacked(weights.placer(trees.member(), mesh)))
     with jax.set_mesh(mesh):
       state = placed(population.init_state(everyone[0], trees, hyper))
     batches = reading.result()

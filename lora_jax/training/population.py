@@ -20,8 +20,7 @@ import numpy as np
 import optax
 from flax import struct
 
-from lora_jax import errors, methods, sharding, tree, weights
-from lora_jax.methods import dora
+from lora_jax import errors, methods, tree, weights
 from lora_jax.training import optim, train
 
 
@@ -77,6 +76,16 @@ class Trees:
   held: Any
   dropout: dict[str, list[float]]
 
+  def member(self) -> Any:
+    """The whole tree of any member, as shapes."""
+
+    def whole(trainable, own, shared, held):
+      one = jax.tree.map(lambda x: x[0], (trainable, own, held))
+      params = tree.join(tree.join(one[0], one[1]), shared)
+      return params if held is None else tree.join(params, one[2])
+
+    return jax.eval_shape(whole, self.trainable, self.own, self.shared, self.held)
+
 
 def align(members: Sequence[tuple[Any, Any]]) -> tuple[list[tuple[Any, Any]], dict[str, list[float]]]:
   """The (params, mask) of members as trees of one structure and shape, and their rates of dropout where they differ.
@@ -101,61 +110,35 @@ def align(members: Sequence[tuple[Any, Any]]) -> tuple[list[tuple[Any, Any]], di
 
 def _aligned(name: str, pairs: list[tuple[Any, Any]]) -> list[tuple[Any, Any]]:
   """Weights at one place, each with its mask, as weights of one structure."""
-  adapted = [p for p in pairs if isinstance(p[0], weights.LoRA | dora.DoRA)]
-  if not adapted:
-    return _aligned_parts(name, pairs)
-  kind = type(adapted[0][0])
-  if any(type(w) is not kind for w, _ in adapted):
-    raise errors.UserError(f"members of one population adapt {name} by nodes of one kind")
-  pairs = [p if isinstance(p[0], kind) else _idle(p, adapted[0]) for p in pairs]
-  below = _aligned(f"{name}/base", [(w.base, m.base) for w, m in pairs])
-  pairs = [(w.replace(base=b), m.replace(base=n)) for (w, m), (b, n) in zip(pairs, below, strict=True)]
-  if kind is dora.DoRA:
+  adapters = [p for p in pairs if isinstance(p[0], weights.Adapter)]
+  if adapters:
+    like, mask = adapters[0]
+    if any(type(w) is not type(like) for w, _ in adapters):
+      raise errors.UserError(f"members of one population adapt {name} by weights of one kind")
+    idle = lambda w, m: (like.idle(w), mask.replace(base=m))
+    pairs = [p if isinstance(p[0], weights.Adapter) else idle(*p) for p in pairs]
+  if not all(isinstance(w, weights.Weight) and type(w) is type(pairs[0][0]) for w, _ in pairs):
     return pairs
-  columns = max(w.a.shape[-1] for w, _ in pairs)
-  return [(_padded(w, columns).replace(rslora=False), m.replace(rslora=False)) for w, m in pairs]
+  pairs = _aligned_parts(name, pairs)
+  columns = max(w.columns for w, _ in pairs)
+  padded = [w.padded(columns) for w, _ in pairs]
+  return [(w, _like(m, w)) for w, (_, m) in zip(padded, pairs, strict=True)]
+
+
+def _like(mask: Any, w: Any) -> Any:
+  """A mask in the structure of a weight that has forgotten what only its file needs."""
+  return jax.tree.unflatten(jax.tree.structure(w), jax.tree.leaves(mask))
 
 
 def _aligned_parts(name: str, pairs: list[tuple[Any, Any]]) -> list[tuple[Any, Any]]:
-  """Those of nodes that hold others, part by part."""
-  ws, ms = [w for w, _ in pairs], [m for _, m in pairs]
-  if not all(hasattr(w, "map") for w in ws) or any(type(w) is not type(ws[0]) for w in ws):
-    return pairs
-  parts, out = [], [[], []]
-  ws[0].map(lambda part, v: parts.append(part) or v)
+  """Weights of one class at one place, those inside them aligned."""
+  each = [(w.held(), m.held()) for w, m in pairs]
+  made = {part: _aligned(f"{name}/{part}", [(w[part], m[part]) for w, m in each]) for part in each[0][0]}
 
-  def of(w):
-    found = {}
-    w.map(lambda part, v: found.setdefault(part, v))
-    return found
+  def with_parts(x, i, j):
+    return x.map(lambda part, _: made[part][i][j])
 
-  each = [(of(w), of(m)) for w, m in pairs]
-  made = {part: _aligned(f"{name}/{part}", [(w[part], m[part]) for w, m in each]) for part in parts}
-  for i, (w, m) in enumerate(zip(ws, ms, strict=True)):
-    out[0].append(w.map(lambda part, _, i=i: made[part][i][0]))
-    out[1].append(m.map(lambda part, _, i=i: made[part][i][1]))
-  return list(zip(*out, strict=True))
-
-
-def _idle(pair: tuple[Any, Any], like: tuple[Any, Any]) -> tuple[Any, Any]:
-  """A weight that is not adapted, and its mask, in a node like another's of rank 0: all of it is zero."""
-  (w, m), (node, mask) = pair, like
-  zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), node.replace(base=None))
-  if isinstance(node, dora.DoRA):
-    inner = _idle(pair, (node.base, mask.base))
-    return zeros.replace(base=inner[0]), mask.replace(base=inner[1])
-  return zeros.replace(base=w), mask.replace(base=m)
-
-
-def _padded(w: weights.LoRA, columns: int) -> weights.LoRA:
-  """LoRA with zeros for further columns of `a` and rows of `b`."""
-  more, axis = columns - w.a.shape[-1], w.scale.ndim + w.n_experts_axes()
-  if not more:
-    return w
-  # On the host, where nothing has to be compiled for each shape.
-  pad = lambda x, at: np.pad(sharding.to_host(x), [(0, more if i == at else 0) for i in range(x.ndim)])
-  start = w.start and (pad(w.start[0], w.a.ndim - 1), pad(w.start[1], axis))
-  return w.replace(a=pad(w.a, w.a.ndim - 1), b=pad(w.b, axis), start=start)
+  return [tuple(with_parts(x, i, j) for j, x in enumerate(pair)) for i, pair in enumerate(pairs)]
 
 
 def _unify_dropout(made: Mapping[str, list[tuple[Any, Any]]]) -> dict[str, list[float]]:
@@ -164,7 +147,7 @@ def _unify_dropout(made: Mapping[str, list[tuple[Any, Any]]]) -> dict[str, list[
   for k, pairs in made.items():
     seen: dict[str, list[float]] = {}
     for w, _ in pairs:
-      note = lambda n, v: seen.setdefault(n, []).append(getattr(v, "dropout", 0.0)) or v
+      note = lambda n, v: seen.setdefault(n, []).append(v.dropout) or v
       weights.map_nodes(note, {k: w})
     differ = {n: rates for n, rates in seen.items() if len(set(rates)) > 1}
     for i, pair in enumerate(pairs if differ else ()):

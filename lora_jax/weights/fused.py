@@ -5,61 +5,86 @@ loralib's `MergedLinear(enable_lora=[True, False, True])` does. The bias beside 
 """
 
 import dataclasses
-from collections.abc import Callable, Collection, Sequence
+import itertools
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax import errors, tree, weights
-from lora_jax.weights import Weight
+from lora_jax import errors, tree
+from lora_jax.weights import protocol, trees
+from lora_jax.weights.protocol import AXIS, Weight
 
 PARTS = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up")}
-AXIS = -2  # heads of [D, M, H], and what is gate and up of [D, 2, F]; a bias has the last two axes
 
 
 @dataclasses.dataclass(frozen=True)
-class Fused:
+class Fused(Weight):
   """A matrix or bias as its parts, which lie one after the other along `AXIS`.
 
   Fields:
     parts: {name: weight}; the names of leaves are those of the matrix and the part, `layers/attn/qkv/kernel/q`.
   """
 
-  parts: dict[str, Weight]
+  parts: dict[str, Any]
+
+  def affine(self, spec: str, x: jax.Array, bias: Any = None, dtype: Any = None) -> jax.Array:
+    """The layer's output of each part, one after the other."""
+    w, out = spec.replace(" ", "").split(",")[1].split("->")
+    each = zip(self.parts.values(), self.biases(bias), strict=True)
+    return jnp.concatenate([protocol.affine(spec, x, p, b, dtype) for p, b in each], axis=out.index(w[AXIS]))
 
   def dot(self, spec: str, x: jax.Array, dtype: Any = None) -> jax.Array:
     """`weights.dot` with each part, the results one after the other."""
-    w, out = spec.replace(" ", "").split(",")[1].split("->")
-    return jnp.concatenate([weights.dot(spec, x, p, dtype) for p in self.parts.values()], axis=out.index(w[AXIS]))
+    return self.affine(spec, x, None, dtype)
+
+  def biases(self, bias: Any) -> list[Any]:
+    """The part of a bias that belongs to each part of the matrix."""
+    if bias is None:
+      return [None] * len(self.parts)
+    if isinstance(bias, Fused):
+      return [bias.parts[k] for k in self.parts]
+    ends = list(itertools.accumulate(p.shape[AXIS] for p in self.parts.values()))
+    return [protocol.cut(bias, start, end) for start, end in zip([0, *ends], ends, strict=False)]
 
   def dense(self) -> jax.Array:
     """The matrix, adapters merged in."""
-    return jnp.concatenate([weights.dense(p) for p in self.parts.values()], axis=AXIS)
+    return jnp.concatenate([protocol.dense(p) for p in self.parts.values()], axis=AXIS)
+
+  def merged_bias(self, bias: jax.Array | None) -> jax.Array | None:
+    """The bias with what each part adds to its own."""
+    each = zip(self.parts.values(), self.biases(bias), strict=True)
+    merged = [protocol.merged_bias(p, b) for p, b in each]
+    return None if bias is None else protocol.join(merged)
 
   @property
-  def base(self) -> jax.Array:
+  def adapted(self) -> Any:
     """The matrix without adapters, bit for bit what was split."""
-    return jnp.concatenate([weights.dense(weights.base(p)) for p in self.parts.values()], axis=AXIS)
+    return protocol.join([protocol.base(p) for p in self.parts.values()])
 
   @property
   def shape(self) -> tuple[int, ...]:
-    """Shape of the dense weight."""
+    """The shape of the dense weight."""
     shapes = [p.shape for p in self.parts.values()]
     return (*shapes[0][:AXIS], sum(s[AXIS] for s in shapes), *shapes[0][AXIS:][1:])
 
-  def map(self, fn: Callable[[str, Weight], Weight]) -> "Fused":
-    """The node with `fn(name, weight)` in place of the parts."""
+  def map(self, fn: Callable[[str, Any], Any]) -> "Fused":
+    """The matrix with `fn(name, weight)` in place of the parts."""
     return Fused({k: fn(k, p) for k, p in self.parts.items()})
 
+  def over_trained(self) -> "Fused":
+    """The matrix where what its parts adapt is trained too."""
+    return self.map(lambda _, w: w.over_trained() if isinstance(w, Weight) else w)
+
   def clean(self) -> "Fused":
-    """The node with what pads its parts zeroed."""
-    return self.map(lambda _, p: p.clean() if hasattr(p, "clean") else p)
+    """The matrix with all that pads its parts zeroed."""
+    return self.map(lambda _, p: p.clean() if isinstance(p, Weight) else p)
 
   def n_padding(self, mask: "Fused") -> int:
     """How many trained numbers of the parts are padding."""
-    return sum(p.n_padding(mask.parts[k]) for k, p in self.parts.items() if hasattr(p, "n_padding"))
+    return sum(p.n_padding(mask.parts[k]) for k, p in self.parts.items() if isinstance(p, Weight))
 
 
 def _flatten(w: Fused) -> tuple:
@@ -72,7 +97,7 @@ jax.tree_util.register_pytree_with_keys(Fused, _flatten, lambda names, ps: Fused
 def flatten(params: Any) -> dict[str, Any]:
   """{name: array or node} of a tree; a fused matrix that is split is there whole, and after that by its parts."""
   flat = {}
-  for k, w in tree.flatten(params, is_leaf=weights.is_node).items():
+  for k, w in tree.flatten(params, is_leaf=protocol.is_node).items():
     flat[k] = w
     if isinstance(w, Fused):
       flat |= {f"{k}/{part}": p for part, p in w.parts.items()}
@@ -103,12 +128,12 @@ def split(params: Any, names: Collection[str]) -> Any:
   Raises:
     UserError: a method has adapted the matrix whole.
   """
-  flat = tree.flatten(params, is_leaf=weights.is_node)
+  flat = tree.flatten(params, is_leaf=protocol.is_node)
 
   def leaf(k, w):
     if k not in names or isinstance(w, Fused):
       return w
-    if weights.is_node(w):
+    if protocol.base(w) is not w:
       raise errors.UserError(f"{k} is {type(w).__name__} as a whole; adapt its parts before it or not at all")
     group, name, _ = k.rsplit("/", 2)
     if name == "qkv":
@@ -117,9 +142,9 @@ def split(params: Any, names: Collection[str]) -> Any:
     else:
       ends = [1, 2]
     bounds = zip(PARTS[name], [0, *ends], ends, strict=False)
-    return Fused({part: w[..., start:end, :] for part, start, end in bounds})
+    return Fused({part: protocol.cut(w, start, end) for part, start, end in bounds})
 
-  return tree.map_named(leaf, params, is_leaf=weights.is_node)
+  return tree.map_named(leaf, params, is_leaf=protocol.is_node)
 
 
 def like(params: Any, other: Any) -> Any:
@@ -131,7 +156,7 @@ def like(params: Any, other: Any) -> Any:
       names.add("/".join(s for s in k.split("/") if s != "base"))
     return w
 
-  weights.map_nodes(note, other)
+  trees.map_nodes(note, other)
   return split(params, names)
 
 
@@ -151,65 +176,3 @@ def altered(params: Any, base: Any) -> set[str]:
     return k in old and x is not old[k] and not np.array_equal(x, old[k])
 
   return {k for name, x in tree.flatten(params).items() if differs(k := plain(name), x)}
-
-
-def as_lora(w: Weight) -> Weight:
-  """A `weights.LoRA` of the whole matrix that computes what LoRA on some parts does; anything else as it is.
-
-  Ranks add up: the parts' `a` lie side by side, and each part's rows of `b` are zero in the outputs of the others.
-  Computed in numpy: for files.
-  """
-  parts = [p if isinstance(p, weights.LoRA) else None for p in w.parts.values()] if isinstance(w, Fused) else []
-  nodes = [weights.is_node(p) for p in w.parts.values()] if parts else []
-  if not any(parts) or [p is not None for p in parts] != nodes:
-    return w
-  widths = [p.shape[AXIS] for p in w.parts.values()]
-  first = next(p for p in parts if p is not None)
-  stack = first.scale.shape
-  made = [block([p and factors(p, i) for p in parts], widths, AXIS) for i in np.ndindex(stack)]
-  rank = np.int32([a.shape[-1] for a, _, _ in made])
-  a = np.zeros((len(made), *made[0][0].shape[:-1], rank.max()), np.float32)
-  b = np.zeros((len(made), rank.max(), *made[0][1].shape[1:]), np.float32)
-  for i, (a_, b_, _) in enumerate(made):
-    a[i, ..., : rank[i]], b[i, : rank[i]] = a_, b_
-  shaped = lambda x: x.reshape(*stack, *x.shape[1:])
-  scale = shaped(np.float32([s for _, _, s in made]))
-  out = dict(base=w.base, a=shaped(a), b=shaped(b), scale=scale, rank=shaped(rank), start=None)
-  if any(p is not None and p.bias is not None for p in parts):
-    out["bias"] = np.concatenate([_bias(p, first.a.ndim - 1, scale) for p in w.parts.values()], AXIS)
-  return first.replace(**out)
-
-
-def _bias(p: Weight, n: int, scale: np.ndarray) -> np.ndarray:
-  """A part's bias [*stack, *out] for the scale of the whole; n is how many axes come before those of the output."""
-  bias = getattr(p, "bias", None)
-  if bias is None:
-    return np.zeros((*p.shape[: scale.ndim], *p.shape[n:]), np.float32)
-  ratio = np.asarray(p.scale) / np.where(scale == 0, 1, scale)
-  return np.asarray(bias) * ratio.reshape(*ratio.shape, *(1,) * (bias.ndim - ratio.ndim))
-
-
-def factors(w: weights.LoRA, index: tuple) -> tuple[np.ndarray, np.ndarray, float]:
-  """(a, b, scale) of one layer of LoRA, without the columns that pad it; further ones subtract what it starts from."""
-  rank, at = int(w.rank[index]), w.n_experts_axes()
-  pairs = [(w.a, w.b)] if w.start is None else [(w.a, w.b), (w.start[0], -w.start[1])]
-  pairs = [(np.asarray(a[index])[..., :rank], np.take(np.asarray(b[index]), np.arange(rank), at)) for a, b in pairs]
-  a, b = (np.concatenate(each, axis) for each, axis in zip(zip(*pairs, strict=True), (-1, at), strict=True))
-  return a, b, float(w.scale[index])
-
-
-def block(parts: Sequence[tuple | None], widths: Sequence[int], axis: int) -> tuple[np.ndarray, np.ndarray, float]:
-  """(a, b, scale) of a matrix from the `factors` of its parts, None for a part without any.
-
-  Args:
-    parts: a [..., in, R], b [..., R, ..., out, ...] and scale.
-    widths: how long each part is along `axis` of b, counted from the end.
-  """
-  given = [(p, i) for i, p in enumerate(parts) if p is not None]
-  scale = next((s for (_, _, s), _ in given if s), 0.0)
-  columns, rows = [a for (a, _, _), _ in given], []
-  for (_, b, s), i in given:
-    pad = [(0, 0)] * b.ndim
-    pad[axis] = (sum(widths[:i]), sum(widths[i + 1 :]))
-    rows.append(np.pad(b * (s / scale if scale else 0.0), pad))
-  return np.concatenate(columns, -1), np.concatenate(rows, columns[0].ndim - 2), scale

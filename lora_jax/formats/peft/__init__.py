@@ -7,7 +7,7 @@ which defines
   TYPE                                                        the `peft_type`
   to_peft(params, keys, trained) -> (config, tensors) or None
   from_peft(params, keys, config, left, wrong) -> params
-  HOLDS             optional: entries that the method adds to the tree beside kernels, see weights.EXTRAS
+  HOLDS             optional: what the method adds to the tree beside weights, see `weights.added`
   SHARED            optional: tensors of the whole model, not of a module
   FLAG              optional: the option of the config that is set where several forms have one type
   MODULES_TO_SAVE   optional: False where the type has none
@@ -119,7 +119,9 @@ def save(
   if some := [k for k in trained if fused.whole(k) != k]:
     raise NoForm(f"PEFT has no place for {some[0]} without the rest of {fused.whole(some[0])}")
   altered = {fused.whole(k) for k in fused.altered(params, model.params)}
-  beneath = {k for k, w in tree.flatten(params, is_leaf=weights.is_node).items() if k in altered and weights.is_node(w)}
+  beneath = {
+    k for k, w in tree.flatten(params, is_leaf=weights.is_node).items() if k in altered and weights.base(w) is not w
+  }
   trained = {*trained, *model.fresh, *altered} - beneath
   keys, params = model.torch_keys, prompts.unscaled(params, model.config.embed_scale)
   try:
@@ -132,7 +134,7 @@ def save(
   if len(found) != 1:
     raise NoForm(f"the parameters hold {len(found)} kinds of adapters with a PEFT form; one can be saved")
   module, (config, tensors) = found[0]
-  added = {step for k in tree.names(params) for step in k.split("/")} & set(weights.EXTRAS)
+  added = weights.added(params)
   if more := added - set(getattr(module, "HOLDS", ())):
     raise NoForm(f"PEFT's {module.TYPE} has no place for {', '.join(sorted(more))}")
   # Biases and norms, for instance, that a method stores itself.

@@ -65,10 +65,12 @@ def from_peft(
   flat = tree.flatten(params, is_leaf=weights.is_node)
   wrong += lora.unsupported(config, lora.INHERITED)
   for key in keys:
-    w, n = flat[key.path], transformer.in_axes(key.path) * (architecture.stack_axes(key.path) < 2)
+    w, n = flat[key.path], transformer.in_axes(key.path)
+    if not n or architecture.stack_axes(key.path) > 1:  # no matrix, or those of experts
+      continue
     modules = [key.module.format(i) for i in range(w.shape[0] if "{}" in key.hf else 1)]
     found = [any(f"{m}.{s}" in left for s in FIELDS.values()) for m in modules]
-    if not n or not any(found):
+    if not any(found):
       continue
     shape = w.shape["{}" in key.hf :]
     full = [(*shape[:n], rank), (rank,), (rank, *shape[n:])]

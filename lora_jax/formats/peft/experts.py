@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax import families, weights
-from lora_jax.weights import fused
+from lora_jax.formats.peft import parts as parts_lib
 
 PARAMETERS = {"gate_up_proj": ("gate", "up"), "down_proj": ("down",)}
 
@@ -55,7 +55,7 @@ def to_peft(
       inner = ".base_layer" if len(made) == 2 and parameter == "gate_up_proj" else ""
       put(f"{name}.experts{inner}", f"{name}.experts.{parameter}", *x)
     if "router" in nodes and nodes["router"].rank[i]:
-      a, b, scale = fused.factors(nodes["router"], (i,))
+      a, b, scale = nodes["router"].layer((i,))
       put(f"{name}.gate", f"{name}.gate.weight", a[None], b[None], scale)
   return tensors, ranks, scales, _targets(ranks, names)
 
@@ -70,7 +70,7 @@ def _targets(adapted: Mapping[str, Any], names: Sequence[str]) -> list[str]:
 
 def _joined(parts, nodes, flat, table, i):
   """(a, b, scale) of one layer's parameter, or None if nothing of it is adapted."""
-  made = [fused.factors(nodes[p], (i,)) if p in nodes and nodes[p].rank[i] else None for p in parts]
+  made = [nodes[p].layer((i,)) if p in nodes and nodes[p].rank[i] else None for p in parts]
   given = [x for x in made if x is not None]
   if not given:
     return None
@@ -78,7 +78,7 @@ def _joined(parts, nodes, flat, table, i):
   if len(given) == 2 and np.array_equal(given[0][0], given[1][0]):
     (a, gate, scale), (_, up, other) = given
     return a, np.concatenate([gate, up * (other / scale if scale else 1.0)], -1), scale
-  return fused.block(made, widths, -1)
+  return parts_lib.block(made, widths, -1)
 
 
 def from_peft(

@@ -1,6 +1,5 @@
-"""`ia3` in the `peft` library's format."""
+"""IA3 in the `peft` library's format: one vector a module, `ia3_l`, of its outputs or its inputs."""
 
-import math
 import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
@@ -11,44 +10,43 @@ import numpy as np
 from lora_jax import errors, families, tree, weights
 from lora_jax.formats.peft import layout
 from lora_jax.methods import ia3
-from lora_jax.model import architecture
 from lora_jax.weights import fused
 
 TYPE = "IA3"
-HOLDS = weights.SCALES  # entries of the tree beside kernels
+SIDES = INPUT, OUTPUT = weights.Scaled.TRAINABLE
 
 
 def to_peft(
   params: Any, keys: Sequence[families.Key], trained: Collection[str] = ()
 ) -> tuple[dict, dict[str, np.ndarray]] | None:
-  """(config, tensors) of PEFT's IA3; None without scales. One of a fused matrix's last heads gets ones before it."""
+  """(config, tensors) of PEFT's IA3; None without scales. Parts of a fused matrix that have none get ones."""
   flat = tree.flatten(params, is_leaf=weights.is_node)
-  scales = {k for k in flat if k.rpartition("/")[2] in weights.SCALES}
-  tensors, modules = {}, {ia3.INPUT: {}, ia3.OUTPUT: {}}
+  every = [k for k, w in fused.flatten(params).items() if isinstance(w, weights.Scaled)]
+  tensors, modules, written = {}, {side: {} for side in SIDES}, set()
   for key in keys:
-    place, w = key.path.removesuffix("/kernel"), flat[key.path]
-    for name in weights.SCALES if place != key.path else ():
-      if (k := f"{place}/{name}") not in scales:
-        continue
-      scales.remove(k)
-      stack = key.hf.count("{}")
-      sizes, x = key.sizes(w.shape[stack:]), np.asarray(flat[k])
-      x = x if name == ia3.INPUT else np.asarray(weights.widened(x, w.shape, stack))
-      pattern = layout.reverse(key.low_rank()[name == ia3.OUTPUT])
-      for i, row in enumerate(x if stack else x[None]):
-        modules[name][key.module.format(i)] = True
-        row = row[..., None] if name == ia3.INPUT else row[None]
-        tensors[f"{key.module.format(i)}.ia3_l"] = layout.rearrange(row, pattern, sizes)
-  if scales:
-    raise errors.UserError(f"PEFT has no module for {', '.join(sorted(scales))}")
+    w = flat[key.path]
+    whole = _whole(w)
+    if whole is None:
+      continue
+    written |= {k for k in every if k == key.path or k.startswith(f"{key.path}/")}
+    stack = key.hf.count("{}")
+    for side, x in ((INPUT, whole.input_scale), (OUTPUT, whole.output_scale)):
+      rows = () if x is None else np.asarray(x) if stack else np.asarray(x)[None]
+      pattern = layout.reverse(key.low_rank()[side == OUTPUT])
+      for i, row in enumerate(rows):
+        modules[side][key.module.format(i)] = True
+        row = row[..., None] if side == INPUT else row[None]
+        tensors[f"{key.module.format(i)}.ia3_l"] = layout.rearrange(row, pattern, key.sizes(w.shape[stack:]))
+  if left := sorted(set(every) - written):
+    raise errors.UserError(f"PEFT has no module for {', '.join(left)}")
   if not tensors:
     return None
-  feedforward = layout.target_modules(modules[ia3.INPUT], keys, flat)
-  if any(m.endswith(tuple(feedforward)) for m in modules[ia3.OUTPUT]):  # PEFT looks for them without a dot before
-    feedforward = list(modules[ia3.INPUT])
+  feedforward = layout.target_modules(modules[INPUT], keys, flat)
+  if any(m.endswith(tuple(feedforward)) for m in modules[OUTPUT]):  # PEFT looks for them without a dot before
+    feedforward = list(modules[INPUT])
   config = {
     "peft_type": TYPE,
-    "target_modules": layout.target_modules(modules[ia3.OUTPUT], keys, flat) + feedforward,
+    "target_modules": layout.target_modules(modules[OUTPUT], keys, flat) + feedforward,
     "feedforward_modules": feedforward,
     "fan_in_fan_out": any(key.transposed for key in keys),
     "init_ia3_weights": True,
@@ -56,37 +54,77 @@ def to_peft(
   return config, tensors
 
 
+def _whole(w: Any) -> weights.Scaled | None:
+  """The scales of a matrix, and of one that is in parts as one vector; None where PEFT has no such form."""
+  if isinstance(w, weights.Scaled):
+    return None if isinstance(w.base, fused.Fused | weights.Adapter) else w
+  parts = list(w.parts.values()) if isinstance(w, fused.Fused) else []
+  found = [p for p in parts if isinstance(p, weights.Scaled)]
+  plain = [p.base if isinstance(p, weights.Scaled) else p for p in parts]
+  mixed = any(isinstance(p, weights.Adapter) for p in plain)
+  if not found or mixed or any(p.input_scale is not None for p in found):
+    return None
+  outer = found[0].outer
+  stack = found[0].output_scale.ndim - outer
+
+  def scale(p):
+    if isinstance(p, weights.Scaled):
+      return p.output_scale
+    return np.ones((*p.shape[:stack], *p.shape[-outer:]), np.float32)
+
+  return found[0].replace(base=None, output_scale=np.concatenate([scale(p) for p in parts], weights.AXIS))
+
+
 def from_peft(
   params: Any, keys: Sequence[families.Key], config: Mapping, left: dict[str, np.ndarray], wrong: list[str]
 ) -> Any:
-  """The inverse of `to_peft`; modules without a vector are scaled by ones. See formats/peft."""
+  """The inverse of `to_peft`; modules without a vector are scaled by ones."""
   is_input = _feedforward(config.get("feedforward_modules"))
-  linear, found = ia3.matrices(params), {}
+  flat, linear = tree.flatten(params, is_leaf=weights.is_node), ia3.matrices(params)
   for key in keys:
-    if key.path not in linear or "/moe/" in key.path:
+    if key.path in linear and "/moe/" not in key.path:
+      scales = _read(key, flat[key.path], is_input, left, wrong)
+      flat[key.path] = _put(params, key.path, flat[key.path], scales)
+  return tree.map_named(lambda k, _: flat[k], params, is_leaf=weights.is_node)
+
+
+def _read(key: families.Key, w: Any, is_input: Any, left: dict, wrong: list[str]) -> dict[str, np.ndarray]:
+  """{side: scales of all layers} of a matrix."""
+  stack, found = key.hf.count("{}"), {}
+  for i in range(w.shape[0] if stack else 1):
+    module = key.module.format(i)
+    if f"{module}.ia3_l" not in left:
       continue
-    stack, shape = key.hf.count("{}"), linear[key.path].shape
-    ends = stack + architecture.in_axes(key.path)
-    axes, patterns = (
-      {ia3.INPUT: shape[stack:ends], ia3.OUTPUT: shape[ends:]},
-      dict(zip(weights.SCALES, key.low_rank(), strict=True)),
-    )
-    for i in range(shape[0] if stack else 1):
-      k = f"{key.module.format(i)}.ia3_l"
-      if k not in left:
-        continue
-      name = ia3.INPUT if is_input(key.module.format(i)) else ia3.OUTPUT
-      size = math.prod(axes[name])
-      x = layout.take(left, wrong, k, (1, size) if name == ia3.INPUT else (size, 1))
-      ones = np.ones((*shape[:stack], *axes[name]), np.float32)
-      scale = found.setdefault(key.path, {}).setdefault(name, ones)
-      x = layout.rearrange(x, patterns[name], key.sizes(shape[stack:]))
-      scale[i if stack else ...] = x[..., 0] if name == ia3.INPUT else x[0]
-  for k, scales in found.items():
-    if ia3.OUTPUT in scales and fused.part_names(k):
-      scales[ia3.OUTPUT] = _narrow(scales[ia3.OUTPUT], ia3.sizes(params, k)[1])
-    params = ia3.put(params, k.split("/")[:-1], {name: jnp.asarray(x) for name, x in scales.items()})
-  return params
+    side = INPUT if is_input(module) else OUTPUT
+    if side not in found:
+      found[side] = np.array(getattr(ia3.scaled(key.path, w, side), side))
+    scale = found[side][i if stack else ...]
+    x = layout.take(left, wrong, f"{module}.ia3_l", (1, scale.size) if side == INPUT else (scale.size, 1))
+    x = layout.rearrange(x, key.low_rank()[side == OUTPUT], key.sizes(w.shape[stack:]))
+    scale[...] = x[..., 0] if side == INPUT else x[0]
+  return found
+
+
+def _put(params: Any, k: str, w: Any, scales: Mapping[str, np.ndarray]) -> Any:
+  """A matrix with scales; first parts of a fused one are left alone where theirs are ones, as `to_peft` fills up."""
+  names = fused.part_names(k)
+  if INPUT in scales or not names:
+    for side, x in scales.items():
+      w = ia3.scaled(k, w, side).replace(**{side: jnp.asarray(x)})
+    return w
+  if OUTPUT not in scales:
+    return w
+  split = tree.flatten(fused.split(params, [k]), is_leaf=weights.is_node)[k]
+  ends = np.cumsum([p.shape[weights.AXIS] for p in split.parts.values()])
+  each = dict(zip(split.parts, np.split(scales[OUTPUT], ends[:-1], axis=weights.AXIS), strict=True))
+  first = next((i for i, x in enumerate(each.values()) if (x != 1).any()), len(each) - 1)
+
+  def part(name, p):
+    if name in list(each)[:first]:
+      return p
+    return ia3.scaled(f"{k}/{name}", p, OUTPUT).replace(output_scale=jnp.asarray(each[name]))
+
+  return split.map(part)
 
 
 def _feedforward(modules: Any) -> Any:
@@ -97,12 +135,3 @@ def _feedforward(modules: Any) -> Any:
     raise errors.UserError(f"feedforward_modules is {modules!r:.100}, expected names or a regular expression")
   pattern = tree.compile_pattern(modules)
   return lambda name: bool(re.fullmatch(pattern, name))
-
-
-def _narrow(scale: np.ndarray, sizes: Sequence[int]) -> np.ndarray:
-  """The scale without the first parts of a fused matrix where they are ones, as `to_peft` has filled them up."""
-  for size in sizes[:-1]:
-    if (scale[..., :size, :] != 1).any():
-      break
-    scale = scale[..., size:, :]
-  return scale

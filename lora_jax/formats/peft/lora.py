@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax import families, tree, weights
-from lora_jax.formats.peft import biases, experts, layout, tables
+from lora_jax.formats.peft import biases, experts, layout, parts, tables
 from lora_jax.methods import initial
 from lora_jax.model import transformer
 from lora_jax.weights import fused
@@ -36,9 +36,11 @@ def to_peft(
   `lora_A.weight` is [r, in] and `lora_B.weight` [out, r], float32. The commonest rank and alpha become `r` and
   `lora_alpha`, the others patterns. What has a `start` is written as LoRA of twice the rank, [a, a0] and [b, -b0].
   """
-  flat = {k: fused.as_lora(w) for k, w in tree.flatten(params, is_leaf=weights.is_node).items()}
+  flat = {k: parts.as_lora(w) for k, w in tree.flatten(params, is_leaf=weights.is_node).items()}
   nodes = [(key, node) for key in keys if _is_lora(flat[key.path]) for node in _nodes(flat[key.path])]
-  mixed = [w for w in flat.values() if isinstance(w, fused.Fused) and any(map(weights.is_node, w.parts.values()))]
+  mixed = [
+    w for w in flat.values() if isinstance(w, fused.Fused) and any(weights.base(p) is not p for p in w.parts.values())
+  ]
   inner = [n.base for _, n in nodes if isinstance(n.base, weights.Adapter) and not any(n.base is m for _, m in nodes)]
   if not nodes or mixed or inner:  # PEFT has one adapter a matrix
     return None

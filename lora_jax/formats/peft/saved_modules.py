@@ -141,7 +141,8 @@ def read_whole(
   params: Any, keys: Sequence[families.Key], config: Mapping, left: dict[str, np.ndarray], wrong: list[str]
 ) -> tuple[Any, set[str]]:
   """(`params` with other modules that an adapter holds whole, the names of their tensors)."""
-  flat, found = tree.flatten(params), {}
+  flat = tree.flatten(params, is_leaf=weights.is_node)
+  found: dict[str, tuple] = {}
   for key in (k for k in keys if k.path not in (EMBED, HEAD)):
     for index in np.ndindex(flat[key.path].shape[: key.hf.count("{}")]):
       if is_saved(config, key.module.format(*index)) and (name := key.hf.format(*index)) in left:
@@ -158,10 +159,14 @@ def read_whole(
       wrong.extend(bad)
       return x
     names = {index: key.hf.format(*index) for index in np.ndindex(stack)}
-    rows = [key.from_hf(tensors[n], shape) if n in tensors else np.asarray(x[i]) for i, n in names.items()]
+    rows = [
+      key.from_hf(tensors[n], shape) if n in tensors else np.asarray(weights.dense(weights.at(x, i)))
+      for i, n in names.items()
+    ]
     return jnp.asarray(np.stack(rows).reshape(x.shape))
 
-  return tree.map_named(leaf, params), {name for _, tensors in found.values() for name in tensors}
+  whole = tree.map_named(leaf, params, is_leaf=weights.is_node)
+  return whole, {name for _, tensors in found.values() for name in tensors}
 
 
 def write_beneath(
@@ -200,7 +205,7 @@ def absent(
   params: Any, keys: Sequence[families.Key], method: ModuleType, config: Mapping, tensors: Collection[str]
 ) -> list[str]:
   """What is wrong with an adapter that lacks modules which its config names; PEFT leaves those as they are."""
-  flat, norms = tree.flatten(params), method.TYPE == "LN_TUNING"
+  flat, norms = tree.flatten(params, is_leaf=weights.is_node), method.TYPE == "LN_TUNING"
   present = {k[:i] for k in tensors for i, c in enumerate(k) if c == "."}
   bare, incomplete, unknown = [], [], list(config.get("modules_to_save") or ())
   for key in keys:

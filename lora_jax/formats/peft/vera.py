@@ -76,9 +76,11 @@ def from_peft(
     wrong.append(f"vera_A is {a.shape} and vera_B {b.shape}, expected [r, in] and [out, r] with r={rank}")
     a = b = None
   for key in keys:
+    if not transformer.in_axes(key.path) or architecture.stack_axes(key.path) > 1:  # no matrix, or those of experts
+      continue
     modules = [key.module.format(i) for i in range(flat[key.path].shape[0] if "{}" in key.hf else 1)]
     found = [any(f"{m}.{s}" in left for s in FIELDS.values()) for m in modules]
-    if not any(found) or not transformer.in_axes(key.path) or architecture.stack_axes(key.path) > 1:
+    if not any(found):
       continue
     w = flat[key.path]
     inner, outer = vera.split_axes(key.path, w)

@@ -30,7 +30,7 @@ Init, Activation = Literal[*INITS], Literal[*layers.ACTIVATIONS]
 
 
 @struct.dataclass
-class Bottleneck:
+class Bottleneck(weights.Added):
   """`scale * (act(x down + down_bias) up + up_bias)`, called with x [..., D].
 
   Stacked over layers every field has a leading L. Parameters are float32 and cast to the dtype of x.

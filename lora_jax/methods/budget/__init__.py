@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import struct
+from jax.sharding import PartitionSpec as P
 
 from lora_jax import errors, weights
 
@@ -29,7 +30,7 @@ class AdaLoRA(weights.Additive):
     schedule: what pruning went by, for files: keywords of `init` and their values, and `total_step` if it is known.
   """
 
-  base: weights.Weight
+  base: Any
   a: jax.Array
   e: jax.Array
   b: jax.Array
@@ -38,6 +39,8 @@ class AdaLoRA(weights.Additive):
   dropout: float = struct.field(pytree_node=False, default=0.0)
   layers: tuple[bool, ...] = struct.field(pytree_node=False, default=(True,))
   schedule: tuple[tuple[str, float], ...] = struct.field(pytree_node=False, default=())
+
+  TRAINABLE = ("a", "e", "b")
 
   def change(self, spec: str, x: jax.Array, dtype: Any = None) -> jax.Array:
     """`scale * ((dropout(x) A) * e) B`."""
@@ -48,6 +51,14 @@ class AdaLoRA(weights.Additive):
   def layer_delta(self) -> jax.Array:
     """What is added to a weight that is not stacked, float32."""
     return self.scale * jnp.tensordot(self.a * self.e, self.b, 1, precision="highest")
+
+  def place(self, spec: P) -> "AdaLoRA":
+    """`a` is split like the inputs, `b` like the outputs."""
+    placed = super().place(spec)
+    if not len(spec):
+      return placed
+    stack, inner = self.scale.ndim, self.a.ndim - 1
+    return placed.replace(a=P(*spec[:inner], None), b=P(*spec[:stack], None, *spec[inner:]))
 
   def n_padding(self, mask: "AdaLoRA") -> int:
     """How many trained numbers belong to layers that are not adapted."""
