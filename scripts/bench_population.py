@@ -63,7 +63,7 @@ def one_by_one(task, mesh, model) -> float:
     with jax.set_mesh(mesh):
       batch = sharding.put_batch(next(exp.batches), mesh)
       for _ in range(STEPS.value + 2):
-        exp.state, _ = exp.step(exp.state, exp.frozen, batch)
+        exp.state, _ = exp.step(exp.state, exp.frozen, exp.aux, batch)
       jax.block_until_ready(exp.state)
   return time.perf_counter() - began
 

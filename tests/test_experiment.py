@@ -346,9 +346,9 @@ def explode_at(monkeypatch, step):
   """Makes the loss of `step` and of those after it infinite or nan."""
   call = train.Stepper.__call__
 
-  def poisoned(self, state, frozen, batch):
+  def poisoned(self, state, frozen, aux, batch):
     weights = batch["weights"] * (np.inf if int(state.step) + 1 >= step else 1)
-    return call(self, state, frozen, batch | {"weights": weights})
+    return call(self, state, frozen, aux, batch | {"weights": weights})
 
   monkeypatch.setattr(train.Stepper, "__call__", poisoned)
 

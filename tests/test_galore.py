@@ -174,7 +174,7 @@ def test_it_trains_and_resumes_bit_for_bit(dtype, tmp_path):
   step, losses = jax.jit(step), []
   with checkpoint.Checkpoints(tmp_path) as saved:
     for i in range(14):
-      state, metrics = step(state, frozen, batch())
+      state, metrics = step(state, frozen, None, batch())
       losses.append(float(metrics["loss"]))
       if i == 6:
         saved.save(7, state)

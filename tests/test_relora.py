@@ -34,7 +34,7 @@ def started(optimiser="adamw", dtype="float32", **kw):
   state = state.replace(held=held)
   step = jax.jit(step)
   for _ in range(3):
-    state, _ = step(state, frozen, batch())
+    state, _ = step(state, frozen, None, batch())
   return c, state, frozen, how
 
 

@@ -16,10 +16,12 @@ from lora_jax import errors, sharding, tasks, tree
 from lora_jax.batches import causal, classification, encoder_decoder
 from lora_jax.inference import beam, decode, generate
 from lora_jax.model import prompts, transformer
-from lora_jax.training import objectives, population, train
+from lora_jax.training import population, train
+from lora_jax.training.objectives import likelihood
 from lora_jax.values import Count, Size
 
 Place = Callable[[dict], dict]
+CHUNK = 2048  # positions of a text whose logits exist at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -267,8 +269,9 @@ def text_loss(
 
 
 def _text_loss(config, params, batch):
-  loss, weight, _ = objectives.causal_lm(train.Forward(config), params, batch)
-  return jnp.stack([loss, weight])
+  projection, weights = train.Forward(config).projection(params, batch), batch["weights"]
+  loss, _ = likelihood.cross_entropy(projection, batch["targets"], weights, chunk=CHUNK)
+  return jnp.stack([loss, weights.sum()])
 
 
 def run_classifiers(

@@ -8,6 +8,7 @@ last checkpoint.
 import concurrent.futures
 import dataclasses
 import functools
+import inspect
 import math
 import os
 import pathlib
@@ -19,14 +20,15 @@ import jax
 import numpy as np
 
 from lora_jax import errors, memory, methods, models, progress, sharding, tasks, tree, weights
-from lora_jax.batches import causal, classification, encoder_decoder
+from lora_jax.batches import causal
 from lora_jax.formats import adapter, checkpoint, hf
 from lora_jax.inference import evaluate, generate
 from lora_jax.model import architecture, prompts
 from lora_jax.results import report, usage
 from lora_jax.runs import config as config_lib, warm_start, workdir as workdir_lib
 from lora_jax.runs.config import Config
-from lora_jax.training import metrics, objectives, optim, step_log, train
+from lora_jax.training import auxiliary, metrics, objectives, optim, step_log, train
+from lora_jax.weights import fused
 
 BACKGROUND = concurrent.futures.ThreadPoolExecutor(1, "compile")
 SHOWN = 4  # examples whose texts a report shows
@@ -59,6 +61,7 @@ class Experiment:
   batches: Any
   mask: Any
   between: list
+  aux: auxiliary.Auxiliary | None = None
 
   @property
   def params(self) -> Any:
@@ -74,9 +77,10 @@ def build(config: Mapping | Config, model: models.Model | None = None) -> Experi
   """
   config = config_lib.resolve(config)
   task, mesh = check(config), make_mesh(config)
-  model, state, frozen, mask, optimiser, rate = _adapted(config, task, mesh, model)
+  model, state, frozen, mask, optimiser, rate, aux = _adapted(config, task, mesh, model)
   step = train.make_step(
-    *computes(config, model.config),
+    make_forward(config, model.config),
+    objectives.make(**config.objective).loss,
     optimiser,
     rate,
     seed=config.train.seed,
@@ -88,7 +92,7 @@ def build(config: Mapping | Config, model: models.Model | None = None) -> Experi
   placement = jax.tree.map(lambda x: x.sharding, state)
   compiled = functools.partial(jax.jit, donate_argnums=1, out_shardings=placement)
   between = [(period, compiled(fn)) for period, fn in methods.between(config.method)]
-  return Experiment(config, mesh, model, task, state, frozen, train.Stepper(step, state), examples, mask, between)
+  return Experiment(config, mesh, model, task, state, frozen, train.Stepper(step, state), examples, mask, between, aux)
 
 
 def make_mesh(config: Config) -> jax.sharding.Mesh:
@@ -107,12 +111,10 @@ def check(config: Mapping | Config) -> tasks.Task:
     )
   _check_processes(mesh)
   task = tasks.get(**config.task)
-  classifies = config.objective["name"] == "classification"
-  if classifies and not task.n_outputs:
+  if objectives.make(**config.objective).head == "classification" and not task.n_outputs:
     how = "; config.task.labels lists them, or is 'all'" if "labels" in config.task else ""
-    raise errors.UserError(
-      f"task {task.name!r} has no labels or numbers for config.objective.name='classification'{how}"
-    )
+    name = config.objective["name"]
+    raise errors.UserError(f"task {task.name!r} has no labels or numbers for config.objective.name={name!r}{how}")
   for split in ("train", *scored):
     task.load(split)  # what is wrong with them is said now, not after training
   return task
@@ -130,32 +132,39 @@ def _check_processes(mesh: jax.sharding.Mesh) -> None:
     )
 
 
-def computes(config: Config, arch: architecture.Config, members: int = 1) -> tuple[Callable, Callable]:
-  """(forward, objective) of a config, for `train.make_step`.
+def make_forward(config: Config, arch: architecture.Config, members: int = 1) -> train.Forward:
+  """The forward of training batches; `members`: how many are trained together."""
+  return train.Forward(arch, config.data.pack or config.data.share_rows, members)
+
+
+def auxiliary_tree(
+  config: Config, model: models.Model, params: Any, frozen: Any, place: Callable
+) -> auxiliary.Auxiliary | None:
+  """What the objective needs beside `params`, on the mesh, without copies of what `frozen` has.
 
   Args:
-    members: how many are trained together; the logits of a chunk are those of all.
+    model: the pretrained model, whose fused matrices are split as in `params`.
   """
-  own = {k: v for k, v in config.objective.items() if k not in ("name", "prompt_loss_weight")}
-  if "chunk" in own:
-    own["chunk"] = max(own["chunk"] // members, 1)
-  packed = config.data.pack or config.data.share_rows
-  return train.Forward(arch, packed), functools.partial(objectives.OBJECTIVES[config.objective["name"]], **own)
+  objective = objectives.make(**config.objective)
+  if objective.aux is None:
+    return None
+  found = objective.aux(model)
+  auxiliary.check_soft(params, found)
+  return auxiliary.beside(sharding.put(found, place), frozen)
 
 
 def batches(
   config: Config, model: models.Model, task: tasks.Task, soft: prompts.Soft | None = None, examples: Any = None
 ) -> causal.TrainIterator:
   """Training batches as the model takes them; of the task's examples, or of `examples`."""
-  if model.config.head == "classification":
-    kind, own = classification, {}
-  elif model.config.encoder_layers:
-    kind, own = encoder_decoder, {"start": generate.start_id(model)}
-  else:
-    rows = sharding.batch_divisor(make_mesh(config)) * config.train.accumulate
-    kind, own = causal, {"prompt_loss_weight": config_lib.prompt_loss_weight(config, task)}
-    own["multiple"] = math.lcm(rows, jax.process_count()) // jax.process_count()
+  kind, own = objectives.make(**config.objective).batches(model.config, task)
   settings = config_lib.for_batches(config, kind)
+  takes = inspect.signature(kind.train_iterator).parameters
+  if "start" in takes:
+    own["start"] = generate.start_id(model)
+  if "multiple" in takes:
+    rows = sharding.batch_divisor(make_mesh(config)) * config.train.accumulate
+    own["multiple"] = math.lcm(rows, jax.process_count()) // jax.process_count()
   examples = task.load("train") if examples is None else examples
   if config.data.train_examples > len(examples):
     there = f"task {task.name!r} has {len(examples):,} to train on"
@@ -176,15 +185,17 @@ def batches(
 
 def load(config: Config, task: tasks.Task, mesh: jax.sharding.Mesh) -> models.Model:
   """The pretrained model of a config, on the mesh, with the head that its objective trains."""
-  classifies, given = config.objective["name"] == "classification", dataclasses.asdict(config.model)
-  if classifies:
-    own = {"head": "classification", "n_labels": task.n_outputs}
+  head, given = objectives.make(**config.objective).head, dataclasses.asdict(config.model)
+  if head == "classification":
+    own = {"head": head, "n_labels": task.n_outputs}
     given |= {k: v for k, v in own.items() if given[k] is None}
   model = models.load(**given, sharding=sharding.placer(mesh))
-  if model.config.head != ("classification" if classifies else "lm"):
+  if model.config.head != head:
+    fit = [name for name in objectives.names() if model.config.head == objectives.get(name).HEAD]
+    there = f"; those that do: {', '.join(map(repr, fit))}" if fit else ""
     raise errors.UserError(
       f"config.objective.name={config.objective['name']!r} does not train a model with the head "
-      f"{model.config.head!r}: a classifier needs 'classification', a language model 'causal_lm'"
+      f"{model.config.head!r}, but one with {head!r}{there}"
     )
   if model.tokenizer is None:
     raise errors.UserError(f"model {model.name!r} has no tokenizer.json beside its weights")
@@ -242,19 +253,23 @@ def least_memory(config: Config, task: tasks.Task, model: models.Model, members:
 
 
 def _adapted(config: Config, task: tasks.Task, mesh: jax.sharding.Mesh, given: models.Model | None = None) -> tuple:
-  """(model, state before the first step, frozen tree, mask, optimiser, its learning rate) of a config."""
+  """(model, state before the first step, frozen tree, mask, optimiser, its learning rate, aux) of a config."""
   place = sharding.placer(mesh)
   model = given or load(config, task, mesh)
   memory.check(least_memory(config, task, model), mesh.size)
   params, mask, held = adapt(config, task, model)
+  base = dataclasses.replace(model, params=fused.like(model.params, params))
+  if objectives.make(**config.objective).aux and jax.tree.structure(base.params) != jax.tree.structure(model.params):
+    params, mask, held = adapt(config, task, base)  # so that the objective's tree and this one share the parts
   trainable, frozen = tree.split(sharding.put(params, place), mask)
   if held is not None:
     held, frozen = tree.split(frozen, tree.split(held, mask)[1])
   how = methods.wrappers(config.method, config.train.steps)
   optimiser, rate = optim.make(steps=config.train.steps, **dataclasses.asdict(config.optim), **how)
   state = sharding.put(train.init_state(trainable, optimiser, held), place)
-  state = train.unshared(state, (frozen, model.params if given else None))
-  return model, state, frozen, mask, optimiser, rate
+  aux = auxiliary_tree(config, base, params, frozen, place)
+  state = train.unshared(state, (frozen, aux, model.params if given else None))
+  return model, state, frozen, mask, optimiser, rate, aux
 
 
 def trained(workdir: str | os.PathLike, step: int | None = None) -> models.Model:
@@ -436,7 +451,7 @@ def fit(exp: Experiment, out: metrics.Metrics, saved: checkpoint.Checkpoints) ->
       score(exp, out, step - 1, "validation", "validation")
       log.skip(time.perf_counter() - since)
     batch = sharding.put_batch(next(exp.batches), exp.mesh)
-    exp.state, values = exp.step(exp.state, exp.frozen, batch)
+    exp.state, values = exp.step(exp.state, exp.frozen, exp.aux, batch)
     for period, change in exp.between:
       if step % period == 0 and step < run.steps:
         exp.state = change(jax.random.fold_in(jax.random.key(run.seed), step), exp.state)

@@ -25,7 +25,7 @@ from lora_jax.model import prompts
 from lora_jax.results import report, usage
 from lora_jax.runs import config as config_lib, experiment
 from lora_jax.runs.config import Config
-from lora_jax.training import metrics, optim, population, step_log, train
+from lora_jax.training import auxiliary, metrics, objectives, optim, population, step_log, train
 from lora_jax.weights import fused
 
 
@@ -67,6 +67,7 @@ class Group:
   batches: list
   between: list
   mesh: jax.sharding.Mesh
+  aux: auxiliary.Auxiliary | None = None
 
   @property
   def steps(self) -> int:
@@ -84,7 +85,7 @@ class Group:
 
   def arguments(self, batch: Mapping) -> tuple:
     """What the step takes after the state."""
-    return self.hyper, self.trees.own, self.trees.shared, batch
+    return self.hyper, self.trees.own, self.trees.shared, self.aux, batch
 
   def scored(self) -> evaluate.Members:
     """The members as they are now, for evaluation."""
@@ -114,23 +115,39 @@ def build(configs: Mapping[str, Config], task: tasks.Task, mesh: jax.sharding.Me
   for c in everyone:
     adapted.append(experiment.adapt(c, task, base))
     base = dataclasses.replace(base, params=fused.like(base.params, adapted[-1][0]))
+  soft = prompts.of(adapted[0][0])
   if jax.tree.structure(base.params) != jax.tree.structure(model.params):  # parts that all share are split once
     adapted = [experiment.adapt(c, task, base) for c in everyone]
   sources, which = _sources(everyone)
   with concurrent.futures.ThreadPoolExecutor(1) as pool:  # texts are read while programs compile
-    reading = pool.submit(_batches, sources, model, task, prompts.of(adapted[0][0]))
+    reading = pool.submit(_batches, sources, model, task, soft)
     members = {n: _member(c, task, mesh, model, *a) for (n, c), a in zip(configs.items(), adapted, strict=False)}
     held = None if adapted[0][2] is None else [a[2] for a in adapted]
     trees = population.stack([a[:2] for a in adapted], held)
+    aux = experiment.auxiliary_tree(everyone[0], base, adapted[0][0], trees.shared, sharding.placer(mesh))
     del adapted
-    hyper = population.hyper(everyone, which, trees.dropout)
+    hyper = population.hyper(
+      steps=[c.train.steps for c in everyone],
+      seeds=[c.train.seed for c in everyone],
+      optim=[dataclasses.asdict(c.optim) for c in everyone],
+      batches=which,
+      dropout=trees.dropout,
+    )
+    first = everyone[0]
+    how = dataclasses.asdict(first.optim) | methods.wrappers(first.method, first.train.steps)
+    make_optimiser = functools.partial(population.optimiser, **how)
     placed = functools.partial(sharding.put, place=sharding.stacked(sharding.placer(mesh)))
     with jax.set_mesh(mesh):
-      state = placed(population.init_state(everyone[0], trees, hyper))
+      state = placed(population.init_state(trees, hyper, make_optimiser))
     batches = reading.result()
   trees = dataclasses.replace(trees, own=placed(trees.own), trainable=None, held=None)
   step = population.make_step(
-    *experiment.computes(everyone[0], _architecture(model), len(everyone)), everyone[0], shared_batch=len(sources) == 1
+    experiment.make_forward(first, _architecture(model), len(everyone)),
+    objectives.make(**first.objective),
+    make_optimiser,
+    shared_batch=len(sources) == 1,
+    accumulate=first.train.accumulate,
+    penalty=methods.penalty(first.method),
   )
   placement = jax.tree.map(lambda x: x.sharding, state)
   changes = [
@@ -138,7 +155,7 @@ def build(configs: Mapping[str, Config], task: tasks.Task, mesh: jax.sharding.Me
     for n, fn in methods.between(everyone[0].method)
   ]
   stepper = train.Stepper(step, state, population.compiler_options())
-  group = Group(members, trees, placed(hyper), state, stepper, batches, changes, mesh)
+  group = Group(members, trees, placed(hyper), state, stepper, batches, changes, mesh, aux)
   for exp, k in zip(members.values(), which, strict=False):
     exp.step, exp.batches = group.step, batches[k]  # the latter for what they say of the examples
   return group

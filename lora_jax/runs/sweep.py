@@ -36,7 +36,7 @@ from lora_jax.runs import (
   workdir as workdir_lib,
 )
 from lora_jax.runs.config import Config
-from lora_jax.training import metrics
+from lora_jax.training import metrics, objectives
 
 
 def groups(configs: Mapping[str, Config], most: int = 0) -> list[list[str]]:
@@ -55,7 +55,8 @@ def groups(configs: Mapping[str, Config], most: int = 0) -> list[list[str]]:
 
 def _base(config: Config) -> tuple[bool, str]:
   """(whether a member starts from an adapter, what its pretrained model is): that of a classifier has a head."""
-  outputs = tasks.get(**config.task).n_outputs if config.objective["name"] == "classification" else 0
+  classifies = objectives.make(**config.objective).head == "classification"
+  outputs = tasks.get(**config.task).n_outputs if classifies else 0
   return bool(config.train.init_from), json.dumps([dataclasses.asdict(config.model), outputs], sort_keys=True)
 
 
