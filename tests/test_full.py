@@ -139,7 +139,7 @@ def test_bfloat16_learns_and_resumes_bit_for_bit(tmp_path):
     again, _ = saved.restore(6, state)
   assert losses[-1] < 0.8 * losses[0]
   for _ in range(6):
-    again, _ = step(again, frozen, batch())
+    again, _ = step(again, frozen, None, batch())
   jax.tree.map(np.testing.assert_array_equal, again, state)
 
 

@@ -181,7 +181,7 @@ def test_it_trains_and_resumes_bit_for_bit(dtype, tmp_path):
     again, _ = saved.restore(7, state)
   assert losses[-1] < 0.8 * losses[0]
   for _ in range(7):
-    again, _ = step(again, frozen, batch())
+    again, _ = step(again, frozen, None, batch())
   jax.tree.map(np.testing.assert_array_equal, again, state)
 
 

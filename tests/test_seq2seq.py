@@ -16,7 +16,7 @@ from lora_jax.batches import encoder_decoder
 from lora_jax.formats import peft
 from lora_jax.inference import evaluate, generate
 from lora_jax.model import transformer
-from lora_jax.runs import config as config_lib, experiment
+from lora_jax.runs import build, config as config_lib, experiment
 from lora_jax.training import objectives, train
 from tests import terms, test_experiment
 from tests.test_usage import as_reported
@@ -416,7 +416,7 @@ def test_target_len_is_of_encoder_decoders_alone():
     }
   )
   with pytest.raises(errors.UserError, match=r"config\.data\.target_len"):
-    experiment.batches(settings, models.Model("x", decoder, {}, unigram(), {}), TASK, examples=[])
+    build.batches(settings, models.Model("x", decoder, {}, unigram(), {}), TASK, examples=[])
 
 
 def test_what_prompts_count_is_of_decoders_alone(model):

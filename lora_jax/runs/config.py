@@ -75,7 +75,7 @@ PARTS = {
   "mesh": (values.fields(sharding.make_mesh),),
   "eval": (
     values.fields(evaluation),
-    values.fields(evaluate.run_members, only=("batch_size", "seq_len", "same_length", "max_new_tokens")),
+    values.fields(evaluate.answers, only=("batch_size", "seq_len", "same_length", "max_new_tokens")),
     values.fields(evaluate.Search),
   ),
 }

@@ -23,7 +23,7 @@ SOURCES = {
   "optim": (optim.make_schedule, optim.transformation),
   "train": (config.train,),
   "mesh": (sharding.make_mesh,),
-  "eval": (config.evaluation, evaluate.run_members, evaluate.Search),
+  "eval": (config.evaluation, evaluate.answers, evaluate.Search),
 }
 WIDTH = 120
 
