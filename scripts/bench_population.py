@@ -12,8 +12,8 @@ import jax
 from absl import app, flags
 
 from configs import lora_table5
-from lora_jax import memory, sharding
-from lora_jax.runs import config as config_lib, experiment, group
+from lora_jax import memory
+from lora_jax.runs import build, config as config_lib, experiment, group
 
 SIZES = flags.DEFINE_list("sizes", ["1", "8", "32", "64"], "Populations.")
 MODEL = flags.DEFINE_string("model", "smollm2-135m", "Model.")
@@ -42,17 +42,17 @@ def timed(size: int, task, mesh, model) -> tuple[float, float, int, float]:
   began = time.perf_counter()
   built = group.build({str(i): settings(i) for i in range(size)}, task, mesh, model)
   if not group.fits(built, memory.available()):
-    return math.nan, built.step.compile_seconds, built.step.memory_bytes, time.perf_counter() - began
+    return math.nan, built.stepper.compile_seconds, built.stepper.memory_bytes, time.perf_counter() - began
   with jax.set_mesh(mesh):
     batch = built.next_batch()
     for i in range(STEPS.value + 2):
       if i == 2:
         jax.block_until_ready(built.state)
         start = time.perf_counter()
-      built.state, _ = built.step(built.state, *built.arguments(batch))
+      built.state, _ = built.stepper(built.state, *built.arguments(batch))
     jax.block_until_ready(built.state)
   end = time.perf_counter()
-  return (end - start) / STEPS.value, built.step.compile_seconds, built.step.memory_bytes, end - began
+  return (end - start) / STEPS.value, built.stepper.compile_seconds, built.stepper.memory_bytes, end - began
 
 
 def one_by_one(task, mesh, model) -> float:
@@ -61,17 +61,17 @@ def one_by_one(task, mesh, model) -> float:
   for seed in range(RUNS.value):
     exp = experiment.build(settings(seed), model)
     with jax.set_mesh(mesh):
-      batch = sharding.put_batch(next(exp.batches), mesh)
+      batch = exp.next_batch()
       for _ in range(STEPS.value + 2):
-        exp.state, _ = exp.step(exp.state, exp.frozen, batch)
+        exp.state, _ = exp.stepper(exp.state, *exp.arguments(batch))
       jax.block_until_ready(exp.state)
   return time.perf_counter() - began
 
 
 def main(_) -> None:
   config = settings(0)
-  task, mesh = experiment.check(config), experiment.make_mesh(config)
-  model = experiment.load(config, task, mesh)
+  task, mesh = build.check(config), build.make_mesh(config)
+  model = build.load(config, task, mesh)
   print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {MODEL.value}, {DTYPE.value}, {TARGETS.value}")
   print("members  ms/step  member steps/s  step GiB  compile s  wall s")
   for size in map(int, SIZES.value):

@@ -200,7 +200,7 @@ def test_training_reaches_the_target_in_one_program_and_members_are_runs(base):
   from lora_jax.training import objectives
 
   step = train.make_step(
-    train.Forward(CONFIG), objectives.OBJECTIVES["causal_lm"], optimiser, rate, penalty=methods.penalty(spec)
+    train.Forward(CONFIG), objectives.make("causal_lm").loss, optimiser, rate, penalty=methods.penalty(spec)
   )
   trainable, frozen = tree.split(params, mask)
   starts = [
@@ -209,7 +209,7 @@ def test_training_reaches_the_target_in_one_program_and_members_are_runs(base):
   ]
 
   def run(trainable):
-    return jax.lax.scan(lambda s, _: step(s, frozen, batch), train.init_state(trainable, optimiser), None, steps)
+    return jax.lax.scan(lambda s, _: step(s, frozen, None, batch), train.init_state(trainable, optimiser), None, steps)
 
   single = jax.jit(run)
   alone = [single(t) for t in starts]

@@ -9,7 +9,9 @@ from typing import Literal
 import pytest
 
 from lora_jax import errors, methods, values
+from lora_jax.model import architecture
 from lora_jax.runs import config as config_lib, config_file, config_keys, variants
+from lora_jax.training import objectives
 from lora_jax.values import Count, Name, Positive, Probability, Seed, Size
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -98,9 +100,11 @@ def test_what_is_resolved_resolves_to_itself():
 
 def test_prompts_count_what_suits_the_task_where_nothing_is_asked(monkeypatch):
   asked = lambda **kw: config_lib.resolve(BASE | {"objective": {"name": "causal_lm", **kw}})
+  decoder = architecture.Config(47, 16, 2, 4, 2, 4, 24)
   for task, given, weight in ((None, {}, 0.1), (0.0, {}, 0.0), (0.0, {"prompt_loss_weight": 0.5}, 0.5)):
     task = type("Task", (), {"prompt_loss_weight": task})
-    assert config_lib.prompt_loss_weight(asked(**given), task) == weight
+    _, own = objectives.make(**asked(**given).objective).batches(decoder, task)
+    assert own == {"prompt_loss_weight": weight}
   with pytest.raises(errors.UserError, match="unknown key config.objective.prompt_loss_weight"):
     config_lib.resolve(BASE | {"objective": {"name": "classification", "prompt_loss_weight": 0.1}})
 

@@ -13,7 +13,7 @@ import pytest
 import tokenizers
 
 from lora_jax import errors, models, tasks, tokenizer as tokenizer_lib, tree
-from lora_jax.inference import decode, evaluate, generate
+from lora_jax.inference import decode, evaluate, generate, members
 from lora_jax.model import transformer
 from lora_jax.runs import config as config_lib
 from tests.test_models import reference
@@ -260,7 +260,7 @@ def test_members_search_as_each_alone():
   trainable, frozen = tree.split(params, mask)
   stacked = jax.tree.map(lambda x: jnp.stack([x, other]), trainable)
   how = dict(batch_size=4, seq_len=16, search=evaluate.Search(beams=2, no_repeat_ngram=2))
-  evaluate.run_members(config, evaluate.Members(frozen, stacked, n=2), tok, toy, examples(), **how)
+  evaluate.answers(config, members.Members(frozen, stacked, n=2), tok, toy, examples(), **how).run()
   for kernel in (params["head"]["kernel"], other):
     evaluate.run(config, params | {"head": {"kernel": kernel}}, tok, toy, examples(), **how)
   assert seen[0] == seen[2] and seen[1] == seen[3] and seen[0] != seen[1]
@@ -273,7 +273,7 @@ def test_what_is_compiled_ahead_is_what_runs():
   params = jax.device_put(params, jax.devices()[0])  # as on a mesh, where all parameters have a place
   mask = jax.tree.map(lambda x: x is params["head"]["kernel"], params)
   trainable, shared = tree.split(params, mask)
-  both = evaluate.Members(shared, jax.tree.map(lambda x: jnp.stack([x, x + 1.0]), trainable), n=2)
+  both = members.Members(shared, jax.tree.map(lambda x: jnp.stack([x, x + 1.0]), trainable), n=2)
   how = dict(batch_size=4, seq_len=16)
   compiled = []
 
@@ -282,16 +282,16 @@ def test_what_is_compiled_ahead_is_what_runs():
 
   jax.monitoring.register_event_duration_secs_listener(listen)
   try:
-    scored = functools.partial(evaluate.run_members, config, tokenizer=tok, task=task(), examples=examples(), **how)
+    scored = functools.partial(evaluate.answers, config, tokenizer=tok, task=task(), examples=examples(), **how)
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
-      assert pool.submit(scored, both.shapes(), ahead=True).result() == []
+      pool.submit(scored(both.shapes()).compile).result()
     assert compiled
     compiled.clear()
-    scores = scored(both)
+    scores = scored(both).run()
     assert not compiled
   finally:
     jax.monitoring.unregister_event_duration_listener(listen)
-  assert len(scores) == 2 and scores[0] == scored(evaluate.one(params))[0]
+  assert len(scores) == 2 and scores[0] == scored(members.one(params)).run()[0]
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 8])
@@ -349,10 +349,11 @@ def test_run_gives_the_metrics_of_all_examples_at_once():
   assert math.isnan(predictions[0]) and predictions[1] == 3.5 and references == [-1.5, -1.5]
 
 
-class Table(evaluate.Members):
+class Table(members.Members):
   """Members whose head is a function of the batch, which stands in the place of the parameters."""
 
-  def __call__(self, fn, config, batch):
+  def run(self, call):
+    (batch,) = call.arrays
     return self.shared(batch)[None]
 
 
@@ -369,7 +370,7 @@ def test_run_classifier(batch_size):
 
   kw = dict(batch_size=batch_size, seq_len=16, progress=lambda n, total: done.append((n, total)))
   kw["place"] = lambda batch: placed.append(1) or batch
-  run = lambda *args: evaluate.run_classifiers(None, Table(predict), tok, *args, **kw)
+  run = lambda *args: evaluate.outputs(None, Table(predict), tok, *args, **kw).run()
   assert run(task(), examples()) == [{"accuracy": 2 / 5}]
   assert done[-1] == (5, 5) and len(done) == len(placed) == -(-5 // batch_size)
   hidden = dataclasses.replace(task(), target=lambda e: -1 if e["text"] == "cat" else e["label"])
@@ -382,7 +383,7 @@ def test_run_classifier_on_a_regression():
   stsb = tasks.get("glue", subset="stsb")
   pairs = [{"sentence1": w, "sentence2": "no way", "label": y} for w, y in (("cat", 1.0), ("dog", 5.0), ("bird", 3.0))]
   predict = lambda batch: jnp.float32(batch["tokens"][:, :1] * np.float32([1, 2]))[:, :1]
-  (got,) = evaluate.run_classifiers(None, Table(predict), tok, stsb, pairs, batch_size=2, seq_len=16)
+  (got,) = evaluate.outputs(None, Table(predict), tok, stsb, pairs, batch_size=2, seq_len=16).run()
   assert got == pytest.approx({"pearson": 0.5, "spearman": 0.5})  # of (1, 2, 3) and (1, 5, 3)
 
 

@@ -20,10 +20,10 @@ import tokenizers
 from configs import common
 from lora_jax import errors, families, models, tasks, tokenizer, tree
 from lora_jax.formats import checkpoint, hf, peft
-from lora_jax.inference import evaluate
+from lora_jax.inference.members import Evaluation
 from lora_jax.model import transformer
 from lora_jax.results import report
-from lora_jax.runs import config as config_lib, experiment
+from lora_jax.runs import build, config as config_lib, experiment
 from lora_jax.training import metrics, train
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -313,7 +313,7 @@ def test_resume_between_two_logged_steps(config, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_seconds_are_those_of_training(config, tmp_path, monkeypatch):
   config = changed(config, train__log_every=STEPS, train__checkpoint_every=99, eval__every=5)
-  step, score, scored = train.Stepper.__call__, evaluate.run_members, []
+  step, score, scored = train.Stepper.__call__, Evaluation.run, []
 
   def slow_validation(*args, **kw):
     scored.append(1)
@@ -321,7 +321,7 @@ def test_seconds_are_those_of_training(config, tmp_path, monkeypatch):
     return score(*args, **kw)
 
   monkeypatch.setattr(train.Stepper, "__call__", lambda *a: time.sleep(0.2) or step(*a))
-  monkeypatch.setattr(evaluate, "run_members", slow_validation)
+  monkeypatch.setattr(Evaluation, "run", slow_validation)
   experiment.run(config, tmp_path / "run")
   (row,) = [r for r in rows(tmp_path / "run") if "train/loss" in r and r["step"] == STEPS]
   assert 4 * 0.2 <= row["train/seconds"] < 3  # at least steps 3 to 6: the row before is written while 2 runs
@@ -334,7 +334,7 @@ def test_validation_is_logged_and_survives_interruption(config, tmp_path, monkey
   experiment.run(config, tmp_path / "whole")
   log = rows(tmp_path / "whole")
   assert [r["step"] for r in log if any(k.startswith("validation/") for k in r)] == [2, 4]
-  undo = interrupt(monkeypatch, evaluate, "run_members", 3)  # before, step 2, step 4
+  undo = interrupt(monkeypatch, Evaluation, "run", 3)  # before, step 2, step 4
   with pytest.raises(KeyboardInterrupt):
     experiment.run(config, tmp_path / "cut")
   undo()
@@ -346,9 +346,9 @@ def explode_at(monkeypatch, step):
   """Makes the loss of `step` and of those after it infinite or nan."""
   call = train.Stepper.__call__
 
-  def poisoned(self, state, frozen, batch):
+  def poisoned(self, state, frozen, aux, batch):
     weights = batch["weights"] * (np.inf if int(state.step) + 1 >= step else 1)
-    return call(self, state, frozen, batch | {"weights": weights})
+    return call(self, state, frozen, aux, batch | {"weights": weights})
 
   monkeypatch.setattr(train.Stepper, "__call__", poisoned)
 
@@ -612,7 +612,7 @@ def test_killed_at_random_moments(config, tmp_path):
 def test_processes_have_rows_of_their_own(config, monkeypatch, mesh, message):
   monkeypatch.setattr(jax, "process_count", lambda: 2)
   with pytest.raises(errors.UserError, match=message):
-    experiment.check(config | {"mesh": mesh})
+    build.check(config | {"mesh": mesh})
 
 
 def test_more_examples_than_there_are_are_refused(config, tmp_path):

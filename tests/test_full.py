@@ -15,6 +15,7 @@ from lora_jax.methods import full, partial
 from lora_jax.model import transformer
 from lora_jax.training import objectives, optim, train
 from lora_jax.weights import updates
+from tests import terms
 
 CONFIG = transformer.Config(47, 16, 4, 4, 2, 4, 24, dtype="float32")
 KEY = jax.random.key(0)
@@ -42,7 +43,9 @@ def make(config, params, mask, accumulate=1, **optimiser):
   trainable, frozen = tree.split(params, mask)
   how = dict(schedule="constant", warmup=0, learning_rate=1e-2, weight_decay=0.01) | optimiser
   optimiser, rate = optim.make(steps=20, **how)
-  step = train.make_step(train.Forward(config), objectives.causal_lm, optimiser, rate, accumulate=accumulate)
+  step = train.make_step(
+    train.Forward(config), objectives.make("causal_lm").loss, optimiser, rate, accumulate=accumulate
+  )
   return step, train.init_state(trainable, optimiser), frozen
 
 
@@ -97,7 +100,7 @@ def test_what_is_float32(computes, dtype, optimiser):
   config, params = model(dtype=computes)
   params, mask = full.init(KEY, params, targets="embed|norm|attn/q", dtype=dtype)
   step, state, frozen = make(config, params, mask, name=optimiser, accumulate=2)
-  after, metrics = jax.jit(step)(state, frozen, batch())
+  after, metrics = jax.jit(step)(state, frozen, None, batch())
   for k, t in dtypes(after.trainable).items():
     assert t == ("float32" if k.endswith(("scale", "bias")) else dtype), k
   assert dtypes(after) == dtypes(state)
@@ -116,7 +119,7 @@ def test_gradients_of_bfloat16_weights_add_up_in_float32():
   for accumulate, rows in ((1, 1), (1, 1024), (1024, 1024)):
     step, state, frozen = make(config, params, mask, accumulate=accumulate)
     data = jax.tree.map(lambda x: np.repeat(x, rows, 0), batch(1))
-    norms.append(float(jax.jit(step)(state, frozen, data)[1]["grad_norm"]))
+    norms.append(float(jax.jit(step)(state, frozen, None, data)[1]["grad_norm"]))
   np.testing.assert_allclose(norms[1:], norms[0], rtol=0.005)
 
 
@@ -129,14 +132,14 @@ def test_bfloat16_learns_and_resumes_bit_for_bit(tmp_path):
   losses = []
   with checkpoint.Checkpoints(tmp_path) as saved:
     for i in range(12):
-      state, metrics = step(state, frozen, batch())
+      state, metrics = step(state, frozen, None, batch())
       losses.append(float(metrics["loss"]))
       if i == 5:
         saved.save(6, state)
     again, _ = saved.restore(6, state)
   assert losses[-1] < 0.8 * losses[0]
   for _ in range(6):
-    again, _ = step(again, frozen, batch())
+    again, _ = step(again, frozen, None, batch())
   jax.tree.map(np.testing.assert_array_equal, again, state)
 
 
@@ -206,7 +209,7 @@ def test_partial_gives_the_gradients_of_full_finetuning(remat, windows):
 
   def grads(params, mask):
     trainable, frozen = tree.split(params, mask)
-    loss = lambda t: objectives.causal_lm(train.Forward(config), tree.join(t, frozen), batch())[0]
+    loss = lambda t: terms.sums(train.Forward(config), tree.join(t, frozen), batch())[0]
     return jax.jit(jax.value_and_grad(loss))(trainable)
 
   (want_loss, want), (loss, got) = grads(*whole), grads(*part)
@@ -236,7 +239,7 @@ def test_no_backward_pass_runs_below_what_is_trained(remat):
     (full.init, {7}, {7}),
   ):
     step, state, frozen = make(config, *init(KEY, params))
-    jaxpr = jax.make_jaxpr(step)(state, frozen, batch()).jaxpr
+    jaxpr = jax.make_jaxpr(step)(state, frozen, None, batch()).jaxpr
     # The loss scans chunks of the vocabulary or tokens, of other lengths.
     assert {n for n in lengths(jaxpr, True) if n in (2, 5, 7)} == backward
     assert forward <= set(lengths(jaxpr, False))

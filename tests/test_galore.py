@@ -174,14 +174,14 @@ def test_it_trains_and_resumes_bit_for_bit(dtype, tmp_path):
   step, losses = jax.jit(step), []
   with checkpoint.Checkpoints(tmp_path) as saved:
     for i in range(14):
-      state, metrics = step(state, frozen, batch())
+      state, metrics = step(state, frozen, None, batch())
       losses.append(float(metrics["loss"]))
       if i == 6:
         saved.save(7, state)
     again, _ = saved.restore(7, state)
   assert losses[-1] < 0.8 * losses[0]
   for _ in range(7):
-    again, _ = step(again, frozen, batch())
+    again, _ = step(again, frozen, None, batch())
   jax.tree.map(np.testing.assert_array_equal, again, state)
 
 

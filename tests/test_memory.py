@@ -3,7 +3,7 @@
 import pytest
 
 from lora_jax import errors, memory, models, patterns
-from lora_jax.runs import command_line, config as config_lib, experiment, sweep
+from lora_jax.runs import build, command_line, config as config_lib, experiment, needs, sweep
 from lora_jax.training import metrics
 from tests.test_experiment import changed, compiled, config, files  # noqa: F401, fixtures
 
@@ -56,19 +56,19 @@ def test_running_out_of_memory_ends_in_one_message(error):
 def test_what_is_needed_is_what_is_trained(config):  # noqa: F811
   """Four bytes for each number; members have their own."""
   exp = experiment.build(changed(config, mesh__data=1))
-  model = experiment.load(exp.config, exp.task, exp.mesh)
+  model = build.load(exp.config, exp.task, exp.mesh)
   trained = "what config.method trains"
-  least = experiment.least_memory(exp.config, exp.task, model)
+  least = needs.least_memory(exp.config, exp.task, model)
   assert least[trained] == memory.size(exp.state.trainable) > 0
-  assert experiment.least_memory(exp.config, exp.task, model, 3)[trained] == 3 * least[trained]
+  assert needs.least_memory(exp.config, exp.task, model, 3)[trained] == 3 * least[trained]
 
 
 def test_long_texts_are_no_matter_of_what_a_config_allows(config, monkeypatch):  # noqa: F811
   """Rows are as long as their texts, not as `seq_len`."""
   exp = experiment.build(changed(config, data__seq_len=100, mesh__data=1))
-  model = experiment.load(exp.config, exp.task, exp.mesh)
+  model = build.load(exp.config, exp.task, exp.mesh)
   longer = config_lib.resolve(changed(config, data__seq_len=10**9, mesh__data=1))
-  assert experiment.least_memory(longer, exp.task, model) == experiment.least_memory(exp.config, exp.task, model)
+  assert needs.least_memory(longer, exp.task, model) == needs.least_memory(exp.config, exp.task, model)
 
 
 @pytest.mark.slow

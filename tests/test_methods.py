@@ -11,8 +11,9 @@ import pytest
 from lora_jax import errors, families, methods, models, tree, weights
 from lora_jax.formats import adapter
 from lora_jax.model import prompts, transformer
-from lora_jax.training import objectives, optim, train
+from lora_jax.training import optim, train
 from lora_jax.weights import updates as updates_lib
+from tests import terms
 from tests.noise import moved
 
 KEY = jax.random.key(0)
@@ -113,7 +114,7 @@ def gradients(config, trainable, frozen):
     if config.head == "classification":
       kind, b = "classification", b | {"labels": np.arange(4, dtype=np.int32) % 3, "weights": np.ones(4, np.float32)}
     params = tree.join(trainable, frozen)
-    total, weight, _ = objectives.OBJECTIVES[kind](forward, params, prompts.insert_batch(params, b))
+    total, weight, _ = terms.sums(forward, params, prompts.insert_batch(params, b), kind)
     return total / weight, outputs(config, params, forward)
 
   return jax.grad(loss, has_aux=True)(trainable)

@@ -7,13 +7,20 @@ import pytest
 
 from lora_jax import errors, weights
 from lora_jax.model import transformer
-from lora_jax.training import objectives, train
+from lora_jax.training import head, train
+from lora_jax.training.objectives import likelihood
+from tests import terms
 
 B, T, D, V, R = 3, 21, 8, 40, 2
 
 
 def project(spec):
   return lambda w, x, dtype: weights.dot(spec, x, w, dtype)
+
+
+def cross_entropy(fn, chunk, x, w, targets, loss_weights, smoothing=0.0):
+  how = dict(chunk=chunk, label_smoothing=smoothing)
+  return likelihood.cross_entropy(head.Projection(x, w, fn), targets, loss_weights, **how)
 
 
 def plain(spec, x, w, targets, loss_weights, smoothing=0.0):
@@ -36,7 +43,7 @@ def inputs(fill=0.6, seed=0):
 def test_equals_plain_cross_entropy(chunk, fill):
   x, head, targets, w = inputs(fill)
   spec = "BTD,DV->BTV"
-  ours = lambda x, head: objectives.cross_entropy(project(spec), chunk, x, head, targets, w)[0]
+  ours = lambda x, head: cross_entropy(project(spec), chunk, x, head, targets, w)[0]
   want, grads = jax.value_and_grad(lambda *a: plain(spec, *a, targets, w), (0, 1))(x, head)
   got, ours_grads = jax.jit(jax.value_and_grad(ours, (0, 1)))(x, head)
   np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-6)
@@ -55,7 +62,7 @@ def test_label_smoothing_equals_the_plain_one(trained, smoothing=0.3):
   spec, numbers = "BTD,DV->BTV", tuple(range(1 + len(learned)))
 
   def ours(x, *learned):
-    return objectives.cross_entropy(project(spec), 8, x, build(*learned), targets, w, smoothing)[0]
+    return cross_entropy(project(spec), 8, x, build(*learned), targets, w, smoothing)[0]
 
   def theirs(x, *learned):
     return plain(spec, x, build(*learned), targets, w, smoothing)
@@ -77,7 +84,7 @@ def test_label_smoothing_equals_torch():
     logits, torch.tensor(np.asarray(targets)).flatten().long(), reduction="none", label_smoothing=0.1
   )
   want = (each.numpy() * np.asarray(w).flatten()).sum()
-  got, _ = objectives.cross_entropy(project("BTD,DV->BTV"), 8, x, head, targets, w, 0.1)
+  got, _ = cross_entropy(project("BTD,DV->BTV"), 8, x, head, targets, w, 0.1)
   np.testing.assert_allclose(got, want, rtol=1e-6)
 
 
@@ -85,7 +92,7 @@ def test_no_label_smoothing_is_the_same_program():
   x, head, targets, w = inputs()
 
   def program(*smoothing):
-    fn = jax.grad(lambda x, h: objectives.cross_entropy(project("BTD,DV->BTV"), 8, x, h, targets, w, *smoothing)[0])
+    fn = jax.grad(lambda x, h: cross_entropy(project("BTD,DV->BTV"), 8, x, h, targets, w, *smoothing)[0])
     return jax.jit(fn).lower(x, head).as_text()
 
   assert program() == program(0.0)
@@ -98,7 +105,7 @@ def test_label_smoothing_of_an_objective():
   forward, params = train.Forward(config), transformer.init(config, jax.random.key(0))
   tokens = np.arange(12)[None]
   batch = {"tokens": tokens, "targets": tokens + 1, "positions": tokens, "weights": np.ones((1, 12), np.float32)}
-  loss = lambda s: objectives.causal_lm(forward, params, batch, label_smoothing=s)[0]
+  loss = lambda s: terms.sums(forward, params, batch, label_smoothing=s)[0]
   uniform = -jax.nn.log_softmax(forward.logits(transformer.head(params), forward(params, batch), jnp.float32)).mean(-1)
   np.testing.assert_allclose(loss(0.25), 0.75 * loss(0.0) + 0.25 * uniform.sum(), rtol=1e-6)
   for wrong in (-0.1, 1.0):
@@ -111,7 +118,7 @@ def test_counts_correct_targets():
   logits = jnp.einsum("BTD,DV->BTV", x, head)
   best = logits.argmax(-1)
   targets = jnp.where(jax.random.bernoulli(jax.random.key(9), 0.5, (B, T)), best, targets)
-  _, correct = objectives.cross_entropy(project("BTD,DV->BTV"), 8, x, head, targets, w)
+  _, correct = cross_entropy(project("BTD,DV->BTV"), 8, x, head, targets, w)
   np.testing.assert_allclose(correct, (w * (targets == best)).sum(), rtol=1e-6)
 
 
@@ -124,13 +131,11 @@ def test_gradient_through_a_lora_head_and_a_tied_head():
     node = weights.LoRA(head, a, b, jnp.float32(0.5), jnp.int32(R))
     return fn("BTD,DV->BTV", x, node)
 
-  ours = jax.grad(
-    lambda *p: loss(lambda s, x, n: objectives.cross_entropy(project(s), 8, x, n, targets, w)[0], *p), (0, 1, 2)
-  )
+  ours = jax.grad(lambda *p: loss(lambda s, x, n: cross_entropy(project(s), 8, x, n, targets, w)[0], *p), (0, 1, 2))
   want = jax.grad(lambda *p: loss(lambda s, x, n: plain(s, x, n, targets, w), *p), (0, 1, 2))
   for g, h in zip(ours(a, b, x), want(a, b, x), strict=True):
     np.testing.assert_allclose(g, h, atol=5e-6)
-  tied = jax.grad(lambda h: objectives.cross_entropy(project("BTD,VD->BTV"), 8, x, h, targets, w)[0])(head.T)
+  tied = jax.grad(lambda h: cross_entropy(project("BTD,VD->BTV"), 8, x, h, targets, w)[0])(head.T)
   np.testing.assert_allclose(tied, jax.grad(lambda h: plain("BTD,VD->BTV", x, h, targets, w))(head.T), atol=5e-6)
 
 
@@ -138,12 +143,12 @@ def test_frozen_head_gets_no_gradient_buffer():
   """Neither an accumulator of the head's shape nor the logits of the whole batch exist in the compiled program."""
   x, head, targets, w = inputs()
   x, targets, w = (jnp.concatenate([a] * 8, axis=1) for a in (x, targets, w))
-  fn = jax.grad(lambda x, head: objectives.cross_entropy(project("BTD,DV->BTV"), 8, x, head, targets, w)[0])
+  fn = jax.grad(lambda x, head: cross_entropy(project("BTD,DV->BTV"), 8, x, head, targets, w)[0])
   text = jax.jit(fn).lower(x, head).as_text()
   assert f"tensor<{B}x{8}x{V}xf32>" in text
   assert f"tensor<{B}x{8 * T}x{V}xf32>" not in text
   assert text.count(f"tensor<{D}x{V}xf32>") and "dot_general" in text
-  trained = jax.jit(jax.grad(lambda h: objectives.cross_entropy(project("BTD,DV->BTV"), 8, x, h, targets, w)[0]))
+  trained = jax.jit(jax.grad(lambda h: cross_entropy(project("BTD,DV->BTV"), 8, x, h, targets, w)[0]))
   zeros = f"stablehlo.broadcast_in_dim %cst, dims = [] : (tensor<f32>) -> tensor<{D}x{V}xf32>"
   assert zeros not in text
   assert f"-> tensor<{D}x{V}xf32>" in trained.lower(head).as_text()
@@ -162,7 +167,7 @@ def test_padding_and_row_order_do_not_matter():
     "positions": np.broadcast_to(np.arange(12), (4, 12)),
     "weights": rng.random((4, 12)).astype(np.float32) * (np.arange(12) < 8),
   }
-  loss = lambda p, b: objectives.causal_lm(forward, p, b, chunk=16)[0]
+  loss = lambda p, b: terms.sums(forward, p, b, chunk=16)[0]
   whole, g = jax.value_and_grad(loss)(params, batch)
   parts = [{k: v[i : i + 1, :8] for k, v in batch.items()} for i in range(4)]
   sums = [jax.value_and_grad(loss)(params, p) for p in parts]

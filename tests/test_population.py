@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from tests.test_train import CONFIG, batch, forward
 
 KEY = jax.random.key(3)
 STEPS = 5
+OBJECTIVE = objectives.make("causal_lm")
 BASE = {
   "method": {"name": "lora", "rank": 2, "alpha": 8.0, "targets": "q,v"},
   # With eps as large as some gradients: the sign of one that is but rounding would decide an update otherwise.
@@ -62,10 +64,10 @@ def alone(base, c, data):
   optimiser, rate = optim.make(steps=n, **c["optim"], **methods.wrappers(c["method"], n))
   penalty = methods.penalty(c["method"])
   how = dict(seed=c["train"]["seed"], accumulate=c["train"].get("accumulate", 1), penalty=penalty)
-  step = jax.jit(train.make_step(forward(CONFIG), objectives.causal_lm, optimiser, rate, **how))
+  step = jax.jit(train.make_step(forward(CONFIG), OBJECTIVE.loss, optimiser, rate, **how))
   state, losses = train.init_state(trainable, optimiser, held), []
   for i in range(n):
-    state, metrics = step(state, frozen, data[i])
+    state, metrics = step(state, frozen, None, data[i])
     losses.append(float(metrics["loss"]))
     for period, change in methods.between(c["method"]):
       if (i + 1) % period == 0 and i + 1 < n:
@@ -73,20 +75,36 @@ def alone(base, c, data):
   return losses, state.params(frozen), tree.split(params, mask)[0]
 
 
+def population_of(members, trees, index, shared_batch):
+  """(hyper, state, step) of a population."""
+  given = resolved(members)
+  first, kw = given[0], [dataclasses.asdict(c.optim) for c in given]
+  steps, seeds = [c.train.steps for c in given], [c.train.seed for c in given]
+  hyper = population.hyper(steps=steps, seeds=seeds, optim=kw, batches=index, dropout=trees.dropout)
+  how = kw[0] | methods.wrappers(first.method, first.train.steps)
+  make_optimiser = functools.partial(population.optimiser, **how)
+  step = population.make_step(
+    forward(CONFIG),
+    OBJECTIVE,
+    make_optimiser,
+    shared_batch=shared_batch,
+    accumulate=first.train.accumulate,
+    penalty=methods.penalty(first.method),
+  )
+  return hyper, population.init_state(trees, hyper, make_optimiser), step
+
+
 def together(base, members, data, index=None):
   """(losses [S, P], state, trees) of a population; `index`: which of the batches `data[i]` [K, ...] a member takes."""
   made = [member(base, c) for c in members]
   held = [methods.held(c["method"], p) for c, (p, _) in zip(members, made, strict=True)]
   trees = population.stack(made, None if held[0] is None else held)
-  given = resolved(members)
-  hyper = population.hyper(given, [0] * len(members) if index is None else index, trees.dropout)
-  state = population.init_state(given[0], trees, hyper)
-  step = population.make_step(forward(CONFIG), objectives.causal_lm, given[0], shared_batch=index is None)
+  hyper, state, step = population_of(members, trees, [0] * len(members) if index is None else index, index is None)
   step, losses = jax.jit(step), []
   between = [(n, jax.jit(population.between(fn))) for n, fn in methods.between(members[0]["method"])]
   steps = max(c["train"]["steps"] for c in members)
   for i in range(steps):
-    state, metrics = step(state, hyper, trees.own, trees.shared, data[i])
+    state, metrics = step(state, hyper, trees.own, trees.shared, None, data[i])
     losses.append(np.asarray(metrics["loss"]))
     for period, change in between:
       if (i + 1) % period == 0:
@@ -166,11 +184,8 @@ def test_no_member_has_a_copy_of_a_matrix_of_the_base(base):
   """Products with the base are one matmul over all members: nothing in the step has the shape of a copy for each."""
   members = configs(*({"train": {"seed": i}} for i in range(7)))
   trees = population.stack([member(base, c) for c in members])
-  given = resolved(members)
-  hyper = population.hyper(given, [0] * 7, trees.dropout)
-  state = population.init_state(given[0], trees, hyper)
-  step = population.make_step(forward(CONFIG), objectives.causal_lm, given[0], shared_batch=True)
-  text = str(jax.make_jaxpr(step)(state, hyper, trees.own, trees.shared, batch()))
+  hyper, state, step = population_of(members, trees, [0] * 7, True)
+  text = str(jax.make_jaxpr(step)(state, hyper, trees.own, trees.shared, None, batch()))
   shape = lambda *n: f"f32[{','.join(map(str, n))}]"
   kernels = [x.shape for k, x in tree.flatten(base).items() if k.startswith("layers/") and k.endswith("kernel")]
   assert len(kernels) == 7 and all(shape(*s[1:]) in text for s in kernels)
@@ -183,14 +198,12 @@ def test_devices_of_a_population_do_not_communicate(base, shared):
   """With batches of their own neither: one number says when all have gone through their targets."""
   members, mesh = configs(*({"train": {"seed": i}} for i in range(4))), sharding.make_mesh(1, population=4)
   trees = population.stack([member(base, c) for c in members])
-  given, place = resolved(members), sharding.Placer(mesh)
-  hyper = population.hyper(given, [0, 1, 1, 0], trees.dropout)
+  place = sharding.Placer(mesh)
   with jax.set_mesh(mesh):
     put = lambda x: sharding.put(x, sharding.stacked(place))
-    state = put(population.init_state(given[0], trees, hyper))
+    hyper, state, step = population_of(members, trees, [0, 1, 1, 0], shared)
     data = batch() if shared else jax.tree.map(lambda *x: np.stack(x), batch(), batch(seed=1))
-    step = population.make_step(forward(CONFIG), objectives.causal_lm, given[0], shared_batch=shared)
-    arguments = state, put(hyper), put(trees.own), sharding.put(trees.shared, place)
+    arguments = put(state), put(hyper), put(trees.own), sharding.put(trees.shared, place), None
     lowered = jax.jit(step).lower(*arguments, sharding.put_batch(data, mesh, stack=int(not shared)))
     text = lowered.compile().as_text()
   assert len(state.alive.sharding.device_set) == 4

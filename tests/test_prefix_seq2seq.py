@@ -16,8 +16,8 @@ from lora_jax.inference import decode, evaluate, generate
 from lora_jax.methods import p_tuning_v2, prefix_tuning
 from lora_jax.model import prompts, transformer
 from lora_jax.runs import experiment, sweep
-from lora_jax.training import objectives, train
-from tests import noise, test_families, test_seq2seq
+from lora_jax.training import train
+from tests import noise, terms, test_families, test_seq2seq
 from tests.test_families import SEEN, SOURCE, TOKENS, hidden, jitted, pair
 from tests.test_prefix import close, pytestmark, some, unwrapped  # noqa: F401, the marks of this module too
 from tests.test_seq2seq import files  # noqa: F401, a fixture
@@ -57,7 +57,7 @@ def batch():
 
 
 def loss(params):
-  total, weight, _ = objectives.causal_lm(train.Forward(CONFIG), params, batch())
+  total, weight, _ = terms.sums(train.Forward(CONFIG), params, batch())
   return total / weight
 
 

@@ -18,8 +18,8 @@ from lora_jax.inference import decode, evaluate, generate, sampling
 from lora_jax.methods import p_tuning, prefix_tuning, prompt_tuning
 from lora_jax.model import prompts, transformer
 from lora_jax.runs import experiment
-from lora_jax.training import objectives, train
-from tests import test_classification, test_experiment, test_seq2seq
+from lora_jax.training import train
+from tests import terms, test_classification, test_experiment, test_seq2seq
 from tests.test_data import BOS, Bytes, iterator, task
 from tests.test_families import TOKENS, jitted
 from tests.test_prefix import CONFIGS, base, some
@@ -188,7 +188,7 @@ def test_packed_rows_and_rows_apart_have_the_same_loss(placement):
   ]
   apart = causal.pad([{k: packed[k][r][real] for k in names} for r, real in segments], 40, 7)
   assert len(segments) > 2 and ((apart["tokens"] == -P).sum(1) == 1).all()
-  losses = [objectives.causal_lm(train.Forward(c, packed=b is packed), params, b)[:2] for b in (packed, apart)]
+  losses = [terms.sums(train.Forward(c, packed=b is packed), params, b)[:2] for b in (packed, apart)]
   jax.tree.map(close, *losses)
 
 

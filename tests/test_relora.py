@@ -12,7 +12,7 @@ import pytest
 from lora_jax import errors, methods, models, tasks, tree, weights
 from lora_jax.methods import relora
 from lora_jax.model import transformer
-from lora_jax.runs import config as config_lib, experiment
+from lora_jax.runs import build, config as config_lib, experiment
 from lora_jax.training import optim, train
 from tests.test_experiment import changed, compiled, config, files, interrupt, timeless  # noqa: F401, fixtures
 from tests.test_full import batch, make, model
@@ -34,7 +34,7 @@ def started(optimiser="adamw", dtype="float32", **kw):
   state = state.replace(held=held)
   step = jax.jit(step)
   for _ in range(3):
-    state, _ = step(state, frozen, batch())
+    state, _ = step(state, frozen, None, batch())
   return c, state, frozen, how
 
 
@@ -256,7 +256,7 @@ def test_an_interrupted_run_ends_bit_identical(cycles, whole, tmp_path, monkeypa
 def test_a_shared_base_outlives_the_merges(cycles, tmp_path):
   c = changed(cycles, mesh__data=1, mesh__fsdp=1, train__steps=3)
   given = config_lib.resolve(c)
-  shared = experiment.load(given, tasks.get(**given.task), experiment.make_mesh(given))
+  shared = build.load(given, tasks.get(**given.task), build.make_mesh(given))
   before = jax.tree.map(np.array, shared.params)
   experiment.run(c, tmp_path, model=shared)
   jax.tree.map(np.testing.assert_array_equal, shared.params, before)

@@ -63,7 +63,7 @@ def read_events(directory):
 
 
 def test_metrics_are_read_back_as_written(tmp_path):
-  with metrics.Metrics(tmp_path, 2) as m:
+  with metrics.Metrics(tmp_path) as m:
     m.log(1, {"loss": 1 / 3, "lr": jnp.float32(0.5)})
     m.log(1, {"accuracy": np.float64(0.25)}, prefix="eval")
     want = [{"step": 1, "train/loss": 1 / 3, "train/lr": 0.5}, {"step": 1, "eval/accuracy": 0.25}]
@@ -78,7 +78,7 @@ def test_metrics_are_read_back_as_written(tmp_path):
 
 
 def test_each_line_is_on_disk_when_log_returns(tmp_path):
-  with metrics.Metrics(tmp_path, 9) as m:
+  with metrics.Metrics(tmp_path) as m:
     for step in range(1, 10):
       m.log(step, {"loss": step})
       assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == step
@@ -89,7 +89,7 @@ def test_numbers_that_are_not_finite_are_valid_json(tmp_path):
     raise ValueError(constant)
 
   bad = {"a": math.nan, "b": math.inf, "c": jnp.float32(-math.inf), "d": 1.0}
-  with metrics.Metrics(tmp_path, 1) as m:
+  with metrics.Metrics(tmp_path) as m:
     m.log(1, bad)
     assert all(math.isnan(m.history()[0][f"train/{k}"]) for k in "abc")
   metrics.write_json(tmp_path / "x.json", bad | {"nested": [(np.nan, 2)]})
@@ -100,7 +100,7 @@ def test_numbers_that_are_not_finite_are_valid_json(tmp_path):
 
 
 def test_resume_drops_later_rows_and_a_torn_line(tmp_path):
-  with metrics.Metrics(tmp_path, 10) as m:
+  with metrics.Metrics(tmp_path) as m:
     for step in range(1, 8):
       m.log(step, {"loss": step})
     m.log(2, {"loss": math.inf}, "eval")
@@ -108,7 +108,7 @@ def test_resume_drops_later_rows_and_a_torn_line(tmp_path):
   before = path.read_text()
   path.write_text(before + '{"step": 8, "train/lo')
   assert len(metrics.read_metrics(path)) == 8
-  with metrics.Metrics(tmp_path, 10, resume_step=5) as m:
+  with metrics.Metrics(tmp_path, resume_step=5) as m:
     m.log(6, {"loss": 60.0})
     assert [r["step"] for r in m.history()] == [1, 2, 3, 4, 5, 2, 6]
   starts = [e.step for e in read_events(tmp_path / "tensorboard") if e.session_log.status == e.session_log.START]
@@ -119,7 +119,7 @@ def test_resume_drops_later_rows_and_a_torn_line(tmp_path):
 
 def test_a_run_that_starts_anew_starts_with_no_rows(tmp_path):
   for _ in range(2):
-    with metrics.Metrics(tmp_path, 1) as m:
+    with metrics.Metrics(tmp_path) as m:
       m.log(1, {"loss": 1.0})
       assert len(m.history()) == 1
 
@@ -129,17 +129,18 @@ def test_a_bad_line_is_named(tmp_path, line):
   path = tmp_path / "metrics.jsonl"
   path.write_text(f'{{"step": 1}}\n{line}\n{{"step": 2}}\n')
   with pytest.raises(errors.UserError, match=re.escape(f"{path}:2")):
-    metrics.Metrics(tmp_path, 3, resume_step=1)
+    metrics.Metrics(tmp_path, resume_step=1)
 
 
-def test_plain_lines_off_a_terminal(tmp_path, monkeypatch):
+def test_plain_lines_off_a_terminal(monkeypatch):
   monkeypatch.setattr(sys, "stderr", io.StringIO())
   clock = iter(range(0, 1000, 2))
   monkeypatch.setattr(progress, "time", types.SimpleNamespace(monotonic=lambda: next(clock)))
-  with metrics.Metrics(tmp_path, 1200) as m:
-    m.progress(1)
-    m.progress(2, jnp.float32(1.25), 1234.4)
-    progress.say("saved")
+  shown = progress.Progress(1200, "step")
+  shown.update(1)
+  shown.update(2, "loss 1.250  1,234 tokens/s")
+  progress.say("saved")
+  shown.close()
   assert sys.stderr.getvalue() == "step 2/1,200  loss 1.250  1,234 tokens/s  time left 39:56\nsaved\n"
 
 
@@ -153,13 +154,14 @@ def test_silent_work_prints_a_line_every_ten_seconds(monkeypatch):
   assert len(sys.stderr.getvalue().splitlines()) == 3
 
 
-def test_a_bar_on_a_terminal(tmp_path, monkeypatch):
+def test_a_bar_on_a_terminal(monkeypatch):
   monkeypatch.setattr(sys, "stderr", Terminal())
   monkeypatch.setenv("COLUMNS", "100")
-  with metrics.Metrics(tmp_path, 20, resume_step=4) as m:
-    m.progress(5, 1.5, 100.0)
-    progress.say("saved")
-    m.progress(20)
+  shown = progress.Progress(20, "step", 4)
+  shown.update(5, "loss 1.500  100 tokens/s")
+  progress.say("saved")
+  shown.update(20)
+  shown.close()
   text = sys.stderr.getvalue()
   assert "step 4/20" in text and "saved\n" in text
   last = text.split("\r")[-1]
@@ -168,9 +170,8 @@ def test_a_bar_on_a_terminal(tmp_path, monkeypatch):
 
 def test_another_process_of_the_run_writes_nothing(tmp_path, monkeypatch, capfd):
   monkeypatch.setattr(report.jax, "process_index", lambda: 1)
-  with metrics.Metrics(tmp_path, 2) as m:
+  with metrics.Metrics(tmp_path) as m:
     m.log(1, {"loss": 1.0})
-    m.progress(1, 1.0, 1.0)
   assert not list(tmp_path.iterdir()) and capfd.readouterr().err == ""
 
 
@@ -261,7 +262,7 @@ def test_report_leaves_out_what_there_is_not(tmp_path):
 def test_texts_before_and_after_in_the_report(tmp_path):
   """Lines of a text stay lines, what it has of Markdown does nothing, and what is left out of a long one is said."""
   rows = lambda *texts: [{"prompt": "first\n```\nline", "expected": " a", "text": t} for t in texts]
-  with metrics.Metrics(tmp_path, 1) as out:
+  with metrics.Metrics(tmp_path) as out:
     out.keep_texts("before", rows("x" * 999, "`````"))
     out.keep_texts("after", rows(" a", ""))
   report.write_report(tmp_path, make_summary(), [], {})

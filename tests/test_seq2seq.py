@@ -16,9 +16,9 @@ from lora_jax.batches import encoder_decoder
 from lora_jax.formats import peft
 from lora_jax.inference import evaluate, generate
 from lora_jax.model import transformer
-from lora_jax.runs import config as config_lib, experiment
+from lora_jax.runs import build, config as config_lib, experiment
 from lora_jax.training import objectives, train
-from tests import test_experiment
+from tests import terms, test_experiment
 from tests.test_usage import as_reported
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
@@ -232,7 +232,7 @@ def test_shares_and_state():
 
 
 def loss_of(model, batch):
-  sums = jax.jit(functools.partial(objectives.causal_lm, train.Forward(model.config)))(model.params, batch)
+  sums = jax.jit(functools.partial(terms.sums, train.Forward(model.config)))(model.params, batch)
   return float(sums[0] / sums[1]), float(sums[2]["accuracy"] / sums[1])
 
 
@@ -270,12 +270,14 @@ def test_a_step_counts_tokens_of_encoder_and_decoder(model):
   trainable, frozen = tree.split(model.params, tree.map_named(lambda k, x: k == "norm/scale", model.params))
   trainable = jax.tree.map(jnp.copy, trainable)
   forward, optimiser = train.Forward(model.config), optax.sgd(0.1)
-  step = train.make_step(forward, objectives.causal_lm, optimiser, optax.constant_schedule(0.1), accumulate=2)
+  step = train.make_step(
+    forward, objectives.make("causal_lm").loss, optimiser, optax.constant_schedule(0.1), accumulate=2
+  )
   run, batch = train.Stepper(step, state := train.init_state(trainable, optimiser)), next(iterator())
-  state, values = run(state, frozen, batch)
+  state, values = run(state, frozen, None, batch)
   assert values["tokens"] == batch["input_segments"].sum() + batch["segment_ids"].sum()
   longer = {k: np.pad(v, [(0, 0), (0, 8 if k.startswith("input") else 0)]) for k, v in batch.items()}
-  _, again = run(state, frozen, longer)  # another program, for another length of the prompts alone
+  _, again = run(state, frozen, None, longer)  # another program, for another length of the prompts alone
   assert again["tokens"] == values["tokens"] and again["loss"] < values["loss"]
 
 
@@ -414,17 +416,15 @@ def test_target_len_is_of_encoder_decoders_alone():
     }
   )
   with pytest.raises(errors.UserError, match=r"config\.data\.target_len"):
-    experiment.batches(settings, models.Model("x", decoder, {}, unigram(), {}), TASK, examples=[])
+    build.batches(settings, models.Model("x", decoder, {}, unigram(), {}), TASK, examples=[])
 
 
-def test_what_prompts_count_is_of_decoders_alone():
-  given = {"model": {"name": "x"}, "method": {"name": "lora"}, "task": {"name": "rotten_tomatoes"}}
-  given |= {"objective": {"prompt_loss_weight": 0.1}, "data": {"batch_size": 2, "seq_len": 8}, "train": {"steps": 1}}
-  config = config_lib.resolve(given)
+def test_what_prompts_count_is_of_decoders_alone(model):
+  asked = objectives.make("causal_lm", prompt_loss_weight=0.1)
   with pytest.raises(
     errors.UserError, match="config.objective.prompt_loss_weight: an encoder-decoder does not predict"
   ):
-    config_lib.for_batches(config, encoder_decoder)
+    asked.batches(model.config, TASK)
 
 
 def test_what_begins_a_text(model):

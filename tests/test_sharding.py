@@ -33,8 +33,8 @@ def step(mesh, method):
   state = sharding.put(train.init_state(trainable, optimiser), place)
   placed = jax.tree.map(lambda x: x.sharding, state)
   with jax.set_mesh(mesh):
-    stepper = train.Stepper(train.make_step(forward(CONFIG), objectives.causal_lm, optimiser, rate), state)
-    after, metrics = stepper(state, frozen, sharding.put_batch(batch(), mesh))
+    stepper = train.Stepper(train.make_step(forward(CONFIG), objectives.make("causal_lm").loss, optimiser, rate), state)
+    after, metrics = stepper(state, frozen, None, sharding.put_batch(batch(), mesh))
   jax.tree.map(
     lambda x, s: None if x.sharding.is_equivalent_to(s, x.ndim) else pytest.fail(str(x.sharding)), after, placed
   )

@@ -14,9 +14,9 @@ import safetensors.numpy
 from experiments import run
 from lora_jax import errors, methods, models, sharding, tasks
 from lora_jax.formats import checkpoint
-from lora_jax.inference import evaluate
+from lora_jax.inference import evaluate, members
 from lora_jax.results import comparison
-from lora_jax.runs import config_file, experiment, group, sweep, variants
+from lora_jax.runs import artifacts, build, config_file, experiment, group, loop, sweep, variants
 from lora_jax.training import metrics, population, train
 from tests import test_warm_start
 from tests.test_experiment import compiled, config, files  # noqa: F401, fixtures
@@ -73,7 +73,7 @@ def test_the_base_is_left_as_it_is(swept, tmp_path):
   """Full finetuning of float32 weights donates what it trains; the model that it was given must outlive that."""
   c = variants.members(swept)["full"][1]
   mesh = sharding.make_mesh(1)
-  model = experiment.load(c, tasks.get(**c.task), mesh)
+  model = build.load(c, tasks.get(**c.task), mesh)
   before = jax.tree.map(np.array, model.params)
   experiment.run(c, tmp_path, model=model)
   jax.tree.map(np.testing.assert_array_equal, model.params, before)
@@ -220,14 +220,14 @@ def test_shards_are_joined(swept, done, tmp_path):
 def test_a_group_whose_arrays_do_not_fit_is_halved(swept, tmp_path, capsys, monkeypatch):
   c = copy.deepcopy(swept)
   c["sweep"] = {"product": {"train": {"seed": (0, 1, 2, 3)}}}
-  fit = group.fit
+  fit = loop.fit
 
   def small(built, *args):
     if len(built.members) > 2:
       raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
     return fit(built, *args)
 
-  monkeypatch.setattr(group, "fit", small)
+  monkeypatch.setattr(loop, "fit", small)
   summary = sweep.run(c, tmp_path / "s")
   rows = metrics.read_metrics(tmp_path / "s" / "members" / "seed_0" / "metrics.jsonl")
   assert sum(any(k.startswith("before/") for k in r) for r in rows) == 1
@@ -264,7 +264,7 @@ def test_members_over_one_model_come_together_and_warm_starts_last(mixed):
 @pytest.mark.slow
 def test_tasks_and_models_may_differ(mixed, tmp_path, monkeypatch):
   """Each member is a run of its own; one model's memory is free when the next is loaded."""
-  found, load, seen = variants.members(mixed), experiment.load, []
+  found, load, seen = variants.members(mixed), build.load, []
 
   def watched(*args):
     gc.collect()
@@ -273,10 +273,10 @@ def test_tasks_and_models_may_differ(mixed, tmp_path, monkeypatch):
     seen.extend(map(weakref.ref, jax.tree.leaves(model.params)))
     return model
 
-  monkeypatch.setattr(experiment, "load", watched)
+  monkeypatch.setattr(build, "load", watched)
   summary = sweep.run(mixed, tmp_path / "s")
   assert [m["name"] for m in summary["members"]] == list("abcdef")
-  monkeypatch.setattr(experiment, "load", load)
+  monkeypatch.setattr(build, "load", load)
   for m in summary["members"]:
     alone = experiment.run(found[m["name"]][1], tmp_path / m["name"])
     for k in ("loss_first", "loss_last"):
@@ -291,7 +291,7 @@ def test_a_group_goes_on_from_its_checkpoint(swept, done, tmp_path, monkeypatch)
   c = copy.deepcopy(swept)
   del c["sweep"]["list"]["full"]
   with monkeypatch.context() as m:
-    m.setattr(group, "write", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+    m.setattr(artifacts, "write", lambda *a, **kw: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
       sweep.run(c, tmp_path / "s")
   monkeypatch.setattr(train.Stepper, "__call__", None)
@@ -311,7 +311,7 @@ def test_members_are_spread_over_the_population_axis(swept, done, tmp_path, monk
   del c["sweep"]["list"]["full"]
   monkeypatch.setattr(jax, "device_count", lambda: 2)
   with monkeypatch.context() as m:
-    m.setattr(group, "write", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+    m.setattr(artifacts, "write", lambda *a, **kw: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
       sweep.run(c, tmp_path / "s")
   monkeypatch.setattr(jax, "device_count", lambda: 1)
@@ -332,9 +332,10 @@ def test_a_checkpoint_holds_the_members_alone(tmp_path):
 
   for saved, n, resumed, m in (([1, 2, 3, 3], 2, [1, 2, 3], 1), ([1, 2, 3], 1, [1, 2, 3, 3, 3, 3], 3)):
     with checkpoint.Checkpoints(tmp_path / str(n)) as checkpoints:
-      group.save(checkpoints, 1, state(saved, n), 3, ["data"])
+      checkpoints.save(1, group.rows(state(saved, n), 3), ["data"])
       like = state([0] * len(resumed), m)
-      found, data = group.restore(checkpoints, 1, like, 3)
+      found, data = checkpoints.restore(1, group.rows(like, 3))
+      found = group.placed_like(found, like)
     jax.tree.map(np.testing.assert_array_equal, found, state(resumed, m))
     assert data == ["data"] and all(jax.tree.leaves(jax.tree.map(lambda x, y: x.sharding == y.sharding, found, like)))
 
@@ -352,5 +353,7 @@ def test_text_loss(files):  # noqa: F811
     total -= float(np.take_along_axis(np.array(logp), np.array(ids[1:])[:, None], 1).sum())
     n += len(ids) - 1
   for batch_size in (1, 2):
-    (got,) = evaluate.text_loss(model.config, evaluate.one(model.params), model.tokenizer, texts, batch_size=batch_size)
+    (got,) = evaluate.text_losses(
+      model.config, members.one(model.params), model.tokenizer, texts, batch_size=batch_size
+    ).run()
     assert math.isclose(got, total / n, rel_tol=1e-5)

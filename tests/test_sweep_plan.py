@@ -10,7 +10,7 @@ import pytest
 
 from lora_jax import errors, files as files_lib
 from lora_jax.formats import hf
-from lora_jax.runs import config as config_lib, experiment, group, sweep, variants
+from lora_jax.runs import build as build_lib, config as config_lib, experiment, group, needs, sweep, variants
 from lora_jax.training import metrics
 from tests.test_experiment import compiled, config, files  # noqa: F401, fixtures
 
@@ -51,9 +51,9 @@ def pretended(monkeypatch):
     for n in built.members:
       leave(workdir / "members" / n, population=len(built.members))
 
-  monkeypatch.setattr(experiment, "load", lambda *a: object())
+  monkeypatch.setattr(build_lib, "load", lambda *a: object())
   monkeypatch.setattr(sweep, "_pretrained", lambda *a: dict)
-  monkeypatch.setattr(experiment, "least_memory", lambda *a: {})
+  monkeypatch.setattr(needs, "least_memory", lambda *a: {})
   monkeypatch.setattr(experiment, "run", alone)
   monkeypatch.setattr(group, "build", build)
   monkeypatch.setattr(group, "fits", lambda *a: True)

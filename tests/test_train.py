@@ -15,6 +15,7 @@ from lora_jax.batches.causal import compact
 from lora_jax.methods import full, lora
 from lora_jax.model import transformer
 from lora_jax.training import objectives, optim, train
+from tests import terms
 
 CONFIG = transformer.Config(47, 16, 2, 4, 2, 4, 24, dtype="float32", tied=True)
 ADAM = dict(schedule="constant", warmup=0, learning_rate=2e-2)
@@ -56,10 +57,13 @@ def adapted(config=CONFIG, method="lora", **kw):
   return tree.split(params, jax.tree.map(lambda _: True, params) if method == "full" else lora.trainable(params))
 
 
-def make(trainable, config=CONFIG, objective=objectives.causal_lm, optimiser=ADAM, **kw):
+LOSS = objectives.make("causal_lm").loss
+
+
+def make(trainable, config=CONFIG, loss=LOSS, optimiser=ADAM, **kw):
   """(step, state)"""
   optimiser, rate = optim.make(steps=50, **optimiser)
-  step = train.make_step(forward(config), objective, optimiser, rate, **kw)
+  step = train.make_step(forward(config), loss, optimiser, rate, **kw)
   return jax.jit(step), train.init_state(trainable, optimiser)
 
 
@@ -86,10 +90,10 @@ def test_accumulation_equals_one_batch(method):
   # Its state is the gradient, free of the rounding that a difference of parameters has.
   keep = optax.GradientTransformation(lambda p: p, lambda g, s, p=None: (jax.tree.map(jnp.zeros_like, g), g))
   for accumulate in (1, 4):
-    step = train.make_step(forward(CONFIG), objectives.causal_lm, keep, lambda n: 1.0, accumulate=accumulate)
+    step = train.make_step(forward(CONFIG), LOSS, keep, lambda n: 1.0, accumulate=accumulate)
     # Optimised, since the sums are then of one order on all versions of the compiler.
     step = jax.jit(step, compiler_options={"xla_backend_optimization_level": 3})
-    after, metrics = step(train.init_state(trainable, keep), frozen, data)
+    after, metrics = step(train.init_state(trainable, keep), frozen, None, data)
     results[accumulate] = after.opt_state, metrics
   assert float(optax.tree.norm(results[1][0])) > 0.1
   close(results[4], results[1], atol=1e-6, rtol=1e-6)
@@ -107,7 +111,7 @@ def test_examples_that_share_rows_have_the_gradient_of_the_padded_batch():
   assert len(shared["tokens"]) < len(n) and shared["segment_ids"].max() > 2
 
   def loss(trainable, batch):
-    return objectives.causal_lm(forward(CONFIG), tree.join(trainable, frozen), batch)[0]
+    return terms.sums(forward(CONFIG), tree.join(trainable, frozen), batch)[0]
 
   (a, ga), (b, gb) = (jax.jit(jax.value_and_grad(loss))(trainable, x) for x in (padded, shared))
   np.testing.assert_allclose(b, a, rtol=1e-6)
@@ -130,7 +134,7 @@ def test_gradient_is_that_of_the_weighted_mean():
 
   value, grads = jax.value_and_grad(loss)(trainable)
   step, state = make(trainable, optimiser=PLAIN)
-  after, metrics = step(state, frozen, data)
+  after, metrics = step(state, frozen, None, data)
   close(jax.tree.map(jnp.subtract, trainable, after.trainable), grads, atol=1e-6)
   np.testing.assert_allclose(metrics["loss"], value, rtol=1e-6)
   np.testing.assert_allclose(metrics["grad_norm"], optax.tree.norm(grads), rtol=1e-5)
@@ -146,10 +150,10 @@ def test_overfitting_one_batch_moves_every_trainable_leaf_and_no_other(method):
   data = batch(4)
   _, state = make(jax.tree.map(jnp.copy, trainable))  # which the step donates
   optimiser, rate = optim.make(steps=50, **ADAM)
-  stepper = train.Stepper(train.make_step(forward(CONFIG), objectives.causal_lm, optimiser, rate), state)
+  stepper = train.Stepper(train.make_step(forward(CONFIG), LOSS, optimiser, rate), state)
   losses = []
   for _ in range(40):
-    state, metrics = stepper(state, frozen, data)
+    state, metrics = stepper(state, frozen, None, data)
     losses.append(float(metrics["loss"]))
   assert losses[-1] < 0.5 * losses[0]
   assert same(frozen, kept)
@@ -162,7 +166,7 @@ def test_stepper_compiles_once_a_shape():
   trainable, frozen = adapted()
   traces = []
 
-  def step(state, frozen, batch):
+  def step(state, frozen, aux, batch):
     traces.append(batch["tokens"].shape)
     return state.replace(step=state.step + 1), {"sum": jnp.sum(batch["tokens"])}
 
@@ -170,7 +174,7 @@ def test_stepper_compiles_once_a_shape():
   stepper = train.Stepper(step, state)
   seconds = [0.0]
   for length in (12, 12, 20, 12, 20):
-    state, metrics = stepper(state, frozen, batch(2, length))
+    state, metrics = stepper(state, frozen, None, batch(2, length))
     seconds.append(stepper.compile_seconds)
     assert int(metrics["sum"]) == batch(2, length)["tokens"].sum()
   assert traces == [(2, 12), (2, 20)]
@@ -184,10 +188,10 @@ def test_a_loss_that_is_not_finite_changes_nothing(accumulate, value):
   trainable, frozen = adapted()
   data = batch()
   step, state = compiled(accumulate)
-  state, metrics = step(state, frozen, data)
+  state, metrics = step(state, frozen, None, data)
   assert metrics["finite"] == 1
   data["weights"][3, 1] = float(value)
-  after, metrics = step(state, frozen, data)
+  after, metrics = step(state, frozen, None, data)
   assert metrics["finite"] == 0 and not np.isfinite(metrics["loss"])
   assert same((after.trainable, after.opt_state), (state.trainable, state.opt_state))
   assert int(after.step) == 2
@@ -201,13 +205,13 @@ def compiled(accumulate):
 def test_a_gradient_that_is_not_finite_changes_nothing():
   """The loss is finite: the square root of 0."""
 
-  def objective(fwd, params, batch):
-    del fwd, batch
-    return jnp.sqrt(0.0 * jnp.sum(params["layers"]["attn"]["q"]["kernel"].b)), jnp.float32(1), {}
+  def loss(fwd, params, batch, aux, *, step):
+    del fwd, batch, aux, step
+    return {"loss": (jnp.sqrt(0.0 * jnp.sum(params["layers"]["attn"]["q"]["kernel"].b)), jnp.float32(1))}, {}
 
   trainable, frozen = adapted()
-  step, state = make(trainable, objective=objective)
-  after, metrics = step(state, frozen, batch())
+  step, state = make(trainable, loss=loss)
+  after, metrics = step(state, frozen, None, batch())
   assert metrics["finite"] == 0 and metrics["loss"] == 0
   assert same((after.trainable, after.opt_state), (state.trainable, state.opt_state))
   assert int(after.step) == 1
@@ -217,7 +221,7 @@ def test_a_batch_without_weight_has_no_gradient():
   trainable, frozen = adapted()
   data = batch()
   step, state = make(trainable, optimiser=PLAIN)
-  after, metrics = step(state, frozen, data | {"weights": np.zeros_like(data["weights"])})
+  after, metrics = step(state, frozen, None, data | {"weights": np.zeros_like(data["weights"])})
   assert same(after.trainable, trainable)
   assert metrics["loss"] == 0 and metrics["finite"] == 1
 
@@ -231,7 +235,7 @@ def test_dropout_follows_seed_and_step():
 
   def loss(seed, number):
     step, state = made[seed]
-    return float(step(state.replace(step=jnp.int32(number)), frozen, data)[1]["loss"])
+    return float(step(state.replace(step=jnp.int32(number)), frozen, None, data)[1]["loss"])
 
   assert loss(0, 0) == loss(0, 0)
   assert len({loss(0, 0), loss(0, 1), loss(0, 2), loss(1, 0)}) == 4
@@ -240,16 +244,17 @@ def test_dropout_follows_seed_and_step():
 def test_dropout_keys_differ_between_micro_batches_layers_and_leaves():
   trainable, frozen = adapted(dropout=0.5)
 
-  def objective(fwd, params, batch):
+  def loss(fwd, params, batch, aux, *, step):
     """The random bits of every node's first layers as metrics, in place of a loss."""
-    del fwd, batch
+    del fwd, batch, aux, step
     nodes = tree.flatten(params, is_leaf=weights.is_node)
     draws = {f"{k}/{i}": jax.random.uniform(w.key[i]) for k, w in nodes.items() if weights.is_node(w) for i in (0, 1)}
-    loss = 0.0 * sum(jnp.sum(w.b) for w in nodes.values() if weights.is_node(w))
-    return loss, jnp.float32(1), draws | {f"{k}^2": v * v for k, v in draws.items()}
+    zero = 0.0 * sum(jnp.sum(w.b) for w in nodes.values() if weights.is_node(w))
+    found = draws | {f"{k}^2": v * v for k, v in draws.items()}
+    return {"loss": (zero, jnp.float32(1))}, {k: (v, jnp.float32(1)) for k, v in found.items()}
 
-  step, state = make(trainable, objective=objective, accumulate=4)
-  metrics = {k: float(v) for k, v in step(state, frozen, batch())[1].items()}
+  step, state = make(trainable, loss=loss, accumulate=4)
+  metrics = {k: float(v) for k, v in step(state, frozen, None, batch())[1].items()}
   draws = {k: v for k, v in metrics.items() if k.startswith("layers/") and not k.endswith("^2")}
   assert len(draws) == 14 and len(set(draws.values())) == 14
   assert all(metrics[f"{k}^2"] - v * v > 1e-4 for k, v in draws.items())
@@ -258,7 +263,7 @@ def test_dropout_keys_differ_between_micro_batches_layers_and_leaves():
 def test_without_dropout_steps_are_alike():
   trainable, frozen = adapted()
   step, state = compiled(1)
-  losses = {float(step(state.replace(step=jnp.int32(i)), frozen, batch())[1]["loss"]) for i in range(3)}
+  losses = {float(step(state.replace(step=jnp.int32(i)), frozen, None, batch())[1]["loss"]) for i in range(3)}
   assert len(losses) == 1
 
 
@@ -269,7 +274,7 @@ def test_scan_unroll_and_remat_have_the_same_gradients():
     config = dataclasses.replace(CONFIG, scan=scan, remat=remat)
     trainable, frozen = adapted(config, dropout=0.3)
     step, state = make(trainable, config, optimiser=PLAIN)
-    after, metrics = step(state, frozen, batch())
+    after, metrics = step(state, frozen, None, batch())
     results.append((jax.tree.map(jnp.subtract, after.trainable, trainable), metrics))
   for other in results[1:]:
     close(other, results[0], atol=1e-6, rtol=1e-6)
@@ -281,7 +286,7 @@ def test_bfloat16_model_has_float32_masters_and_moments(method):
   config = dataclasses.replace(CONFIG, dtype="bfloat16")
   trainable, frozen = adapted(config, method)
   step, state = make(trainable, config, optimiser=ADAM | {"learning_rate": 1e-5})
-  after, metrics = step(state, frozen, batch())
+  after, metrics = step(state, frozen, None, batch())
   assert forward(config)(tree.join(trainable, frozen), batch()).dtype == "bfloat16"
   for name in ("trainable", "opt_state"):
     floats = [x for x in jax.tree.leaves(getattr(after, name)) if jnp.issubdtype(x.dtype, jnp.floating)]
@@ -294,7 +299,7 @@ def test_bfloat16_model_has_float32_masters_and_moments(method):
   )
   np.testing.assert_allclose(np.abs(np.asarray(a) - np.asarray(b)).max(), 1e-5, rtol=0.1)  # lost in bfloat16
   exact_params, exact_frozen = adapted(CONFIG, method)
-  exact, _, _ = objectives.causal_lm(forward(CONFIG), tree.join(exact_params, exact_frozen), batch())
+  exact, _, _ = terms.sums(forward(CONFIG), tree.join(exact_params, exact_frozen), batch())
   np.testing.assert_allclose(metrics["loss"], exact / batch()["weights"].sum(), rtol=0.02)
 
 
@@ -316,7 +321,7 @@ def test_no_gradient_of_frozen_weights_is_computed(scan):
   def products(method):
     trainable, frozen = adapted(config, method)
     step, state = make(trainable, config)
-    return set(dots(jax.make_jaxpr(step)(state, frozen, batch(3, 9)).jaxpr))
+    return set(dots(jax.make_jaxpr(step)(state, frozen, None, batch(3, 9)).jaxpr))
 
   assert not products("lora") & matrices
   assert matrices <= products("full")

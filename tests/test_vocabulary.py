@@ -8,7 +8,7 @@ import tokenizers
 
 from lora_jax import errors, methods, models, tasks
 from lora_jax.batches import causal, classification, encoder_decoder
-from lora_jax.inference import evaluate, generate
+from lora_jax.inference import evaluate, generate, members
 from lora_jax.model import transformer
 from tests.test_generate import BOS, EOS, byte_tokenizer
 
@@ -61,7 +61,7 @@ def test_labels_and_general_texts():
     causal.eval_batches(task(labels=("b", "<turn>")), [{}], tokenizer(), **SIZES)
   config = transformer.Config(258, 8, 1, 2, 2, 4, 8)
   with pytest.raises(errors.UserError, match=SAID):
-    evaluate.text_loss(config, evaluate.one({}), tokenizer(), ["a<turn>"])
+    evaluate.text_losses(config, members.one({}), tokenizer(), ["a<turn>"]).run()
 
 
 @pytest.mark.parametrize("kind", [causal, encoder_decoder])

@@ -11,7 +11,7 @@ import pytest
 from lora_jax import errors, families, methods, models, sharding, tasks, tree
 from lora_jax.formats import adapter
 from lora_jax.model import prompts, transformer
-from lora_jax.runs import config as config_lib, experiment, sweep, variants, warm_start
+from lora_jax.runs import build, config as config_lib, experiment, sweep, variants, warm_start
 from lora_jax.training import train
 from tests.test_experiment import compiled, config, files  # noqa: F401, fixtures
 
@@ -61,8 +61,8 @@ def adapted(config):  # noqa: F811
   """(model, params, mask, method) of a config."""
   config = config_lib.resolve(config)
   task = tasks.get(**config.task)
-  model = experiment.load(config, task, sharding.make_mesh(1))
-  return model, *experiment.adapt(config, task, model)[:2], config.method
+  model = build.load(config, task, sharding.make_mesh(1))
+  return model, *build.adapt(config, task, model)[:2], config.method
 
 
 def moved(params, mask):

@@ -1,61 +1,28 @@
 """Scores of models on a task: a head's outputs, or label log-likelihoods and generated texts from one pass.
 
-What is scored are `Members`: one model, or a population's, which share a base and see the same batches.
+What is scored are `Members` (members.py): one model, or a population's. An `Evaluation` can be run, or compiled ahead.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax import errors, sharding, tasks, tree
+from lora_jax import errors, tasks
 from lora_jax.batches import causal, classification, encoder_decoder
-from lora_jax.inference import beam, decode, generate
+from lora_jax.inference import beam, decode, generate, members as members_lib
+from lora_jax.inference.members import Call, Evaluation, Members
 from lora_jax.model import prompts, transformer
-from lora_jax.training import objectives, population, train
+from lora_jax.training import train
+from lora_jax.training.objectives import likelihood
 from lora_jax.values import Count, Size
 
 Place = Callable[[dict], dict]
-
-
-@dataclasses.dataclass(frozen=True)
-class Members:
-  """Models of one config that are scored together.
-
-  Fields:
-    shared: the parameters that all have; of one model all of them.
-    own: those that each has for itself [P, ...], None in the places of others; None for one model.
-    soft: the soft tokens that they ask for, `prompts.of` any of them.
-    n: P.
-  """
-
-  shared: Any
-  own: Any = None
-  soft: prompts.Soft | None = None
-  n: int = 1
-
-  def __call__(self, fn: Callable, config: transformer.Config, *arrays: Any, static: tuple = ()) -> Any:
-    """`fn(config, params, *arrays, *static)` of each member: arrays with a leading P, all of them in each process.
-
-    `static` is hashable.
-    """
-    return sharding.to_host(self._jitted()(fn, config, static, self.own, self.shared, arrays))
-
-  def compile(self, fn: Callable, config: transformer.Config, *arrays: Any, static: tuple = ()) -> None:
-    """Compiles what a call with these arguments runs."""
-    self._jitted().lower(fn, config, static, self.own, self.shared, arrays).compile()
-
-  def _jitted(self) -> Callable:
-    return _jitted(self.own is not None)
-
-  def shapes(self) -> "Members":
-    """Members to compile for, whose own arrays may be given away meanwhile."""
-    shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
-    return dataclasses.replace(self, own=jax.tree.map(shape, self.own))
+CHUNK = 2048  # positions of a text whose logits exist at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,24 +39,6 @@ class Search:
   length_penalty: float = 1.0
   no_repeat_ngram: Size = 0
   early_stopping: bool | Literal["never"] = False
-
-
-def one(params: Any) -> Members:
-  """One model as `Members`."""
-  return Members(params, soft=prompts.of(params))
-
-
-@functools.cache
-def _jitted(several: bool) -> Callable:
-  """`_run`, compiled for one model or several."""
-  return jax.jit(_run, static_argnums=(0, 1, 2), compiler_options=population.compiler_options() if several else None)
-
-
-def _run(fn, config, static, own, shared, arrays):
-  if own is None:
-    return jax.tree.map(lambda x: x[None], fn(config, shared, *arrays, *static))
-  each = lambda own: fn(config, tree.join(own, shared), *arrays, *static)
-  return jax.vmap(each, spmd_axis_name="population")(own)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 6, 7, 8, 9))
@@ -152,11 +101,11 @@ def _best(config, params, cache, logits, ids, lengths, new, end, search) -> jax.
 
 
 def run(config: transformer.Config, params: Any, *args: Any, **kw: Any) -> dict[str, float]:
-  """What `run_members` gives, for one model."""
-  return run_members(config, one(params), *args, **kw)[0]
+  """What `answers` come to, of one model."""
+  return answers(config, members_lib.one(params), *args, **kw).run()[0]
 
 
-def run_members(
+def answers(
   config: transformer.Config,
   members: Members,
   tokenizer: Any,
@@ -172,9 +121,8 @@ def run_members(
   place: Place = lambda batch: batch,
   progress: Callable[[int, int], None] = lambda done, total: None,
   written: Callable[[int, list[str]], None] = lambda member, texts: None,
-  ahead: bool = False,
-) -> list[dict[str, float]]:
-  """Metrics of a task over `examples`, of each member.
+) -> Evaluation:
+  """Metrics of a task over `examples`, {name: value} of each member.
 
   Those of `task.metrics`, such as `accuracy`, take as the prediction the label of the highest log-likelihood, summed
   over its tokens, or in a regression the number in the generated text (nan where there is none). After them come
@@ -191,7 +139,6 @@ def run_members(
     place: puts a batch's arrays on the mesh.
     progress: called with (examples done, all).
     written: called with each member and the texts that it has generated, in the order of `examples`.
-    ahead: only compile what would run, and return nothing.
   """
   config = dataclasses.replace(config, scan=True)  # each prompt length compiles anew: fast compiling is worth more
   new = max_new_tokens
@@ -201,34 +148,39 @@ def run_members(
     raise errors.UserError(f"config.eval.max_new_tokens=0 scores labels alone, and task {task.name!r} has none")
   end = tokenizer.end_ids or decode.NEVER
   texts, predictions = [{} for _ in range(members.n)], [{} for _ in range(members.n)]
-  kind, how = (
-    encoder_decoder if config.encoder_layers else causal,
-    dict(batch_size=batch_size, seq_len=seq_len, same_length=same_length, soft=members.soft),
-  )
-  for batch in kind.eval_batches(task, examples, tokenizer, **how):
-    inputs = place({k: v for k, v in batch.items() if k != "index"})
-    call = score, config, *(inputs[k] for k in ("tokens", "lengths", "labels", "label_lengths"))
-    if ahead:
-      members.compile(*call, static=(new, end, start, search))
-      continue
-    lls, outs = map(np.asarray, members(*call, static=(new, end, start, search)))
+
+  def take(index, found):
+    lls, outs = map(np.asarray, found)
     for p in range(members.n):
-      for ll, out, index in zip(lls[p], outs[p], batch["index"].tolist(), strict=True):
-        if index >= 0:
+      for ll, out, i in zip(lls[p], outs[p], index, strict=True):
+        if i >= 0:
           text = tokenizer.decode(generate.until_end(out, end)) if new else ""
-          texts[p] |= {index: text} if new else {}
-          predictions[p][index] = int(ll.argmax()) if task.labels else tasks.number(text)
+          texts[p] |= {i: text} if new else {}
+          predictions[p][i] = int(ll.argmax()) if task.labels else tasks.number(text)
     progress(len(predictions[0]), len(examples))
-  if ahead:
-    return []
-  texts = [[found[i] for i in range(len(examples))] for found in texts] if new else []
-  for member, found in enumerate(texts):
-    written(member, found)
-  values = [_metrics(task, examples, p) for p in predictions]
-  return [v | _generated(task, examples, t) for v, t in zip(values, texts, strict=True)] if new else values
+
+  def calls() -> Iterator[Call]:
+    kind = encoder_decoder if config.encoder_layers else causal
+    how = dict(batch_size=batch_size, seq_len=seq_len, same_length=same_length, soft=members.soft)
+    for batch in kind.eval_batches(task, examples, tokenizer, **how):
+      inputs = place({k: v for k, v in batch.items() if k != "index"})
+      arrays = tuple(inputs[k] for k in ("tokens", "lengths", "labels", "label_lengths"))
+      taken = functools.partial(take, batch["index"].tolist())
+      yield Call(score, config, arrays, taken, static=(new, end, start, search))
+
+  def result() -> list[dict[str, float]]:
+    values = [_metrics(task, examples, p) for p in predictions]
+    if not new:
+      return values
+    ordered = [[found[i] for i in range(len(examples))] for found in texts]
+    for member, found in enumerate(ordered):
+      written(member, found)
+    return [v | _generated(task, examples, t) for v, t in zip(values, ordered, strict=True)]
+
+  return Evaluation(members, calls(), result)
 
 
-def text_loss(
+def text_losses(
   config: transformer.Config,
   members: Members,
   tokenizer: Any,
@@ -238,40 +190,43 @@ def text_loss(
   seq_len: int = 256,
   same_length: bool = False,
   place: Place = lambda batch: batch,
-  ahead: bool = False,
-) -> list[float]:
-  """Mean cross-entropy a token of language models on texts, each cut to `seq_len` tokens, in nats.
+) -> Evaluation:
+  """Mean cross-entropy a token of language models on texts, each cut to `seq_len` tokens, in nats; of each member.
 
   Soft tokens stand before the text, after the token that begins it where they do not precede that one.
-
-  Args:
-    ahead: as in `run_members`.
   """
   if config.encoder_layers or not config.causal:
     raise errors.UserError("config.eval.general: only decoders predict the next token of a text")
   config = dataclasses.replace(config, scan=True)
-  soft, rows = members.soft, []
+  sums = []
+
+  def calls() -> Iterator[Call]:
+    rows = _text_rows(tokenizer, texts, members.soft, seq_len)
+    for batch in causal.longest_first(rows, tokenizer, batch_size, seq_len, same_length):
+      del batch["lengths"], batch["index"]
+      yield Call(_text_loss, config, (place(batch),), sums.append)
+
+  return Evaluation(members, calls(), lambda: [float(x / n) for x, n in np.sum(np.array(sums, float), axis=0)])
+
+
+def _text_rows(tokenizer: Any, texts: Sequence[str], soft: prompts.Soft | None, seq_len: int) -> list[causal.Batch]:
+  """Texts of two tokens or more as rows of a batch."""
+  rows = []
   for ids in tokenizer.encode_batch(texts, add_special_tokens=True):
     if len(ids) > 1:
       ids, begins = np.array(ids[: prompts.room(soft, seq_len) + 1], np.int32), ids[0] == tokenizer.bos_id
       counts = np.arange(len(ids)) > 0  # nothing but soft tokens precedes the first
       rows.append(causal.row(ids, counts.astype(np.float32), soft, int(begins), begins))
-  total = 0.0
-  for batch in causal.longest_first(rows, tokenizer, batch_size, seq_len, same_length):
-    del batch["lengths"], batch["index"]
-    if ahead:
-      members.compile(_text_loss, config, place(batch))
-    else:
-      total += np.array(members(_text_loss, config, place(batch)), float)
-  return [] if ahead else [float(loss / weight) for loss, weight in total]
+  return rows
 
 
 def _text_loss(config, params, batch):
-  loss, weight, _ = objectives.causal_lm(train.Forward(config), params, batch)
-  return jnp.stack([loss, weight])
+  projection, weights = train.Forward(config).projection(params, batch), batch["weights"]
+  loss, _ = likelihood.cross_entropy(projection, batch["targets"], weights, chunk=CHUNK)
+  return jnp.stack([loss, weights.sum()])
 
 
-def run_classifiers(
+def outputs(
   config: transformer.Config,
   members: Members,
   tokenizer: Any,
@@ -283,28 +238,28 @@ def run_classifiers(
   same_length: bool = False,
   place: Place = lambda batch: batch,
   progress: Callable[[int, int], None] = lambda done, total: None,
-  ahead: bool = False,
-) -> list[dict[str, float]]:
+) -> Evaluation:
   """`task.metrics` of models with a head over `examples`, of each member.
 
   Args:
-    place, progress, ahead: as in `run_members`.
+    place, progress: as in `answers`.
   """
-  predictions, how = (
-    [{} for _ in range(members.n)],
-    dict(batch_size=batch_size, seq_len=seq_len, same_length=same_length, soft=members.soft),
-  )
-  for batch in classification.eval_batches(task, examples, tokenizer, **how):
-    index = batch.pop("index")
-    if ahead:
-      members.compile(predict, config, place(batch))
-      continue
-    outputs = np.asarray(members(predict, config, place(batch)))
-    values = outputs.argmax(-1) if task.labels else outputs[..., 0]
-    for found, vs in zip(predictions, values, strict=True):
-      found |= {int(i): v.item() for i, v in zip(index, vs, strict=True) if i >= 0}
+  predictions = [{} for _ in range(members.n)]
+
+  def take(index, found):
+    found = np.asarray(found)
+    values = found.argmax(-1) if task.labels else found[..., 0]
+    for member, vs in zip(predictions, values, strict=True):
+      member |= {i: v.item() for i, v in zip(index, vs, strict=True) if i >= 0}
     progress(len(predictions[0]), len(examples))
-  return [] if ahead else [_metrics(task, examples, p) for p in predictions]
+
+  def calls() -> Iterator[Call]:
+    how = dict(batch_size=batch_size, seq_len=seq_len, same_length=same_length, soft=members.soft)
+    for batch in classification.eval_batches(task, examples, tokenizer, **how):
+      index = batch.pop("index").tolist()
+      yield Call(predict, config, (place(batch),), functools.partial(take, index))
+
+  return Evaluation(members, calls(), lambda: [_metrics(task, examples, p) for p in predictions])
 
 
 def predict(config: transformer.Config, params: Any, batch: dict) -> jax.Array:

@@ -11,12 +11,11 @@ from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
-from lora_jax import errors, methods, models, sharding, tasks, values
-from lora_jax.batches import causal, classification, encoder_decoder
+from lora_jax import batches as batches_lib, errors, methods, models, sharding, tasks, values
 from lora_jax.formats import hf
 from lora_jax.inference import evaluate
 from lora_jax.training import objectives, optim
-from lora_jax.values import Count, Field, Seed, Share, Size
+from lora_jax.values import Count, Field, Seed, Size
 
 SWEEP = ("sweep", "table")  # sections of a sweep alone
 
@@ -62,23 +61,13 @@ def examples(*, train_examples: Size = 0, seed: Seed | None = None) -> None:
   """
 
 
-def prompts(*, prompt_loss_weight: Share | None = None) -> None:
-  """What the prompt counts.
-
-  Args:
-    prompt_loss_weight: the weight of a prompt's tokens in the loss, where a response's have 1; None is what suits the
-      task, or 0.1 where it does not say.
-  """
-
-
+# What a run gives the iterators of batches itself, or an objective does.
 GIVEN = ("task", "examples", "tokenizer", "start", "prompt_loss_weight", "seed", "process_index", "process_count")
 GIVEN += ("multiple", "soft")
-# Keys of an objective's batches; what prompts count is known where they are predicted.
-BATCHES = {"causal_lm": (prompts,), "classification": ()}
 PARTS = {
   "model": (models.FIELDS,),
   "data": (
-    *(values.fields(kind.train_iterator, without=GIVEN) for kind in (causal, classification, encoder_decoder)),
+    *(values.fields(kind.train_iterator, without=GIVEN) for kind in batches_lib.kinds()),
     values.fields(examples),
   ),
   "optim": (values.fields(optim.make, without=("steps", "direction", "wrap")),),
@@ -86,7 +75,7 @@ PARTS = {
   "mesh": (values.fields(sharding.make_mesh),),
   "eval": (
     values.fields(evaluation),
-    values.fields(evaluate.run_members, only=("batch_size", "seq_len", "same_length", "max_new_tokens")),
+    values.fields(evaluate.answers, only=("batch_size", "seq_len", "same_length", "max_new_tokens")),
     values.fields(evaluate.Search),
   ),
 }
@@ -177,7 +166,7 @@ def section(name: str, given: Any) -> Any:
   if not isinstance(given, Mapping):
     raise errors.UserError(f"{where} is a section with keys, not {values.shown(given)}")
   if name == "objective":
-    given = {"name": "causal_lm"} | dict(given)
+    given = {"name": objectives.DEFAULT} | dict(given)
   if not given.get("name"):
     raise errors.UserError(f"{where} needs a name")
   if not isinstance(given["name"], str):
@@ -192,9 +181,7 @@ def named_fields(name: str, of: Any) -> dict[str, Field]:
     return tasks.fields(of)
   if name == "method":
     return methods.fields(of)
-  objective = errors.choose(of, objectives.OBJECTIVES, "objective")
-  own = [values.fields(objective, without=("forward", "params", "batch", "most")), *map(values.fields, BATCHES[of])]
-  return {k: f for part in own for k, f in part.items()}
+  return objectives.fields(of)
 
 
 def for_batches(config: Config, kind: ModuleType) -> dict[str, Any]:
@@ -208,17 +195,7 @@ def for_batches(config: Config, kind: ModuleType) -> dict[str, Any]:
       raise errors.UserError(
         f"config.data.{k}={v!r} is nothing that batches of this model take ({what}.py); leave it out"
       )
-  if "prompt_loss_weight" not in own and config.objective.get("prompt_loss_weight") is not None:
-    raise errors.UserError(
-      "config.objective.prompt_loss_weight: an encoder-decoder does not predict prompts; leave it out"
-    )
   return found
-
-
-def prompt_loss_weight(config: Config, task: tasks.Task) -> float:
-  """What the config says, else what suits the task, else 0.1."""
-  asked = config.objective["prompt_loss_weight"], task.prompt_loss_weight
-  return next((float(x) for x in asked if x is not None), 0.1)
 
 
 def finished(config: Config, workdir: pathlib.Path) -> bool:

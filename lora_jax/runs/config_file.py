@@ -16,6 +16,7 @@ import ml_collections
 
 from lora_jax import errors, progress, values
 from lora_jax.runs import config as config_lib
+from lora_jax.training import objectives
 
 
 def load(name: str) -> dict:
@@ -111,7 +112,7 @@ def _value(config: Mapping, section: str, keys: Sequence[str], text: str) -> Any
     raise errors.UserError(f"{where} is a list; give it as a whole: --{where}='[...]'")
   fields = config_lib.FIELDS.get(section)
   if fields is None:
-    fields = config_lib.named_fields(section, given.get("name", "causal_lm" if section == "objective" else ""))
+    fields = config_lib.named_fields(section, given.get("name", objectives.DEFAULT if section == "objective" else ""))
   if keys[0] not in fields:
     raise errors.UserError(f"unknown key {where}.{keys[0]}; {errors.nearest(keys[0], fields)}")
   if len(keys) > 1:  # an entry of a mapping, such as rank_pattern; what it has to be the whole says

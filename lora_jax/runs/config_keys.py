@@ -23,7 +23,7 @@ SOURCES = {
   "optim": (optim.make_schedule, optim.transformation),
   "train": (config.train,),
   "mesh": (sharding.make_mesh,),
-  "eval": (config.evaluation, evaluate.run_members, evaluate.Search),
+  "eval": (config.evaluation, evaluate.answers, evaluate.Search),
 }
 WIDTH = 120
 
@@ -48,13 +48,13 @@ def sections() -> Iterator[tuple[str, str, dict[str, values.Field], dict[str, st
     if name in config.FIELDS:
       yield name, "", config.FIELDS[name], meanings(*SOURCES[name])
       continue
-    for of in {"method": methods.names(), "task": tasks.names(), "objective": list(objectives.OBJECTIVES)}[name]:
+    for of in {"method": methods.names(), "task": tasks.names(), "objective": objectives.names()}[name]:
       yield name, of, config.named_fields(name, of), meanings(*_sources(name, of))
 
 
 def _sources(section: str, of: str) -> list[Callable]:
   if section == "objective":
-    return [objectives.OBJECTIVES[of], *config.BATCHES[of]]
+    return list(objectives.functions(of).values())
   module = importlib.import_module(f"lora_jax.{section}s.{of}")
   if section == "task":
     return [fn for k in tasks.FUNCTIONS if (fn := getattr(module, k, None)) is not None]

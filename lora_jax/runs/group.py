@@ -5,12 +5,10 @@ report.md, summary.json), but for checkpoints, which hold the whole group.
 """
 
 import concurrent.futures
-import contextlib
 import dataclasses
 import functools
 import json
 import pathlib
-import time
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -18,14 +16,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from lora_jax import methods, models, progress, sharding, tasks, tree, weights
+from lora_jax import methods, models, sharding, tasks, tree, weights
 from lora_jax.formats import checkpoint, hf
-from lora_jax.inference import evaluate
+from lora_jax.inference import members as members_lib
 from lora_jax.model import prompts
-from lora_jax.results import report, usage
-from lora_jax.runs import config as config_lib, experiment
+from lora_jax.results import report
+from lora_jax.runs import build as build_lib, experiment, loop, scores
 from lora_jax.runs.config import Config
-from lora_jax.training import metrics, optim, population, step_log, train
+from lora_jax.training import auxiliary, metrics, objectives, optim, population, train
 from lora_jax.weights import fused
 
 
@@ -51,7 +49,9 @@ def identity(names: Iterable[str]) -> str:
 
 @dataclasses.dataclass
 class Group:
-  """Members made real, as `experiment.Experiment` is one run; P counts what fills the mesh's population axis too.
+  """Members made real, for runs/loop.py, as `experiment.Experiment` is one run.
+
+  P counts what fills the mesh's population axis too.
 
   Fields:
     members: {name: Experiment} without state, whose trees have shapes where arrays are the population's.
@@ -63,10 +63,11 @@ class Group:
   trees: population.Trees
   hyper: population.Hyper
   state: population.State
-  step: train.Stepper
+  stepper: train.Stepper
   batches: list
   between: list
   mesh: jax.sharding.Mesh
+  aux: auxiliary.Auxiliary | None = None
 
   @property
   def steps(self) -> int:
@@ -84,13 +85,46 @@ class Group:
 
   def arguments(self, batch: Mapping) -> tuple:
     """What the step takes after the state."""
-    return self.hyper, self.trees.own, self.trees.shared, batch
+    return self.hyper, self.trees.own, self.trees.shared, self.aux, batch
 
-  def scored(self) -> evaluate.Members:
-    """The members as they are now, for evaluation."""
+  def advance(self) -> dict[str, jax.Array]:
+    """Takes a step; its metrics [P], which may still be being computed."""
+    self.state, values = self.stepper(self.state, *self.arguments(self.next_batch()))
+    return values
+
+  def change(self, step: int) -> None:
+    """What methods do to the members that go on after `step`."""
+    for period, change in self.between:
+      if step % period == 0 and step < self.steps:
+        self.state = change(self.hyper, self.state)
+
+  def done(self) -> int:
+    """How many steps are done."""
+    return int(np.max(self.state.members.step))
+
+  def alive(self) -> np.ndarray:
+    """bool [P]: of the members, not what fills the mesh."""
+    return np.asarray(self.state.alive)[: len(self.members)]
+
+  def subject(self) -> scores.Subject:
+    """What is scored: the members as they are now."""
+    first = next(iter(self.members.values()))
     own = self.state.members.params(self.trees.own)
     soft = prompts.of(tree.join(jax.tree.map(lambda x: x[0], own), self.trees.shared))
-    return evaluate.Members(self.trees.shared, own, soft, self.hyper.steps.size)
+    model = dataclasses.replace(first.model, config=_architecture(first.model))
+    members = members_lib.Members(self.trees.shared, own, soft, self.hyper.steps.size)
+    return scores.Subject(first.config, model, first.task, members, self.mesh)
+
+  def save(self, saved: checkpoint.Checkpoints, step: int) -> None:
+    """Saves the members without what fills the mesh, so that another mesh can go on."""
+    saved.save(step, rows(self.state, len(self.members)), [b.get_state() for b in self.batches])
+
+  def restore(self, saved: checkpoint.Checkpoints, step: int) -> None:
+    """Goes to where `save` was called, on this mesh."""
+    state, data_state = saved.restore(step, rows(self.state, len(self.members)))
+    self.state = placed_like(state, self.state)
+    for batches, at in zip(self.batches, data_state, strict=True):
+      batches.set_state(at)
 
   def on_host(self) -> "Group":
     """The group without optimiser states, and what it trained in this process's memory, for `member`."""
@@ -112,25 +146,41 @@ def build(configs: Mapping[str, Config], task: tasks.Task, mesh: jax.sharding.Me
   everyone += everyone[-1:] * (-len(everyone) % mesh.shape["population"])  # whose results nobody reads
   adapted, base = [], model
   for c in everyone:
-    adapted.append(experiment.adapt(c, task, base))
+    adapted.append(build_lib.adapt(c, task, base))
     base = dataclasses.replace(base, params=fused.like(base.params, adapted[-1][0]))
+  soft = prompts.of(adapted[0][0])
   if jax.tree.structure(base.params) != jax.tree.structure(model.params):  # parts that all share are split once
-    adapted = [experiment.adapt(c, task, base) for c in everyone]
+    adapted = [build_lib.adapt(c, task, base) for c in everyone]
   sources, which = _sources(everyone)
   with concurrent.futures.ThreadPoolExecutor(1) as pool:  # texts are read while programs compile
-    reading = pool.submit(_batches, sources, model, task, prompts.of(adapted[0][0]))
+    reading = pool.submit(_batches, sources, model, task, soft)
     members = {n: _member(c, task, mesh, model, *a) for (n, c), a in zip(configs.items(), adapted, strict=False)}
     held = None if adapted[0][2] is None else [a[2] for a in adapted]
     trees = population.stack([a[:2] for a in adapted], held)
+    aux = build_lib.auxiliary_tree(everyone[0], base, adapted[0][0], trees.shared, mesh)
     del adapted
-    hyper = population.hyper(everyone, which, trees.dropout)
+    hyper = population.hyper(
+      steps=[c.train.steps for c in everyone],
+      seeds=[c.train.seed for c in everyone],
+      optim=[dataclasses.asdict(c.optim) for c in everyone],
+      batches=which,
+      dropout=trees.dropout,
+    )
+    first = everyone[0]
+    how = dataclasses.asdict(first.optim) | methods.wrappers(first.method, first.train.steps)
+    make_optimiser = functools.partial(population.optimiser, **how)
     placed = functools.partial(sharding.put, place=sharding.stacked(weights.placer(trees.member(), mesh)))
     with jax.set_mesh(mesh):
-      state = placed(population.init_state(everyone[0], trees, hyper))
+      state = placed(population.init_state(trees, hyper, make_optimiser))
     batches = reading.result()
   trees = dataclasses.replace(trees, own=placed(trees.own), trainable=None, held=None)
   step = population.make_step(
-    *experiment.computes(everyone[0], _architecture(model), len(everyone)), everyone[0], shared_batch=len(sources) == 1
+    build_lib.make_forward(first, _architecture(model), len(everyone)),
+    objectives.make(**first.objective),
+    make_optimiser,
+    shared_batch=len(sources) == 1,
+    accumulate=first.train.accumulate,
+    penalty=methods.penalty(first.method),
   )
   placement = jax.tree.map(lambda x: x.sharding, state)
   changes = [
@@ -138,9 +188,9 @@ def build(configs: Mapping[str, Config], task: tasks.Task, mesh: jax.sharding.Me
     for n, fn in methods.between(everyone[0].method)
   ]
   stepper = train.Stepper(step, state, population.compiler_options())
-  group = Group(members, trees, placed(hyper), state, stepper, batches, changes, mesh)
+  group = Group(members, trees, placed(hyper), state, stepper, batches, changes, mesh, aux)
   for exp, k in zip(members.values(), which, strict=False):
-    exp.step, exp.batches = group.step, batches[k]  # the latter for what they say of the examples
+    exp.stepper, exp.batches = group.stepper, batches[k]  # for what they say of memory and examples
   return group
 
 
@@ -158,7 +208,7 @@ def _member(config, task, mesh, model, params, mask, held) -> experiment.Experim
   shapes = lambda x: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), x)
   state = train.State(np.int32(0), shapes(trainable), None, held and shapes(held))
   model = dataclasses.replace(model, params=None)
-  return experiment.Experiment(config, mesh, model, task, state, frozen, None, None, mask, [])
+  return experiment.Experiment(config, mesh, model, task, state, frozen, mask, None, None, [])
 
 
 def _sources(configs: Sequence[Config]) -> tuple[list[Config], list[int]]:
@@ -179,7 +229,7 @@ def _batches(configs: Sequence[Config], model: models.Model, task: tasks.Task, s
   out, whole = [], None
   for c in configs:
     if c.data.train_examples or whole is None:
-      out.append(experiment.batches(c, model, task, soft))
+      out.append(build_lib.batches(c, model, task, soft))
       whole = whole if c.data.train_examples else out[-1]
     else:
       out.append(whole.reseeded(c.data.seed))
@@ -190,131 +240,20 @@ def run(
   group: Group,
   workdir: pathlib.Path,
   checkpoints: pathlib.Path,
-  before: Callable[[], experiment.Scores],
+  before: Callable[[], scores.Scores],
   command: str = "",
 ) -> None:
-  """Trains, scores and writes a group; goes on from its last checkpoint.
+  """Trains, scores and writes a group, or what is left of it; see `loop.train`.
 
   Args:
-    workdir: holds `members/<name>`; those that are finished are left alone.
-    checkpoints: a directory for those of the group.
-    before: gives the scores of the pretrained model.
+    workdir: holds `members/<name>`.
   """
-  experiment.say_cut(next(iter(group.members.values())).config, group.batches)
-  started, directories = time.perf_counter(), [workdir / "members" / name for name in group.members]
-  with contextlib.ExitStack() as stack:
-    stack.enter_context(jax.set_mesh(group.mesh))
-    saved = stack.enter_context(checkpoint.Checkpoints(checkpoints))
-    start = saved.latest_step() or 0
-    if start:
-      group.state, data_state = restore(saved, start, group.state, len(group.members))
-      for batches, state in zip(group.batches, data_state, strict=True):
-        batches.set_state(state)
-      progress.say(f"going on from the checkpoint of step {start}")
-    known, compiling = None if start else before(), experiment.compile_scores(*_scoring(group, "after", "test"))
-    outs = []
-    for directory, exp in zip(directories, group.members.values(), strict=True):
-      config_lib.finished(exp.config, directory)
-      if jax.process_index() == 0:
-        metrics.write_json(directory / "config.json", exp.config.to_dict())
-      outs.append(stack.enter_context(metrics.Metrics(directory, group.steps, start, bar=False)))
-      if not start and not any(_has(r, "before") for r in outs[-1].history()):
-        experiment.record(outs[-1], 0, "before", known)
-    failed = fit(group, outs, saved)
-    concurrent.futures.wait([compiling])
-    values = _scores(group, "after", "test")
-    group = group.on_host()
-    for i, exp in enumerate(group.members.values()):
-      if (directories[i] / "summary.json").exists():
-        continue
-      if i not in failed:
-        experiment.record(outs[i], exp.config.train.steps, "after", values[i])
-      write(group, i, directories[i], outs[i].history(), failed.get(i), time.perf_counter() - started, command)
+  directories = [workdir / "members" / name for name in group.members]
+  more = {"population": len(group.members), "group": identity(group.members)}
+  loop.train(group, directories, checkpoints, before=before, strict=False, command=command, more=more)
 
 
-def write(
-  group: Group, i: int, directory: pathlib.Path, history: list[dict], error: str | None, seconds: float, command: str
-) -> None:
-  """The adapter, report and summary of a member, or a summary that says why it failed."""
-  together = {"population": len(group.members), "group": identity(group.members)}
-  if error:
-    summary = {"error": error} | together
-  else:
-    exp = group.member(i)
-    experiment.export(exp, directory)
-    summary = experiment.summarise(exp, history, seconds) | together
-    if jax.process_index() == 0:
-      use = usage.section(exp.model, directory, exp.task.labels or ())
-      report.write_report(directory, summary, history, exp.config.to_dict(), command, use, plot=False)
-  if jax.process_index() == 0:
-    metrics.write_json(directory / "summary.json", summary)
-
-
-def _scoring(group: Group, prefix: str, split: str) -> tuple:
-  """The arguments of `experiment.scores`."""
-  first = next(iter(group.members.values()))
-  model = dataclasses.replace(first.model, config=_architecture(first.model))
-  return first.config, model, first.task, group.scored(), group.mesh, prefix, split
-
-
-def _scores(group: Group, prefix: str, split: str) -> list[experiment.Scores]:
-  return experiment.scores(*_scoring(group, prefix, split))
-
-
-def fit(group: Group, outs: Sequence[metrics.Metrics], saved: checkpoint.Checkpoints) -> dict[int, str]:
-  """Trains to the last step of the longest run; returns {member: what went wrong}."""
-  config = next(iter(group.members.values())).config
-  run, every = config.train, config.eval.every
-  start = int(np.max(group.state.members.step))
-  bar = progress.Progress(group.steps, "step", start)
-  failed = {}
-
-  def diverged(step, i, values):
-    failed[i] = f"{step_log.not_finite(step, values)}. {step_log.ADVICE}"
-    progress.say(f"{list(group.members)[i]}: {failed[i]}; it is left as it was, the others go on")
-
-  def shown(step, loss=None, tokens_per_second=None):
-    text = "" if loss is None else f"mean loss {loss:.3f}  {tokens_per_second:,.0f} tokens/s"
-    bar.update(step, text)
-
-  steps = [exp.config.train.steps for exp in group.members.values()]
-  log = step_log.Log(outs, group.step, steps, run.log_every, diverged, shown)
-  for i in np.flatnonzero(~np.asarray(group.state.alive))[: len(outs)]:
-    if i < len(outs):
-      failed[int(i)] = f"its loss was not finite before step {start}. {step_log.ADVICE}"
-      log.stop(i)
-  for step in range(start + 1, group.steps + 1):
-    if every and step > 1 and (step - 1) % every == 0:
-      log.flush()
-      since = time.perf_counter()
-      for i, values in enumerate(_scores(group, "validation", "validation")[: len(outs)]):
-        if step - 1 <= steps[i] and not any(r["step"] == step - 1 and _has(r, "validation") for r in outs[i].history()):
-          experiment.record(outs[i], step - 1, "validation", values)
-      log.skip(time.perf_counter() - since)
-    group.state, values = group.step(group.state, *group.arguments(group.next_batch()))
-    for period, change in group.between:
-      if step % period == 0 and step < group.steps:
-        group.state = change(group.hyper, group.state)
-    log.add(step, values)
-    if step == group.steps or step % run.checkpoint_every == 0:
-      log.flush(write=True)
-      save(saved, step, group.state, len(group.members), [b.get_state() for b in group.batches])
-  bar.close()
-  return failed
-
-
-def save(saved: checkpoint.Checkpoints, step: int, state: population.State, n: int, data_state: Any) -> None:
-  """Saves the n members of a state without what fills the mesh, so that another mesh can go on."""
-  saved.save(step, _rows(state, n), data_state)
-
-
-def restore(saved: checkpoint.Checkpoints, step: int, like: population.State, n: int) -> tuple[population.State, Any]:
-  """(state, data_state) that `save` saved, with as many rows as `like` and placed like it."""
-  state, data_state = saved.restore(step, _rows(like, n))
-  return jax.tree.map(lambda x, y: jax.device_put(x, y.sharding), _rows(state, like.alive.size), like), data_state
-
-
-def _rows(state: population.State, n: int) -> population.State:
+def rows(state: population.State, n: int) -> population.State:
   """The first n rows of a state, or all and copies of the last; a number that may not divide over the mesh."""
   if n == state.alive.size:
     return state
@@ -322,8 +261,9 @@ def _rows(state: population.State, n: int) -> population.State:
   return jax.tree.map(lambda x: jax.device_put(x, whole(x))[np.minimum(np.arange(n), len(x) - 1)], state)
 
 
-def _has(row: Mapping, prefix: str) -> bool:
-  return any(k.startswith(f"{prefix}/") for k in row)
+def placed_like(state: population.State, like: population.State) -> population.State:
+  """A state with as many rows as another, and placed like it."""
+  return jax.tree.map(lambda x, y: jax.device_put(x, y.sharding), rows(state, like.alive.size), like)
 
 
 def fits(group: Group, limit: int | None) -> bool:
@@ -333,10 +273,10 @@ def fits(group: Group, limit: int | None) -> bool:
   """
   states = [b.get_state() for b in group.batches]
   with jax.set_mesh(group.mesh):
-    group.step.compile(group.state, *group.arguments(group.next_batch()))
+    group.stepper.compile(group.state, *group.arguments(group.next_batch()))
   for b, state in zip(group.batches, states, strict=True):
     b.set_state(state)
-  return limit is None or group.step.memory_bytes <= limit
+  return limit is None or group.stepper.memory_bytes <= limit
 
 
 def finished(directory: pathlib.Path) -> bool:

@@ -25,18 +25,21 @@ from jax.experimental import multihost_utils
 
 from lora_jax import errors, files, memory, progress, sharding, tasks
 from lora_jax.formats import adapter, hf
-from lora_jax.inference import evaluate
+from lora_jax.inference import members as members_lib
 from lora_jax.results import comparison, curves, report, subspace, table_layout, tables
 from lora_jax.runs import (
+  build,
   config as config_lib,
   experiment,
   group as group_lib,
+  needs,
+  scores,
   variants,
   warm_start,
   workdir as workdir_lib,
 )
 from lora_jax.runs.config import Config
-from lora_jax.training import metrics
+from lora_jax.training import metrics, objectives
 
 
 def groups(configs: Mapping[str, Config], most: int = 0) -> list[list[str]]:
@@ -55,7 +58,8 @@ def groups(configs: Mapping[str, Config], most: int = 0) -> list[list[str]]:
 
 def _base(config: Config) -> tuple[bool, str]:
   """(whether a member starts from an adapter, what its pretrained model is): that of a classifier has a head."""
-  outputs = tasks.get(**config.task).n_outputs if config.objective["name"] == "classification" else 0
+  classifies = objectives.make(**config.objective).head == "classification"
+  outputs = tasks.get(**config.task).n_outputs if classifies else 0
   return bool(config.train.init_from), json.dumps([dataclasses.asdict(config.model), outputs], sort_keys=True)
 
 
@@ -97,13 +101,13 @@ def run(config: Mapping, workdir: str | os.PathLike, command: str = "", shard: t
   if _finished(config, found, workdir):
     progress.say(f"{workdir} is complete: see {workdir / 'report.md'}, or give another --workdir")
     return hf.read_json(workdir / "summary.json")
-  mesh = experiment.make_mesh(next(iter(configs.values())))
+  mesh = build.make_mesh(next(iter(configs.values())))
   plan = _plan({n: configs[n] for n in mine}, workdir, options["max_members"])
   # While the data are prepared and found to be right; processes have to place arrays in one order.
   ahead = plan and jax.process_count() == 1 and not all(configs[n].train.init_from for n in plan[0])
-  loading = experiment.BACKGROUND.submit(_load, configs[plan[0][0]], mesh) if ahead else None
+  loading = scores.BACKGROUND.submit(_load, configs[plan[0][0]], mesh) if ahead else None
   for c in {group_lib.key(configs[n]): configs[n] for n in mine}.values():
-    experiment.check(c)
+    build.check(c)
   if jax.process_index() == 0:
     metrics.write_json(workdir / "config.json", config)
   progress.say(_told(plan, len(configs), shard))
@@ -183,7 +187,7 @@ def _told(plan: Sequence[Sequence[str]], n: int, shard: tuple[int, int]) -> str:
 
 def _load(config: Config, mesh: jax.sharding.Mesh) -> Any:
   """The pretrained model of a member."""
-  return experiment.load(config, tasks.get(**config.task), mesh)
+  return build.load(config, tasks.get(**config.task), mesh)
 
 
 def _over_one_model(plan: list, configs, workdir: pathlib.Path, mesh, loading, command: str, memory_gib, tick) -> None:
@@ -206,7 +210,7 @@ def _over_one_model(plan: list, configs, workdir: pathlib.Path, mesh, loading, c
     if scored not in known:
       known[scored] = _pretrained(first, model, task, mesh)
     if len(names) == 1:
-      _alone(names[0], first, workdir, model, known[scored]())
+      _alone(names[0], first, workdir, model, known[scored])
     else:
       plan = _together(chosen, workdir, task, mesh, model, known[scored], command, memory_gib) + plan
     tick()
@@ -223,22 +227,20 @@ def _waits(name: str, config: Config) -> bool:
   return False
 
 
-def _pretrained(
-  config: Config, model: Any, task: tasks.Task, mesh: jax.sharding.Mesh
-) -> Callable[[], experiment.Scores]:
+def _pretrained(config: Config, model: Any, task: tasks.Task, mesh: jax.sharding.Mesh) -> Callable[[], scores.Scores]:
   """A function that gives the scores of a model that is not trained; what it runs is compiled meanwhile."""
-  arguments = config, model, task, evaluate.one(model.params), mesh, "before", "test"
-  compiling = experiment.compile_scores(*arguments)
+  subject = scores.Subject(config, model, task, members_lib.one(model.params), mesh)
+  compiling = scores.compile_ahead(subject, "test")
 
   @functools.cache
-  def scores():
+  def found() -> scores.Scores:
     concurrent.futures.wait([compiling])
     with jax.set_mesh(mesh):
-      (found,) = experiment.scores(*arguments)
-    progress.say("before: " + "  ".join(f"{k} {v:.4f}" for k, v in found.values.items()))
-    return found
+      (one,) = scores.find(subject, "before", "test")
+    progress.say(scores.said("before", one))
+    return one
 
-  return scores
+  return found
 
 
 def _alone(name: str, config: Config, workdir: pathlib.Path, model, before) -> None:
@@ -279,11 +281,11 @@ def _fitting(configs, workdir, directory, task, mesh, model, before, command, me
   progress.say(f"{len(names)} members train together")
   try:
     limit = int(memory_gib * 2**30) or memory.available()
-    least = experiment.least_memory(configs[names[0]], task, model, len(names))
+    least = needs.least_memory(configs[names[0]], task, model, len(names))
     need = sum(least.values()) // mesh.size
     if limit is None or need <= limit:
       built = group_lib.build(configs, task, mesh, model)
-      need = 0 if group_lib.fits(built, limit) else built.step.memory_bytes
+      need = 0 if group_lib.fits(built, limit) else built.stepper.memory_bytes
   except errors.UserError:  # it may be the fault of one, which is found when it is alone
     return cut(names, 2)
   if limit is not None and need > limit:
@@ -382,7 +384,7 @@ def _subspaces(asked: Mapping, found: Mapping, workdirs: Sequence[pathlib.Path])
   config = found[next(iter(places), next(iter(found)))][1]
   progress.say(f"analysing the adapters of {len(places)} members")
   try:
-    model = experiment.load(config, tasks.get(**config.task), sharding.make_mesh(1))
+    model = build.load(config, tasks.get(**config.task), sharding.make_mesh(1))
     members = {n: adapter.load(model, places[n]) for n in found if n in places}
     return subspace.analyse(members, model.params, **asked)
   except errors.UserError as e:

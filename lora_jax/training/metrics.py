@@ -1,4 +1,4 @@
-"""What a run says and writes while it works: status lines, progress, metrics.jsonl and TensorBoard events.
+"""What a run writes while it works: metrics.jsonl and TensorBoard events.
 
 Numbers that are not finite are written as null. Files appear under their final names only when they are whole.
 """
@@ -15,24 +15,22 @@ from typing import Any
 
 import jax
 
-from lora_jax import errors, files, progress
+from lora_jax import errors, files
 from lora_jax.formats import hf
 
 
 class Metrics:
-  """Writer of `metrics.jsonl` and TensorBoard events, and the progress display of a training run.
+  """Writer of `metrics.jsonl` and TensorBoard events.
 
   In a run of many processes all may call it; process 0 alone writes. Use it as a context manager or call `close`.
   """
 
-  def __init__(self, workdir: str | pathlib.Path, total_steps: int, resume_step: int | None = None, bar: bool = True):
+  def __init__(self, workdir: str | pathlib.Path, resume_step: int | None = None):
     """Opens the files; what an earlier run in `workdir` logged after `resume_step` is dropped.
 
     Args:
       workdir: the directory of the run.
-      total_steps: steps of the whole run.
       resume_step: step that the run goes on from; None or 0 keeps only what was logged before the first step.
-      bar: whether there is a progress display.
 
     Raises:
       UserError: a line of `metrics.jsonl` other than a torn last one is not JSON.
@@ -48,7 +46,6 @@ class Metrics:
     self._file = self.path.open("a")
     events = str(self.path.parent / "tensorboard")
     self._events = _tensorboard().SummaryWriter(events, purge_step=start + 1 if start else 0, flush_secs=10)
-    self._progress = progress.Progress(total_steps, "step", start) if bar else None
 
   def log(self, step: int, values: Mapping[str, Any], prefix: str = "train") -> None:
     """Appends `{"step": step, "prefix/name": value, ...}` and the same as events; values are scalars."""
@@ -67,13 +64,6 @@ class Metrics:
       path = self.path.with_name("texts.json")
       write_json(path, read_texts(path) | {prefix: texts})
 
-  def progress(self, step: int, loss: float | None = None, tokens_per_second: float | None = None) -> None:
-    """Moves the bar to `step`, which may be called at every step; off a terminal prints where values are given."""
-    if self._writes and self._progress:
-      text = [] if loss is None else [f"loss {float(loss):.3f}"]
-      text += [] if tokens_per_second is None else [f"{float(tokens_per_second):,.0f} tokens/s"]
-      self._progress.update(step, "  ".join(text))
-
   def history(self) -> list[dict[str, float]]:
     """All rows so far, as `read_metrics`."""
     return read_metrics(self.path)
@@ -81,8 +71,6 @@ class Metrics:
   def close(self) -> None:
     """Flushes and closes everything."""
     if self._writes:
-      if self._progress:
-        self._progress.close()
       self._file.close()
       self._events.close()
 

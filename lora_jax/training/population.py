@@ -10,7 +10,6 @@ Both have zero gradients, so value and moments of the padding stay exactly zero.
 
 import dataclasses
 import functools
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -20,8 +19,8 @@ import numpy as np
 import optax
 from flax import struct
 
-from lora_jax import errors, methods, tree, weights
-from lora_jax.training import optim, train
+from lora_jax import errors, tree, weights
+from lora_jax.training import auxiliary, objectives, optim as optim_lib, train
 
 
 @struct.dataclass
@@ -186,22 +185,33 @@ def unstack(stacked: Any, i: int, like: Any) -> Any:
   return tree.map_named(lambda k, x: flat[k][(i, *(slice(n) for n in x.shape))], like)
 
 
-def hyper(configs: Sequence[Any], batches: Sequence[int], dropout: Mapping[str, list[float]]) -> Hyper:
-  """The hyperparameters of members from their resolved configs; see `Hyper`."""
-  steps = [c.train.steps for c in configs]
+def hyper(
+  *,
+  steps: Sequence[int],
+  seeds: Sequence[int],
+  optim: Sequence[Mapping[str, Any]],
+  batches: Sequence[int],
+  dropout: Mapping[str, list[float]],
+) -> Hyper:
+  """The hyperparameters of members; see `Hyper`.
+
+  Args:
+    optim: of each member the keywords of `optim.make`.
+    dropout: as in `Trees`.
+  """
   table, made = [], {}
-  for c, n in zip(configs, steps, strict=True):
-    schedule = n, c.optim
+  for n, kw in zip(steps, optim, strict=True):
+    schedule = n, tuple(sorted(kw.items()))
     if schedule not in made:
-      rate = optim.make(steps=n, **dataclasses.asdict(c.optim))[1]
+      rate = optim_lib.make(steps=n, **kw)[1]
       rates = jax.jit(jax.vmap(lambda t, rate=rate: jnp.asarray(rate(t), jnp.float32)))(np.arange(n))
       made[schedule] = np.pad(np.asarray(rates), (0, max(steps) - n), mode="edge")
     table.append(made[schedule])
   return Hyper(
     learning_rates=np.stack(table),
     steps=np.array(steps, np.int32),
-    seed=np.array([c.train.seed for c in configs], np.uint32),
-    optim={k: np.array(v, np.float32) for k, v in _different(configs).items()},
+    seed=np.array(seeds, np.uint32),
+    optim={k: np.array(v, np.float32) for k, v in _different(optim).items()},
     dropout={k: np.array(v, np.float32) for k, v in dropout.items()},
     batch=np.array(batches, np.int32),
   )
@@ -213,68 +223,76 @@ RANKS = ("rank", "rank_pattern")
 NUMBERS = ("weight_decay", "clip_norm", "b1", "b2", "eps")  # keywords of an optimiser that may differ in a population
 
 
-def _different(configs: Sequence[Any]) -> dict[str, list[float]]:
+def _different(optim: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
   """The numbers of the optimiser in which members differ; no clipping is an infinite bound."""
-  values = {k: [getattr(c.optim, k) for c in configs] for k in NUMBERS}
+  values = {k: [kw[k] for kw in optim] for k in NUMBERS}
   values["clip_norm"] = [x or np.inf for x in values["clip_norm"]]
   return {k: v for k, v in values.items() if len(set(v)) > 1}
 
 
-def _optimiser(config: Any, hyper: Hyper) -> tuple[optax.GradientTransformation, optax.Schedule]:
-  """The optimiser of one member, whose numbers are traced, and its schedule."""
-  common = {k: v for k, v in dataclasses.asdict(config.optim).items() if k not in optim.SCHEDULE}
-  common |= methods.wrappers(config.method, config.train.steps)
+def optimiser(hyper: Hyper, **kw: Any) -> tuple[optax.GradientTransformation, optax.Schedule]:
+  """The optimiser of one member, whose numbers are traced, and its schedule.
+
+  Args:
+    **kw: keywords of `optim.make`, of any of the members; those of the schedule are not used.
+  """
+  common = {k: v for k, v in kw.items() if k not in optim_lib.SCHEDULE}
   rate = lambda step: hyper.learning_rates[jnp.minimum(step, hyper.learning_rates.size - 1)]
-  return optim.transformation(rate, **common | hyper.optim), rate
+  return optim_lib.transformation(rate, **common | hyper.optim), rate
 
 
-def init_state(config: Any, trees: Trees, hyper: Hyper) -> State:
-  """The state before the first step; `config` is that of any of the members."""
+def init_state(trees: Trees, hyper: Hyper, make_optimiser: Callable) -> State:
+  """The state before the first step; `make_optimiser` as in `make_step`."""
 
   def member(hyper, trainable, held):
-    return train.init_state(trainable, _optimiser(config, hyper)[0], held)
+    return train.init_state(trainable, make_optimiser(hyper)[0], held)
 
   members = jax.jit(jax.vmap(member))(hyper, trees.trainable, trees.held)
   return State(members, jnp.ones(hyper.steps.shape, bool))
 
 
 def make_step(
-  forward: Callable, objective: Callable, config: Any, *, shared_batch: bool
-) -> Callable[[State, Hyper, Any, Any, dict], tuple[State, dict]]:
-  """A step `(state, hyper, own, shared, batch) -> (state, metrics [P])` of a whole population.
+  forward: Callable,
+  objective: objectives.Objective,
+  make_optimiser: Callable[[Hyper], tuple[optax.GradientTransformation, optax.Schedule]],
+  *,
+  shared_batch: bool,
+  accumulate: int = 1,
+  penalty: Callable[[Any], jax.Array] | None = None,
+) -> Callable[[State, Hyper, Any, Any, Any, dict], tuple[State, dict]]:
+  """A step `(state, hyper, own, shared, aux, batch) -> (state, metrics [P])` of a whole population.
 
   Args:
-    forward, objective: as in `train.make_step`.
-    config: of any of the members, for what all have in common.
+    forward, accumulate, penalty: as in `train.make_step`.
+    make_optimiser: the optimiser of one member and its schedule, see `optimiser`.
     shared_batch: whether all members learn from the same batch, whose arrays are [B, ...] then; else they are
       [K, B, ...] and a member takes the one at `hyper.batch`.
   """
 
-  counts = not shared_batch and "most" in inspect.signature(objective).parameters
-
-  def member(state, alive, hyper, own, shared, batch, most):
-    optimiser, rate = _optimiser(config, hyper)
+  def member(state, alive, hyper, own, shared, aux, batch, common):
+    optimiser, rate = make_optimiser(hyper)
     active = alive & (state.step < hyper.steps)
     step = train.make_step(
       forward,
-      functools.partial(objective, most=most) if counts else objective,
+      functools.partial(objective.loss, **common),
       optimiser,
       rate,
       seed=hyper.seed,
-      accumulate=config.train.accumulate,
-      penalty=methods.penalty(config.method),
+      accumulate=accumulate,
+      penalty=penalty,
       rates=hyper.dropout,
       active=active,
     )
     batch = batch if shared_batch else jax.tree.map(lambda x: x[hyper.batch], batch)
-    state, metrics = step(state, tree.join(own, shared), batch)
+    state, metrics = step(state, tree.join(own, shared), aux, batch)
     return state, alive & (~active | (metrics["finite"] > 0)), metrics
 
-  run = jax.vmap(member, in_axes=(0, 0, 0, 0, None, None, None), spmd_axis_name="population")
+  run = jax.vmap(member, in_axes=(0, 0, 0, 0, None, None, None, None), spmd_axis_name="population")
 
-  def step(state: State, hyper: Hyper, own: Any, shared: Any, batch: dict) -> tuple[State, dict]:
-    most = jnp.count_nonzero(batch["weights"], axis=-1).max() if counts else None
-    members, alive, metrics = run(state.members, state.alive, hyper, own, shared, batch, most)
+  def step(state: State, hyper: Hyper, own: Any, shared: Any, aux: Any, batch: dict) -> tuple[State, dict]:
+    common = {"common": objective.common(batch)} if objective.common else {}
+    aux = auxiliary.resolve(aux, shared)
+    members, alive, metrics = run(state.members, state.alive, hyper, own, shared, aux, batch, common)
     return State(members, alive), metrics
 
   return step

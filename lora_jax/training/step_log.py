@@ -29,7 +29,7 @@ class Log:
     steps: Sequence[int],
     log_every: int,
     diverged: Callable[[int, int, dict], None],
-    progress: Callable | None = None,
+    progress: Callable,
   ):
     """A log of one run, or of the members of a population.
 
@@ -38,10 +38,10 @@ class Log:
       steps: how many each member trains for.
       diverged: called with (step, member, metrics) when a loss or gradient is not finite; nothing more is logged of
         the member after that.
-      progress: called as `metrics.Metrics.progress` with the mean loss and all tokens; by default that of `outs[0]`.
+      progress: called with each step, and where a row is written with the mean loss and the tokens a second of all.
     """
     self._outs, self._stepper, self._steps, self._every = outs, stepper, np.array(steps), log_every
-    self._diverged, self._progress = diverged, progress or outs[0].progress
+    self._diverged, self._progress = diverged, progress
     self._alive = np.ones(len(outs), bool)
     self._pending, self._rows = None, []
     # What has been compiled already is of the first row.

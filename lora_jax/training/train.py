@@ -12,7 +12,12 @@ from flax import struct
 
 from lora_jax import tree, weights
 from lora_jax.model import transformer
+from lora_jax.training import auxiliary, head
 from lora_jax.weights import updates as updates_lib
+
+# What a step logs of itself, and the log of a row: no objective has a metric of such a name.
+OWN = ("loss", "grad_norm", "learning_rate", "tokens", "finite")
+ROW = ("steps", "seconds", "compile_seconds", "tokens_per_second")
 
 
 @struct.dataclass
@@ -46,10 +51,12 @@ class Forward:
     config: of the model.
     packed: whether rows hold several examples. Without, padding on the right of a causal model needs no mask, so that
       attention can be fused.
+    members: how many models of a population it computes together.
   """
 
   config: transformer.Config
   packed: bool = False
+  members: int = 1
 
   def __call__(self, params: Any, batch: dict) -> jax.Array:
     """The states before the head, [B, T, D]; of an encoder-decoder those of the decoder."""
@@ -68,6 +75,14 @@ class Forward:
     """Logits [B, T, V] of states; `head` is what `transformer.head` gives."""
     return transformer.logits(self.config, head, x, dtype)
 
+  def projection(self, params: Any, batch: dict) -> head.Projection:
+    """What training/head.py makes logits of, chunk by chunk."""
+    return head.Projection(self(params, batch), transformer.head(params), self.logits)
+
+  def share(self, chunk: int) -> int:
+    """How many positions a member may take of a chunk: the logits of a chunk are those of all."""
+    return max(chunk // self.members, 1)
+
   def classify(self, params: Any, batch: dict) -> jax.Array:
     """float32 outputs [B, C] of the classifier."""
     return transformer.classify(self.config, params, self(params, batch), batch["lengths"])
@@ -84,20 +99,14 @@ def _float32(x: Any) -> Any:
 
 def unshared(state: State, others: Any = None) -> State:
   """The state with copies of the leaves whose buffers it has twice or `others` have: a step gives its own away."""
-  where = lambda x: x.addressable_shards[0].data.unsafe_buffer_pointer()
-  seen = {where(x) for x in jax.tree.leaves(others) if _is_plain(x)}
+  seen = {auxiliary.pointer(x) for x in jax.tree.leaves(others)} - {None}
 
   def leaf(x):
-    if _is_plain(x):
-      x = jnp.copy(x) if where(x) in seen else x
-      seen.add(where(x))
+    x = jnp.copy(x) if auxiliary.pointer(x) in seen else x
+    seen.update({auxiliary.pointer(x)} - {None})
     return x
 
   return jax.tree.map(leaf, state)
-
-
-def _is_plain(x) -> bool:
-  return x.size > 0 and not jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
 def _wide_tables(trainable: Any) -> Any:
@@ -108,7 +117,7 @@ def _wide_tables(trainable: Any) -> Any:
 
 def make_step(
   forward: Callable,
-  objective: Callable,
+  loss: Callable,
   optimiser: optax.GradientTransformation,
   schedule: optax.Schedule,
   *,
@@ -117,45 +126,47 @@ def make_step(
   penalty: Callable[[Any], jax.Array] | None = None,
   rates: Mapping[str, jax.Array] | None = None,
   active: bool | jax.Array = True,
-) -> Callable[[State, Any, dict], tuple[State, dict]]:
-  """A function `(state, frozen, batch) -> (state, metrics)`, to be jitted.
+) -> Callable[[State, Any, Any, dict], tuple[State, dict]]:
+  """A function `(state, frozen, aux, batch) -> (state, metrics)`, to be jitted.
 
-  The gradient is that of the mean loss over the whole batch, summed over `accumulate` micro-batches and then divided
-  by the summed weight; the method's `penalty`, a function of the parameters, is added. A step whose loss or gradient
-  is not finite changes nothing but `state.step`, nor does one that is not `active`. `rates` are those of dropout, see
-  `weights.with_dropout`.
+  The gradient is that of the sum of the objective's terms, each a mean over the whole batch, which may be split into
+  `accumulate` micro-batches; the method's `penalty`, a function of the parameters, is added. A step whose loss or
+  gradient is not finite changes nothing but `state.step`, nor does one that is not `active`. `rates` are those of
+  dropout, see `weights.with_dropout`.
 
-  Metrics (float32 scalars): loss, what the objective returns, per unit of weight, grad_norm, learning_rate, tokens
-  (not padding; those of an encoder too), finite.
+  Args:
+    loss: of an objective, `(forward, params, batch, aux, *, step)`, with its keywords; `aux` is a tree, or an
+      `auxiliary.Auxiliary` beside `frozen`.
+
+  Metrics (float32 scalars): loss, the terms where there are several, what the objective gives, grad_norm,
+  learning_rate, tokens (not padding; those of an encoder too), finite.
   """
 
-  def loss(trainable, state, frozen, micro, key):
+  def total(trainable, state, frozen, aux, weight, micro, key):
+    """What is differentiated: all terms in the unit of the first, which its own weight then divides."""
     params = weights.with_dropout(state.replace(trainable=_wide_tables(trainable)).params(frozen), key, rates)
-    loss_sum, weight_sum, metrics = objective(forward, params, micro)
-    total = loss_sum if penalty is None else loss_sum + weight_sum * penalty(params)
-    return total, {"weight": weight_sum, **metrics, "loss": loss_sum}
+    terms, metrics = loss(forward, params, micro, aux, step=state.step)
+    _check_names(terms, metrics)
+    first, *others = terms
+    own = {k: jax.lax.stop_gradient(w) for k, (_, w) in terms.items()}
+    weight = own if weight is None else weight
+    value = terms[first][0]
+    for k in others:
+      value += terms[k][0] * (_divisor(weight[first]) / _divisor(weight[k]))
+    if penalty is not None:
+      value += own[first] * penalty(params)
+    return value, {"unit": own[first], "weights": own, "terms": terms, "metrics": metrics}
 
-  def step(state: State, frozen: Any, batch: dict) -> tuple[State, dict]:
+  def step(state: State, frozen: Any, aux: Any, batch: dict) -> tuple[State, dict]:
     key = jax.random.fold_in(jax.random.key(seed), state.step)
-    grad = jax.grad(loss, has_aux=True)
-    if accumulate == 1:
-      grads, sums = grad(state.trainable, state, frozen, batch, key)
-    else:
-      micro = jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
-
-      def add(total, xs):
-        return jax.tree.map(jnp.add, total, grad(state.trainable, state, frozen, *xs)), None
-
-      # Sums of what bfloat16 parameters have as gradients would lose the last micro-batches.
-      zero = lambda s: jnp.zeros(s.shape, jnp.promote_types(s.dtype, jnp.float32))
-      xs = (micro, jax.random.split(key, accumulate))
-      shapes = jax.eval_shape(grad, state.trainable, state, frozen, *jax.tree.map(lambda x: x[0], xs))
-      (grads, sums), _ = jax.lax.scan(add, jax.tree.map(zero, shapes), xs)
-    total = jnp.maximum(sums.pop("weight"), jnp.finfo(jnp.float32).tiny)
-    grads = jax.tree.map(lambda g: g.astype(jnp.float32) / total, grads)
-    metrics = {k: v / total for k, v in sums.items()}
+    given = state.trainable, state, frozen, auxiliary.resolve(aux, frozen)
+    grads, sums = _gradient(total, given, batch, key, accumulate)
+    unit = _divisor(sums["unit"])
+    grads = jax.tree.map(lambda g: g.astype(jnp.float32) / unit, grads)
+    mean = lambda found: {k: x / _divisor(w) for k, (x, w) in found.items()}
+    terms, metrics = mean(sums["terms"]), mean(sums["metrics"])
+    metrics |= (terms if len(terms) > 1 else {}) | {"loss": sum(terms.values())}
     norm = optax.tree.norm(grads)
-    real = sum(jnp.sum(batch[k] > 0) for k in ("segment_ids", "input_segments") if k in batch)
     finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
     updates, opt_state = optimiser.update(grads, state.opt_state, state.trainable)
     new = (updates_lib.add(state.trainable, updates, jax.random.fold_in(key, 1)), opt_state)
@@ -164,12 +175,53 @@ def make_step(
     metrics |= {
       "grad_norm": norm,
       "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
-      "tokens": real.astype(jnp.float32),
+      "tokens": _tokens(batch).astype(jnp.float32),
       "finite": finite.astype(jnp.float32),
     }
     return State(state.step + 1, trainable, opt_state, state.held), metrics
 
   return step
+
+
+def _gradient(total: Callable, given: tuple, batch: dict, key: jax.Array, accumulate: int) -> tuple[Any, dict]:
+  """The gradient of `total` with respect to the first of `given`, and its sums, over all micro-batches."""
+  grad = jax.grad(total, has_aux=True)
+  if accumulate == 1:
+    return grad(*given, None, batch, key)
+  micro = jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
+  xs = micro, jax.random.split(key, accumulate)
+  shapes = jax.eval_shape(grad, *given, None, *jax.tree.map(lambda x: x[0], xs))
+  # Sums of what bfloat16 parameters have as gradients would lose the last micro-batches.
+  zero = lambda s: jnp.zeros(s.shape, jnp.promote_types(s.dtype, jnp.float32))
+
+  def summed(fn, shapes):
+    add = lambda found, x: (jax.tree.map(jnp.add, found, fn(*x)), None)
+    return jax.lax.scan(add, jax.tree.map(zero, shapes), xs)[0]
+
+  weight = None
+  if len(shapes[1]["terms"]) > 1:
+    # Weights are of the batch alone: the compiler leaves out the forward pass.
+    weight = summed(lambda *x: total(*given, None, *x)[1]["weights"], shapes[1]["weights"])
+  return summed(lambda *x: grad(*given, weight, *x), shapes)
+
+
+def _divisor(weight: jax.Array) -> jax.Array:
+  """A weight to divide by; what has none is a sum of nothing."""
+  return jnp.where(weight == 0, 1, weight)
+
+
+def _check_names(terms: Mapping, metrics: Mapping) -> None:
+  """ValueError for names that mean something else in the log, or two things."""
+  shown = [*(terms if len(terms) > 1 else ()), *metrics]
+  if twice := sorted({k for k in shown if k in (*OWN, *ROW) or shown.count(k) > 1}):
+    raise ValueError(f"an objective has terms or metrics of names that are taken: {', '.join(twice)}")
+
+
+def _tokens(batch: Mapping[str, jax.Array]) -> jax.Array:
+  """int32 []: tokens that are no padding, or all of them where a batch does not tell."""
+  pairs = ("segment_ids", "tokens"), ("input_segments", "inputs")
+  counts = [jnp.sum(batch[k] > 0) if k in batch else batch[all_].size for k, all_ in pairs if {k, all_} & batch.keys()]
+  return jnp.asarray(sum(counts), jnp.int32)
 
 
 class Stepper:

@@ -1,180 +1,87 @@
-"""What is minimised. An objective is `(forward, params, batch, **kw) -> (loss_sum, weight_sum, metrics)`.
+"""What is minimised, one objective a module; a package here holds what several share.
 
-`forward` is a `train.Forward`: called with `(params, batch)` it gives the states before the head. Losses and metrics
-are sums: those of micro-batches, packed rows and devices add up to what one big batch gives.
+An objective module has `HEAD`, the head of the model that it trains ("lm", "classification"), and
+
+  batches(config, task, **kw) -> (module, kw)   the module of batches/ that it reads for a model of this architecture,
+                                and keywords of its `train_iterator`
+  loss(forward, params, batch, aux, *, step, **kw) -> (terms, metrics)
+
+`forward` is a `train.Forward`; `step` is the traced number of the step. Terms and metrics are {name: (sum, weight)} of
+float32 []: sums over the rows of a batch, and what normalises them. What is minimised is the sum over terms of
+sum / weight, both over the whole batch: micro-batches, packed rows and devices give what one big batch gives, since
+sums add up. `loss` may see some of the rows alone, so that what belongs together, such as a pair of texts, is one row.
+The weights have no gradient.
+
+It may define
+
+  aux(model, **kw) -> tree      other arrays that the loss needs, from the pretrained model before a method has changed
+                                it: its own parameters, an adapter, another model. They are not trained, and members of
+                                a population share them. Leaves that the frozen tree has too are not held twice.
+  common(batch)                 what all members of a population need and is computed once for them, of a batch
+                                [B, ...] or, where their data differ, [K, B, ...]; `loss` gets it as the keyword
+                                `common`, None in a run of one
+
+The keywords of these functions are the keys of config.objective, with types from values.py and a line under `Args:`.
 """
 
+import dataclasses
 import functools
+import importlib
+import inspect
+import pkgutil
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
-import jax
-import jax.numpy as jnp
+from lora_jax import errors, values
 
-from lora_jax import errors
-from lora_jax.model import transformer
-from lora_jax.values import Count, Probability
+DEFAULT = "causal_lm"
+GIVEN = ("forward", "params", "batch", "aux", "step", "common", "config", "task", "model")  # what no config sets
+HOOKS = ("loss", "batches", "aux")
 
 
-def causal_lm(
-  forward,
-  params: Any,
-  batch: dict,
-  *,
-  chunk: Count = 2048,
-  label_smoothing: Probability = 0.0,
-  most: jax.Array | None = None,
-) -> tuple[jax.Array, jax.Array, dict]:
-  """Next-token cross-entropy, weighted.
+@dataclasses.dataclass(frozen=True)
+class Objective:
+  """An objective whose keywords are set.
 
-  Args:
-    batch: `tokens`, `targets`, `positions`, `segment_ids` int32 [B, T] and `weights` float32 [B, T]. The weights hold
-      `prompt_loss_weight` at prompt targets, 1 at response targets and 0 at padding; see batches/causal.py.
-    chunk: about how many positions' logits exist at once, see `cross_entropy`.
-    label_smoothing: how much of each target goes to the mean over the vocabulary, see `cross_entropy`.
-    most: see `cross_entropy`.
-
-  Returns:
-    (sum of weighted losses, sum of weights, {"accuracy": weighted count of targets that are the argmax}).
+  Fields:
+    head: of the model.
+    loss, batches: as in the module.
+    aux, common: as in the module, or None.
   """
-  if not 0 <= label_smoothing < 1:
-    raise errors.UserError(f"config.objective.label_smoothing={label_smoothing} must be at least 0 and below 1")
-  x = forward(params, batch)
-  head, loss_weights = transformer.head(params), batch["weights"]
-  targets = batch["targets"]
-  loss, correct = cross_entropy(forward.logits, chunk, x, head, targets, loss_weights, label_smoothing, most)
-  return loss, loss_weights.sum(), {"accuracy": correct}
+
+  head: str
+  loss: Callable[..., tuple[dict, dict]]
+  batches: Callable[..., tuple[ModuleType, dict]]
+  aux: Callable[[Any], Any] | None = None
+  common: Callable[[dict], Any] | None = None
 
 
-def cross_entropy(
-  project: Callable,
-  chunk: int,
-  x: jax.Array,
-  w: Any,
-  targets: jax.Array,
-  weights: jax.Array,
-  label_smoothing: float = 0.0,
-  most: jax.Array | None = None,
-) -> tuple[jax.Array, jax.Array]:
-  """Weighted sums of cross-entropy and of correct argmax, without the logits of the whole batch.
-
-  Positions of weight 0 are moved behind the others in their row and skipped. The rest goes through the head in
-  chunks of columns, as many as the fullest row needs; each chunk's gradient is computed while its logits exist, so
-  the backward pass only scales it. Gradients reach `w` only where one of its leaves is being differentiated.
-
-  Args:
-    project: `(w, x, dtype)` to logits [B, T, V].
-    chunk: about how many positions are in one chunk; a chunk is at least 8 columns of the batch.
-    x: [B, T, D] states.
-    w: the parameters of the head.
-    targets, weights: [B, T].
-    label_smoothing: s in (1 - s) times the cross-entropy with the target plus s times its mean over all V tokens
-      (Szegedy et al. 2016, https://arxiv.org/abs/1512.00567, section 7).
-    most: int32 [], no fewer positions than any row has with a weight; None counts them. Under `jax.vmap` one number for
-      all spares them asking each other, and from device to device, whether the loop has ended.
-
-  Returns:
-    float32 (loss, correct).
-  """
-  B, T = targets.shape
-  columns = min(T, max(8, chunk // B))
-  chunks = ((jnp.count_nonzero(weights, axis=1).max() if most is None else most) + columns - 1) // columns
-  order = jnp.argsort(weights == 0, axis=1, stable=True)
-  x = jnp.take_along_axis(x, order[:, :, None], axis=1)
-  targets, weights = (jnp.take_along_axis(a, order, axis=1) for a in (targets, weights))
-  pad = -T % columns
-  x, targets, weights = (jnp.pad(a, [(0, 0), (0, pad)] + [(0, 0)] * (a.ndim - 2)) for a in (x, targets, weights))
-  return _chunked(project, columns, label_smoothing, chunks, x, w, targets, weights)
+def names() -> list[str]:
+  """Names of all objectives."""
+  return [m.name for m in pkgutil.iter_modules(__path__) if not m.ispkg]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _chunked(project, columns, smoothing, chunks, x, w, targets, weights):
-  (loss, correct, *_), _ = _loop(project, columns, smoothing, chunks, x, w, targets, weights, None)
-  return loss, correct
+def get(name: str) -> ModuleType:
+  """The module of an objective."""
+  return importlib.import_module(f"{__name__}.{errors.choose(name, {k: k for k in names()}, 'objective')}")
 
 
-def _loop(project, columns, smoothing, chunks, x, w, targets, weights, trained):
-  """Sums over chunks; with `trained` (a list: which leaves of `w` need gradients) also the gradients of the loss."""
-  leaves, structure = jax.tree.flatten(w)
-  B, T = targets.shape
-
-  def head(x, diff, dtype):
-    it = iter(diff)
-    full = [next(it) if t else v for v, t in zip(leaves, trained or [False] * len(leaves), strict=True)]
-    return project(jax.tree.unflatten(structure, full), x, dtype)
-
-  def step(i, carry):
-    loss, correct, dx, dw = carry
-    cut = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=i * columns, slice_size=columns, axis=1)
-    xc, t, c = cut(x), cut(targets)[..., None], cut(weights)
-    diff = [v for v, t in zip(leaves, trained or [], strict=False) if t]
-    logits = head(xc, diff, jnp.float32)
-    best = logits.max(-1, keepdims=True)
-    e = jnp.exp(logits - best)
-    z = e.sum(-1, keepdims=True)
-    picked = jnp.take_along_axis(logits, t, axis=-1)
-    aim = (1 - smoothing) * picked + smoothing * logits.mean(-1, keepdims=True) if smoothing else picked
-    loss += jnp.sum(c * (jnp.log(z) + best - aim)[..., 0])
-    correct += jnp.sum(c * (picked == best)[..., 0])
-    if trained is not None:
-      hit = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 2) == t
-      if smoothing:
-        hit = (1 - smoothing) * hit + smoothing / logits.shape[-1]
-      dlogits = (c[..., None] * (e / z - hit)).astype(x.dtype)
-      pull = jax.vjp(lambda x, d: head(x, d, x.dtype), xc, diff)[1]
-      dxc, dwc = pull(dlogits)
-      dx = jax.lax.dynamic_update_slice_in_dim(dx, dxc, i * columns, axis=1)
-      dw = [a + b for a, b in zip(dw, dwc, strict=True)]
-    return loss, correct, dx, dw
-
-  zero = jnp.zeros((), jnp.float32)
-  dx = None if trained is None else jnp.zeros_like(x)
-  dw = [jnp.zeros(v.shape, jnp.float32) for v, t in zip(leaves, trained or [], strict=False) if t]
-  return jax.lax.fori_loop(0, chunks, step, (zero, zero, dx, dw)), leaves
+def functions(name: str) -> dict[str, Callable]:
+  """The functions of an objective that a config has keywords for."""
+  module = get(name)
+  return {k: getattr(module, k) for k in HOOKS if hasattr(module, k)}
 
 
-def _forward(project, columns, smoothing, chunks, x, w, targets, weights):
-  trained = [leaf.perturbed for leaf in jax.tree.leaves(w, is_leaf=_is_primal)]
-  value = functools.partial(jax.tree.map, lambda p: p.value, is_leaf=_is_primal)
-  chunks, x, w, targets, weights = map(value, (chunks, x, w, targets, weights))
-  (loss, correct, dx, dw), leaves = _loop(project, columns, smoothing, chunks, x, w, targets, weights, trained)
-  it = iter(dw)
-  dw = jax.tree.unflatten(
-    jax.tree.structure(w),
-    [next(it).astype(v.dtype) if t else None for v, t in zip(leaves, trained, strict=True)],
-  )
-  return (loss, correct), (dx, dw)
+def fields(name: str) -> dict[str, values.Field]:
+  """The keywords of an objective."""
+  return {k: f for fn in functions(name).values() for k, f in values.fields(fn, without=GIVEN).items()}
 
 
-def _is_primal(x):
-  return hasattr(x, "perturbed")
-
-
-def _backward(project, columns, smoothing, gradients, cotangents):
-  g = cotangents[0]
-  if isinstance(g, jax.custom_derivatives.SymbolicZero):
-    return None, None, None, None, None
-  dx, dw = jax.tree.map(lambda d: (g * d).astype(d.dtype), gradients)
-  return None, dx, dw, None, None
-
-
-_chunked.defvjp(_forward, _backward, symbolic_zeros=True)
-
-
-def classification(forward, params: Any, batch: dict) -> tuple[jax.Array, jax.Array, dict]:
-  """Cross-entropy of a classifier, or squared error where it has one output.
-
-  Args:
-    batch: `labels` int32 or float32 [B], `weights` float32 [B], and what `forward` takes.
-
-  Returns:
-    (sum of weighted losses, sum of weights, {"accuracy": weighted count} or {}).
-  """
-  y, w = forward.classify(params, batch), batch["weights"]
-  if y.shape[-1] == 1:
-    return jnp.sum(w * jnp.square(y[:, 0] - batch["labels"])), w.sum(), {}
-  loss = -jnp.take_along_axis(jax.nn.log_softmax(y), batch["labels"][:, None], axis=1)[:, 0]
-  return jnp.sum(w * loss), w.sum(), {"accuracy": jnp.sum(w * (y.argmax(-1) == batch["labels"]))}
-
-
-OBJECTIVES = {"causal_lm": causal_lm, "classification": classification}
+def make(name: str = DEFAULT, **kw: Any) -> Objective:
+  """The objective with keywords, of which each of its functions gets its own."""
+  module, bound = get(name), {}
+  for hook, fn in functions(name).items():
+    own = inspect.signature(fn).parameters
+    bound[hook] = functools.partial(fn, **{k: v for k, v in kw.items() if k in own})
+  return Objective(module.HEAD, **bound, common=getattr(module, "common", None))
