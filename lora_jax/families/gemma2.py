@@ -4,7 +4,7 @@ Gemma Team 2024 (https://arxiv.org/abs/2408.00118).
 """
 
 from lora_jax.families import gemma, llama, norm
-from lora_jax.families.config_json.option import number, optional, windows
+from lora_jax.families.config_json.option import inverse_root, optional, windows
 
 ARCHITECTURES = {head: name.replace("Llama", "Gemma2") for head, name in llama.ARCHITECTURES.items()}
 PREFIX, IGNORED = llama.PREFIX, llama.IGNORED
@@ -19,7 +19,7 @@ DECODER = gemma.DECODER.but(
   "gemma2",
   ARCHITECTURES,
   optional("activation", "hidden_activation", null="gelu_pytorch_tanh"),
-  number("attn_scale", "query_pre_attn_scalar", root=True),
+  inverse_root("attn_scale", "query_pre_attn_scalar"),
   optional("logit_softcap", "final_logit_softcapping"),
   absent={"num_key_value_heads": 4, "query_pre_attn_scalar": 256},
   fixed={"norm_order": "sandwich"},

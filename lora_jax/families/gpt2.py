@@ -34,7 +34,7 @@ TABLE = ConfigJson(
     number("n_heads", "n_head"),
     *equal_heads("n_embd", "n_head"),
     fallback("d_ff", "n_inner", lambda hf: 4 * hf["n_embd"]),
-    number("max_seq_len", "n_positions"),
+    number("max_seq_len", "n_positions", "n_ctx"),
     optional("activation", "activation_function", null="gelu_new"),
     number("norm_eps", "layer_norm_epsilon"),
     flag("attn_scale", "scale_attn_weights", None, 1.0),
@@ -49,9 +49,9 @@ TABLE = ConfigJson(
   },
   fixed=dict(norm="layer", gated=False, fused=True, attn_bias="all", mlp_bias=True, position="learned", pool="last"),
   default={"scale_attn_by_inverse_layer_idx": False},
-  # `n_ctx` is what `n_positions` was called, and the summaries belong to a head that is not supported.
+  # The summaries belong to a head that is not supported.
   ignored=(
-    *"n_ctx attn_pdrop embd_pdrop resid_pdrop reorder_and_upcast_attn summary_type summary_use_proj".split(),
+    *"attn_pdrop embd_pdrop resid_pdrop reorder_and_upcast_attn summary_type summary_use_proj".split(),
     *"summary_activation summary_proj_to_labels summary_first_dropout n_special predict_special_tokens".split(),
   ),
 )

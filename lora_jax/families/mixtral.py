@@ -1,12 +1,12 @@
 """Mixtral: Mistral with a mixture of experts (Jiang et al. 2024, https://arxiv.org/abs/2401.04088)."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lora_jax.families import Key, llama
 from lora_jax.families.config_json import rotation
-from lora_jax.families.config_json.option import number, optional
+from lora_jax.families.config_json.option import Option, number, optional
 from lora_jax.families.reading import tensor_names
 
 ARCHITECTURES = {head: name.replace("Llama", "Mixtral") for head, name in llama.ARCHITECTURES.items()}
@@ -19,13 +19,26 @@ KEYS = (
   Key("layers/moe/up/kernel", "model.layers.{}.block_sparse_moe.experts.{}.w3.weight", "f d -> d f"),
   Key("layers/moe/down/kernel", "model.layers.{}.block_sparse_moe.experts.{}.w2.weight", "d f -> f d"),
 )
+
+
+def _rotation(hf: Mapping) -> dict:
+  """Beside the size of a head: transformers cannot scale the rotation of a Mixtral that does not state it."""
+  head_dim = hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"]
+  return {"head_dim": head_dim} | rotation.read(hf, theta=1e6)
+
+
 TABLE = llama.DECODER.but(
   "mixtral",
   ARCHITECTURES,
   optional("window", "sliding_window"),
   optional("n_experts", "num_local_experts", "num_experts", null=8),
   number("experts_per_token", "num_experts_per_tok"),
-  rotation.option(1e6),
+  Option(
+    ("head_dim", "rope_theta", "rope_scaling"),
+    ("head_dim", *rotation.KEYS),
+    _rotation,
+    lambda c: {"head_dim": c.head_dim} | rotation.write(c),
+  ),
   absent={
     "num_key_value_heads": 8,
     "rms_norm_eps": 1e-5,

@@ -73,12 +73,10 @@ class ConfigJson:
     """The `Config` of a config.json; UserError for what is not supported, all in one message."""
     handled = {k for o in self.options for k in o.keys}
     known.check(hf, handled, self.default, self.ignored)
-    given = {**self.absent, **hf}
-    if missing := [k for o in self.options for k in o.needed if given.get(k) is None]:
-      raise errors.UserError(f"config.json of a {hf.get('model_type')} model lacks {', '.join(missing)}")
+    self._require(hf, self.options)
     fields = dict(self.fixed)
     for option in self._all():
-      fields |= option.read(given)
+      fields |= option.read({**self.absent, **hf})
     errors.choose(fields["activation"], layers.ACTIVATIONS, "activation")
     return architecture.Config(**fields)
 
@@ -92,12 +90,16 @@ class ConfigJson:
     Raises:
       UserError: naming every field that the family cannot express.
     """
-    hf = dict(original or {}) | {"model_type": self.model_type}
+    hf = dict(original or {}) | {"model_type": self.model_type} | self._class(config)
     for option in self._all():
-      if original is None or self._said(option, hf) != option.of(config):
+      if original is None or not self._says(option, hf, config):
         hf = {k: v for k, v in hf.items() if k not in option.keys} | option.write(config)
     self._check(hf, config)
     return hf
+
+  def _require(self, hf: Mapping, options: Iterable[Option]) -> None:
+    if missing := [k for o in options for k in o.needed if {**self.absent, **hf}.get(k) is None]:
+      raise errors.UserError(f"config.json of a {hf.get('model_type')} model lacks {', '.join(missing)}")
 
   def _all(self) -> tuple[Option, ...]:
     return Option(("head",), ("architectures",), self._head, self._class), *self.options
@@ -110,29 +112,40 @@ class ConfigJson:
   def _class(self, config: architecture.Config) -> dict[str, list[str]]:
     return {"architectures": [self.architectures[config.head]]} if config.head in self.architectures else {}
 
-  def _said(self, option: Option, hf: Mapping) -> dict[str, Any] | str:
-    """What a file says of an option's fields, or why it says nothing."""
+  def _said(self, option: Option, hf: Mapping) -> dict[str, Any]:
+    """What a file says of an option's fields; UserError for what is not understood."""
+    with errors.parsing("config.json"):  # of a config that no file has ever said, nothing is checked
+      rules.check({k: hf[k] for k in ("model_type", *option.keys) if k in hf})
+      self._require(hf, (option,))
+      return option.read({**self.absent, **hf})
+
+  def _says(self, option: Option, hf: Mapping, config: architecture.Config) -> bool:
+    """Whether a file says of an option's fields what a config does."""
     try:
-      with errors.parsing("config.json"):
-        rules.check({k: hf[k] for k in ("model_type", *option.keys) if k in hf})
-        return option.read({**self.absent, **hf})
-    except errors.UserError as e:
-      return str(e)
+      return self._said(option, hf) == option.of(config)
+    except errors.UserError:
+      return False
 
   def _check(self, hf: Mapping, config: architecture.Config) -> None:
     """Raises UserError unless a config.json means a config."""
-    means, reasons = {f.name: f.default for f in dataclasses.fields(config)} | self.fixed, []
+    means, lost, reasons = {f.name: f.default for f in dataclasses.fields(config)} | self.fixed, [], []
     for option in self._all():
-      said = self._said(option, hf)
-      reasons += [said] if isinstance(said, str) else []
-      means |= dict.fromkeys(option.fields) if isinstance(said, str) else said
-    for f in self._unsaid(config):
-      means.pop(f)
-    if wrong := [
-      f"{f}={getattr(config, f)!r:.100} (only {x!r:.100})" for f, x in means.items() if x != getattr(config, f)
-    ]:
-      because = "".join(f"; {r}" for r in reasons)
-      raise errors.UserError(f"config.json of a {self.model_type} model cannot say {', '.join(wrong)}{because}")
+      try:
+        means |= self._said(option, hf)
+      except errors.UserError as e:
+        lost += option.fields
+        reasons.append(f"; {e}")
+    given, unsaid = dataclasses.asdict(config), self._unsaid(config)
+    wrong = [f"{f}={given[f]!r:.100}" for f in lost]
+    wrong += [
+      f"{f}={x!r:.100} (only {means[f]!r:.100})"
+      for f, x in given.items()
+      if f not in {*lost, *unsaid} and x != means[f]
+    ]
+    if wrong:
+      raise errors.UserError(
+        f"config.json of a {self.model_type} model cannot say {', '.join(wrong)}{''.join(reasons)}"
+      )
     self.config(hf)
 
   def _unsaid(self, config: architecture.Config) -> set[str]:

@@ -1,7 +1,6 @@
 """One option of config.json: fields of a `Config`, the keys that say them, and how to get from either to the other."""
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -32,22 +31,19 @@ class Option:
     return {f: getattr(config, f) for f in self.fields}
 
 
-def number(field: str, key: str, *, root: bool = False) -> Option:
-  """A number that a file must have; `root`: the field is one over its square root."""
-  if root:
-    return Option(
-      (field,), (key,), lambda hf: {field: hf[key] ** -0.5}, lambda c: {key: _square(getattr(c, field))}, (key,)
-    )
-  return Option((field,), (key,), lambda hf: {field: hf.get(key)}, lambda c: {key: getattr(c, field)}, (key,))
+def number(field: str, key: str, *unread: str) -> Option:
+  """A number that a file must have; `unread` keys are older names that nothing reads, and that a change outdates."""
+  return Option((field,), (key, *unread), lambda hf: {field: hf.get(key)}, lambda c: {key: getattr(c, field)}, (key,))
 
 
-def _square(y: float | None) -> float | None:
-  """The number whose root is 1 / y, a whole one if there is one; None for what has none."""
-  if not isinstance(y, float) or not y > 0:
-    return None
-  x = y**-2
-  near = (round(x), x, *(math.nextafter(x, to) for to in (0, math.inf)))
-  return next((n for n in near if n > 0 and n**-0.5 == y), x)
+def inverse_root(field: str, key: str) -> Option:
+  """One over the square root of a number that a file must have; transformers takes a whole one alone."""
+
+  def write(c):
+    x = getattr(c, field)
+    return {key: max(1, round(x**-2)) if x else None}
+
+  return Option((field,), (key,), lambda hf: {field: hf[key] ** -0.5}, write, (key,))
 
 
 def optional(field: str, key: str, *also: str, null: Any = None) -> Option:
