@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from lora_jax import errors, families, models, tree
+from lora_jax.families.config_json import rotation
 from lora_jax.model import transformer
 from tests import test_families
 
@@ -417,6 +418,13 @@ def test_another_head(tmp_path):
   model = dataclasses.replace(model, hf_config=model.hf_config | {"pad_token_id": 0})
   models.save(model, tmp_path / "b")
   assert_equal_to_transformers(model, tmp_path / "b", transformers.LlamaForSequenceClassification)
+
+
+def test_parts_of_a_head():
+  """A size that is rounded down from a part of a head is the one that the part was made from."""
+  sizes = [(r, n) for n in range(2, 130) for r in range(2, n + 1, 2)]
+  assert any(int(r / n * n) != r for r, n in sizes)
+  assert [(int(rotation.part(r, n) * n), n) for r, n in sizes] == sizes
 
 
 def test_aliases_are_replaced():

@@ -114,7 +114,7 @@ class ConfigJson:
 
   def _said(self, option: Option, hf: Mapping) -> dict[str, Any]:
     """What a file says of an option's fields; UserError for what is not understood."""
-    with errors.parsing("config.json"):  # of a config that no file has ever said, nothing is checked
+    with errors.parsing("config.json"):  # the values may be any that a Config was given
       rules.check({k: hf[k] for k in ("model_type", *option.keys) if k in hf})
       self._require(hf, (option,))
       return option.read({**self.absent, **hf})
