@@ -82,19 +82,19 @@ def load(
   with errors.parsing(f"{path}: config.json"):
     family = families.get(hf_config["model_type"])
     if head is not None:
-      errors.choose(head, family.ARCHITECTURES, f"head of a {hf_config['model_type']} model")
-    head, chosen = head or families.head(family, hf_config), head is not None
+      name = errors.choose(head, family.ARCHITECTURES, f"head of a {hf_config['model_type']} model")
+      hf_config = hf_config | {"architectures": [name]}
     config = family.config(hf_config)
   if tensors is None:
     config, params = _restore(path, sharding)
-    if (head, n_labels or config.n_labels) != (config.head, config.n_labels):
+    if (head or config.head, n_labels or config.n_labels) != (config.head, config.n_labels):
       raise errors.UserError(f"{path} was saved with the head {config.head!r}; convert it to 'hf' to change that")
     config, fresh = dataclasses.replace(config, dtype=dtype or config.dtype, **choices), ()
     params = jax.tree.map(lambda x, s: x.astype(s.dtype), params, transformer.shapes(config))
   else:
     dtype = dtype or _stored_dtype(tensors)
-    config = dataclasses.replace(config, dtype=dtype, head=head, n_labels=n_labels or config.n_labels, **choices)
-    config, params, fresh = _build(config, family, tensors, sharding, str(path), chosen, quantise)
+    config = dataclasses.replace(config, dtype=dtype, n_labels=n_labels or config.n_labels, **choices)
+    config, params, fresh = _build(config, family, tensors, sharding, str(path), head is not None, quantise)
   return Model(name, config, params, tok, hf_config, str(path), fresh, generation)
 
 
@@ -256,23 +256,21 @@ def export(model: Model) -> Iterator[tuple[str, np.ndarray]]:
 def save(model: Model, directory: str | os.PathLike, form: str = "hf") -> None:
   """Writes a directory that `load` reads: config.json, the weights, generation_config.json and the tokenizer.
 
+  config.json is the one that the model came with, with the architecture as `model.config` has it now.
+
   Args:
     form: of the weights, adapters merged. "hf" is safetensors as transformers loads them; "orbax" is our own tree,
       which is read without transposing and by each process only what it holds.
+
+  Raises:
+    UserError: naming the fields of `model.config` and the leaves that config.json has no place for.
   """
   errors.choose(form, dict.fromkeys(("hf", "orbax")), "form of weights")
   known = tree.flatten(transformer.shapes(model.config))
   if more := sorted(k for k in tree.names(weights.strip(model.params), is_leaf=weights.is_node) if k not in known):
     raise errors.UserError(f"config.json of {model.name} has no place for {', '.join(more)}; save the adapter instead")
-  config = {k: v for k, v in model.hf_config.items() if k != "dtype"}
-  config |= {"architectures": [model.family.ARCHITECTURES[model.config.head]], "torch_dtype": model.config.dtype}
-  if model.family.config(model.hf_config).tied != model.config.tied:
-    config["tie_word_embeddings"] = model.config.tied
-  if model.family.config(config).head_scale != model.config.head_scale:
-    config["scale_decoder_outputs"] = model.config.head_scale is not None
-  if model.config.head == "classification" and families.labels(config) != model.config.n_labels:
-    config["id2label"] = {str(i): f"LABEL_{i}" for i in range(model.config.n_labels)}
-    config["label2id"] = {v: int(k) for k, v in config["id2label"].items()}
+  config = model.family.hf_config(model.config, model.hf_config)
+  config = {k: v for k, v in config.items() if k != "dtype"} | {"torch_dtype": model.config.dtype}
   directory = pathlib.Path(directory)
   if form == "hf":
     hf.save(directory, config, export(model))

@@ -51,9 +51,7 @@ def files(tmp_path_factory):
   directory = tmp_path_factory.mktemp("files")
   for name, hf_config in {"bert": BERT, "llama": LLAMA}.items():
     family = models.families.get(name)
-    config = models.dataclasses.replace(
-      family.config(hf_config), dtype="float32", head=models.families.head(family, hf_config)
-    )
+    config = models.dataclasses.replace(family.config(hf_config), dtype="float32")
     params = tree.map_named(
       lambda k, x: x if k.endswith(("scale", "bias")) else 10 * x, transformer.init(config, jax.random.key(0))
     )

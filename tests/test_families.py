@@ -452,7 +452,6 @@ def test_configs_of_what_is_not_supported(case, keys, message):
   model = pair(case)[1]
   with pytest.raises(errors.UserError, match=message):
     model.family.config(model.hf_config | keys)
-    families.head(model.family, model.hf_config | keys)
 
 
 def test_every_family_has_a_case():

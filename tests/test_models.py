@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from lora_jax import errors, families, models, sharding, tree
+from lora_jax.families.config_json import rotation
 from lora_jax.families.reading import options
 from lora_jax.formats import hf
 from lora_jax.inference import decode
@@ -189,7 +190,7 @@ def test_numbers_of_a_config_that_are_not_finite_are_refused(name):
         families.get(name).config({"model_type": name, k: x})
   for k in ("rope_theta", "factor"):
     with pytest.raises(errors.UserError, match=f"{k} is nan"):
-      families.rope({"model_type": name}, {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4} | {k: float("nan")})
+      rotation.read({"model_type": name}, {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4} | {k: float("nan")})
 
 
 def test_unknown_names():

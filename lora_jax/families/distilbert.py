@@ -1,10 +1,8 @@
 """DistilBERT (Sanh et al. 2019, https://arxiv.org/abs/1910.01108): BERT without token types and pooler."""
 
-from collections.abc import Mapping
-
-from lora_jax import families
 from lora_jax.families import Key, bert, linear, norm
-from lora_jax.model import transformer
+from lora_jax.families.config_json import ConfigJson
+from lora_jax.families.config_json.option import LABELS, equal_heads, flag, number, optional
 
 ARCHITECTURES = {
   "mlm": "DistilBertForMaskedLM",
@@ -33,27 +31,24 @@ KEYS = (
   *linear("classifier", "classifier", "c d -> d c"),
 )
 
-HANDLED = "vocab_size dim n_layers n_heads hidden_dim activation max_position_embeddings tie_word_embeddings".split()
-DEFAULT = {"tie_weights_": True}
-IGNORED_CONFIG = "dropout qa_dropout seq_classif_dropout sinusoidal_pos_embds".split()
-
-
-def config(hf: Mapping) -> transformer.Config:
-  """`transformer.Config` of a `DistilBertConfig` as a dict; UserError for what it does not support."""
-  families.check_config(hf, HANDLED, DEFAULT, [*families.BOOKKEEPING, *IGNORED_CONFIG])
-  families.require(hf, HANDLED[:5], hf.get("activation", "gelu"))
-  return transformer.Config(
-    vocab_size=hf["vocab_size"],
-    d_model=hf["dim"],
-    n_layers=hf["n_layers"],
-    n_heads=hf["n_heads"],
-    n_kv_heads=hf["n_heads"],
-    head_dim=hf["dim"] // hf["n_heads"],
-    d_ff=hf["hidden_dim"],
-    norm_eps=1e-12,
-    activation=hf.get("activation", "gelu"),
-    max_seq_len=hf.get("max_position_embeddings", 512),
-    n_labels=families.labels(hf),
-    tied=bool(hf.get("tie_word_embeddings", True)),
-    **(bert.POST_NORM | {"pooler": "relu"}),
-  )
+TABLE = ConfigJson(
+  "distilbert",
+  ARCHITECTURES,
+  (
+    number("vocab_size", "vocab_size"),
+    number("d_model", "dim"),
+    number("n_layers", "n_layers"),
+    number("n_heads", "n_heads"),
+    *equal_heads("dim", "n_heads"),
+    number("d_ff", "hidden_dim"),
+    optional("activation", "activation"),
+    number("max_seq_len", "max_position_embeddings"),
+    flag("tied", "tie_word_embeddings"),
+    LABELS,
+  ),
+  absent={"activation": "gelu", "max_position_embeddings": 512, "tie_word_embeddings": True},
+  fixed=bert.POST_NORM | {"pooler": "relu", "norm_eps": 1e-12},
+  default={"tie_weights_": True},
+  ignored=("dropout", "qa_dropout", "seq_classif_dropout", "sinusoidal_pos_embds"),
+)
+config, hf_config = TABLE.config, TABLE.hf_config

@@ -3,43 +3,41 @@
 Gemma Team 2024 (https://arxiv.org/abs/2403.08295).
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
 
-from lora_jax import families
 from lora_jax.families import llama
-from lora_jax.model import transformer
+from lora_jax.families.config_json.option import Option, derived, flag
 
 ARCHITECTURES = {head: name.replace("Llama", "Gemma") for head, name in llama.ARCHITECTURES.items()}
 PREFIX, IGNORED, KEYS = llama.PREFIX, llama.IGNORED, llama.KEYS
-# transformers' values of keys that a config.json leaves out.
-ABSENT = {"num_key_value_heads": 16, "head_dim": 256, "max_position_embeddings": 8192, "tie_word_embeddings": True}
+# Any Gemma; the activation is the family's own.
+DECODER = llama.DECODER.but(
+  "gemma",
+  ARCHITECTURES,
+  flag("attn_bias", "attention_bias", "all", "none"),
+  derived("embed_scale", lambda hf: hf["hidden_size"] ** 0.5),
+  absent={
+    "num_key_value_heads": 16,
+    "head_dim": 256,
+    "hidden_act": "gelu",
+    "max_position_embeddings": 8192,
+    "tie_word_embeddings": True,
+  },
+  fixed={"norm_plus_one": True},
+  default={"use_bidirectional_attention": False},
+  ignored=("cache_implementation",),
+)
 
 
-def config(hf: Mapping) -> transformer.Config:
-  """`transformer.Config` of a `GemmaConfig` as a dict; UserError for what it does not support."""
-  activation = hf.get("hidden_activation") or hf.get("hidden_act") or "gelu"
-  # The first files say "gelu" and mean its approximation by tanh.
-  return decoder(hf, ABSENT, "gelu_pytorch_tanh" if activation == "gelu" else activation)
+def _activation(hf: Mapping) -> dict[str, str]:
+  """The first files say "gelu" and mean its approximation by tanh."""
+  name = hf.get("hidden_activation") or hf.get("hidden_act") or "gelu"
+  return {"activation": "gelu_pytorch_tanh" if name == "gelu" else name}
 
 
-def decoder(
-  hf: Mapping,
-  absent: Mapping,
-  activation: str,
-  handled: Sequence[str] = (),
-  default: Mapping | None = None,
-  **choices: Any,
-) -> transformer.Config:
-  """The config of any Gemma; arguments as of `llama.decoder`, and `absent`: values of keys that `hf` lacks."""
-  families.check(hf)
-  hf = {**absent, **hf, "hidden_act": activation}
-  return llama.decoder(
-    hf,
-    ["attention_bias", "hidden_activation", "cache_implementation", *handled],
-    llama.DEFAULT | {"use_bidirectional_attention": False} | dict(default or {}),
-    attn_bias="all" if hf.get("attention_bias") else "none",
-    norm_plus_one=True,
-    embed_scale=hf.get("hidden_size", 1) ** 0.5,
-    **choices,
-  )
+# Releases of transformers read one or the other.
+BOTH = ("hidden_activation", "hidden_act")
+TABLE = DECODER.but(
+  "gemma", ARCHITECTURES, Option(("activation",), BOTH, _activation, lambda c: dict.fromkeys(BOTH, c.activation))
+)
+config, hf_config = TABLE.config, TABLE.hf_config

@@ -3,11 +3,8 @@
 Gemma Team 2024 (https://arxiv.org/abs/2408.00118).
 """
 
-from collections.abc import Mapping
-
-from lora_jax import families
 from lora_jax.families import gemma, llama, norm
-from lora_jax.model import transformer
+from lora_jax.families.config_json.option import inverse_root, optional, windows
 
 ARCHITECTURES = {head: name.replace("Llama", "Gemma2") for head, name in llama.ARCHITECTURES.items()}
 PREFIX, IGNORED = llama.PREFIX, llama.IGNORED
@@ -17,21 +14,26 @@ KEYS = (
   *norm("layers/mlp_norm", "model.layers.{}.pre_feedforward_layernorm"),
   *norm("layers/mlp_post_norm", "model.layers.{}.post_feedforward_layernorm"),
 )
-ABSENT = gemma.ABSENT | {"num_key_value_heads": 4}
-HANDLED = ["query_pre_attn_scalar", "sliding_window", "layer_types", "final_logit_softcapping"]
-
-
-def config(hf: Mapping) -> transformer.Config:
-  """`transformer.Config` of a `Gemma2Config` as a dict; UserError for what it does not support."""
-  families.check(hf)
-  return gemma.decoder(
-    hf,
-    ABSENT,
-    hf.get("hidden_activation") or "gelu_pytorch_tanh",
-    [*HANDLED, "attn_logit_softcapping", "sliding_window_size"],
-    norm_order="sandwich",
-    attn_scale=hf.get("query_pre_attn_scalar", 256) ** -0.5,
-    attn_softcap=hf.get("attn_logit_softcapping", 50.0),
-    logit_softcap=hf.get("final_logit_softcapping", 30.0),
-    **families.windows(hf, hf.get("sliding_window", hf.get("sliding_window_size", 4096)), lambda i: i % 2 == 0),
-  )
+# What Gemma 3 has too.
+DECODER = gemma.DECODER.but(
+  "gemma2",
+  ARCHITECTURES,
+  optional("activation", "hidden_activation", null="gelu_pytorch_tanh"),
+  inverse_root("attn_scale", "query_pre_attn_scalar"),
+  optional("logit_softcap", "final_logit_softcapping"),
+  absent={"num_key_value_heads": 4, "query_pre_attn_scalar": 256},
+  fixed={"norm_order": "sandwich"},
+  ignored=("hidden_act",),
+)
+TABLE = DECODER.but(
+  "gemma2",
+  ARCHITECTURES,
+  optional("attn_softcap", "attn_logit_softcapping"),
+  windows(
+    ("sliding_window_size",),
+    lambda hf: hf.get("sliding_window", hf.get("sliding_window_size", 4096)),
+    lambda hf, layer: layer % 2 == 0,
+  ),
+  absent={"final_logit_softcapping": 30.0, "attn_logit_softcapping": 50.0},
+)
+config, hf_config = TABLE.config, TABLE.hf_config

@@ -3,11 +3,9 @@
 Its matrices are stored [in, out], and query, key and value are one.
 """
 
-from collections.abc import Mapping
-
-from lora_jax import families
 from lora_jax.families import Key, linear, norm
-from lora_jax.model import transformer
+from lora_jax.families.config_json import ConfigJson
+from lora_jax.families.config_json.option import LABELS, equal_heads, fallback, flag, number, optional
 
 ARCHITECTURES = {"lm": "GPT2LMHeadModel", "classification": "GPT2ForSequenceClassification", "none": "GPT2Model"}
 PREFIX = "transformer."
@@ -26,43 +24,35 @@ KEYS = (
   Key("classifier/kernel", "score.weight", "c d -> d c"),
 )
 
-HANDLED = (
-  "vocab_size n_embd n_layer n_head n_inner n_positions activation_function layer_norm_epsilon scale_attn_weights "
-  "tie_word_embeddings"
-).split()
-DEFAULT = {"scale_attn_by_inverse_layer_idx": False}
-# `n_ctx` is what `n_positions` was called, and the summaries belong to a head that is not supported.
-IGNORED_CONFIG = (
-  "n_ctx attn_pdrop embd_pdrop resid_pdrop reorder_and_upcast_attn summary_type summary_use_proj summary_activation "
-  "summary_proj_to_labels summary_first_dropout n_special predict_special_tokens"
-).split()
-
-
-def config(hf: Mapping) -> transformer.Config:
-  """`transformer.Config` of a `GPT2Config` as a dict; UserError for what it does not support."""
-  families.check_config(hf, HANDLED, DEFAULT, [*families.BOOKKEEPING, *IGNORED_CONFIG])
-  activation = hf.get("activation_function") or "gelu_new"
-  families.require(hf, HANDLED[:4], activation)
-  heads, d_model = hf["n_head"], hf["n_embd"]
-  return transformer.Config(
-    vocab_size=hf["vocab_size"],
-    d_model=d_model,
-    n_layers=hf["n_layer"],
-    n_heads=heads,
-    n_kv_heads=heads,
-    head_dim=d_model // heads,
-    d_ff=hf.get("n_inner") or 4 * d_model,
-    norm="layer",
-    norm_eps=hf.get("layer_norm_epsilon", 1e-5),
-    activation=activation,
-    gated=False,
-    fused=True,
-    attn_bias="all",
-    mlp_bias=True,
-    attn_scale=None if hf.get("scale_attn_weights", True) else 1.0,
-    position="learned",
-    max_seq_len=hf.get("n_positions", 1024),
-    tied=bool(hf.get("tie_word_embeddings", True)),
-    pool="last",
-    n_labels=families.labels(hf),
-  )
+TABLE = ConfigJson(
+  "gpt2",
+  ARCHITECTURES,
+  (
+    number("vocab_size", "vocab_size"),
+    number("d_model", "n_embd"),
+    number("n_layers", "n_layer"),
+    number("n_heads", "n_head"),
+    *equal_heads("n_embd", "n_head"),
+    fallback("d_ff", "n_inner", lambda hf: 4 * hf["n_embd"]),
+    number("max_seq_len", "n_positions", "n_ctx"),
+    optional("activation", "activation_function", null="gelu_new"),
+    number("norm_eps", "layer_norm_epsilon"),
+    flag("attn_scale", "scale_attn_weights", None, 1.0),
+    flag("tied", "tie_word_embeddings"),
+    LABELS,
+  ),
+  absent={
+    "n_positions": 1024,
+    "layer_norm_epsilon": 1e-5,
+    "scale_attn_weights": True,
+    "tie_word_embeddings": True,
+  },
+  fixed=dict(norm="layer", gated=False, fused=True, attn_bias="all", mlp_bias=True, position="learned", pool="last"),
+  default={"scale_attn_by_inverse_layer_idx": False},
+  # The summaries belong to a head that is not supported.
+  ignored=(
+    *"attn_pdrop embd_pdrop resid_pdrop reorder_and_upcast_attn summary_type summary_use_proj".split(),
+    *"summary_activation summary_proj_to_labels summary_first_dropout n_special predict_special_tokens".split(),
+  ),
+)
+config, hf_config = TABLE.config, TABLE.hf_config

@@ -7,9 +7,10 @@ rows are sorted by head first.
 
 from collections.abc import Mapping
 
-from lora_jax import families
 from lora_jax.families import Key, linear, norm
-from lora_jax.model import transformer
+from lora_jax.families.config_json import ConfigJson, rotation
+from lora_jax.families.config_json.option import LABELS, Option, equal_heads, flag, number, optional
+from lora_jax.model.architecture import Config
 
 ARCHITECTURES = {
   "lm": "GPTNeoXForCausalLM",
@@ -31,41 +32,53 @@ KEYS = (
   Key("classifier/kernel", "score.weight", "c d -> d c"),
 )
 
-HANDLED = (
-  "vocab_size hidden_size num_hidden_layers num_attention_heads intermediate_size hidden_act layer_norm_eps "
-  "max_position_embeddings tie_word_embeddings use_parallel_residual attention_bias rotary_pct rotary_emb_base "
-  "rope_parameters rope_scaling rope_theta partial_rotary_factor"
-).split()
-IGNORED_CONFIG = ("hidden_dropout", "attention_probs_dropout_prob", "hidden_dropout_prob")
+
+def _rotation(hf: Mapping) -> dict:
+  """Of a part of each head."""
+  given = dict(hf.get("rope_scaling") or hf.get("rope_parameters") or {})
+  part = rotation.read_part(hf, given, hf.get("rotary_pct") or 0.25)
+  head_dim = hf["hidden_size"] // hf["num_attention_heads"]
+  return rotation.read(hf, given, hf.get("rotary_emb_base") or 10_000, part) | {"rope_dim": int(head_dim * part)}
 
 
-def config(hf: Mapping) -> transformer.Config:
-  """`transformer.Config` of a `GPTNeoXConfig` as a dict; UserError for what it does not support."""
-  families.check_config(hf, HANDLED, {}, [*families.BOOKKEEPING, *IGNORED_CONFIG])
-  families.require(hf, HANDLED[:5], hf.get("hidden_act", "gelu"))
-  heads, d_model = hf["num_attention_heads"], hf["hidden_size"]
-  rope = dict(hf.get("rope_scaling") or hf.get("rope_parameters") or {})
-  rotated = families.rope_part(hf, rope, hf.get("rotary_pct") or 0.25)
-  return transformer.Config(
-    vocab_size=hf["vocab_size"],
-    d_model=d_model,
-    n_layers=hf["num_hidden_layers"],
-    n_heads=heads,
-    n_kv_heads=heads,
-    head_dim=d_model // heads,
-    d_ff=hf["intermediate_size"],
-    norm="layer",
-    norm_eps=hf.get("layer_norm_eps", 1e-5),
-    activation=hf.get("hidden_act", "gelu"),
-    parallel=hf.get("use_parallel_residual", True),
-    gated=False,
-    fused=True,
-    attn_bias="all" if hf.get("attention_bias", True) else "none",
-    mlp_bias=True,
-    rope_dim=int(d_model // heads * rotated),
-    max_seq_len=hf.get("max_position_embeddings", 2048),
-    tied=bool(hf.get("tie_word_embeddings", False)),
-    pool="last",
-    n_labels=families.labels(hf),
-    **families.rope(hf, rope, hf.get("rotary_emb_base") or 10_000, rotated),
-  )
+def _written(c: Config) -> dict:
+  keys = rotation.write(c)
+  part = {"rotary_pct": rotation.part(c.rope_dim, c.head_dim)} if c.rope_dim else {}
+  return {"rotary_emb_base": keys.pop("rope_theta")} | keys | part
+
+
+TABLE = ConfigJson(
+  "gpt_neox",
+  ARCHITECTURES,
+  (
+    number("vocab_size", "vocab_size"),
+    number("d_model", "hidden_size"),
+    number("n_layers", "num_hidden_layers"),
+    number("n_heads", "num_attention_heads"),
+    *equal_heads("hidden_size", "num_attention_heads"),
+    number("d_ff", "intermediate_size"),
+    number("norm_eps", "layer_norm_eps"),
+    number("max_seq_len", "max_position_embeddings"),
+    optional("activation", "hidden_act"),
+    flag("parallel", "use_parallel_residual"),
+    flag("attn_bias", "attention_bias", "all", "none"),
+    flag("tied", "tie_word_embeddings"),
+    Option(
+      ("rope_theta", "rope_scaling", "rope_dim"),
+      (*rotation.KEYS, "rotary_pct", "rotary_emb_base", "partial_rotary_factor"),
+      _rotation,
+      _written,
+    ),
+    LABELS,
+  ),
+  absent={
+    "layer_norm_eps": 1e-5,
+    "max_position_embeddings": 2048,
+    "hidden_act": "gelu",
+    "use_parallel_residual": True,
+    "attention_bias": True,
+  },
+  fixed=dict(norm="layer", gated=False, fused=True, mlp_bias=True, pool="last"),
+  ignored=("hidden_dropout", "attention_probs_dropout_prob", "hidden_dropout_prob"),
+)
+config, hf_config = TABLE.config, TABLE.hf_config

@@ -3,12 +3,9 @@
 Touvron et al. 2023 (https://arxiv.org/abs/2307.09288); Grattafiori et al. 2024 (https://arxiv.org/abs/2407.21783).
 """
 
-from collections.abc import Mapping
-from typing import Any
-
-from lora_jax import families
 from lora_jax.families import Key, linear, norm
-from lora_jax.model import transformer
+from lora_jax.families.config_json import ConfigJson, rotation
+from lora_jax.families.config_json.option import LABELS, fallback, flag, number, optional
 
 ARCHITECTURES = {"lm": "LlamaForCausalLM", "classification": "LlamaForSequenceClassification", "none": "LlamaModel"}
 PREFIX = "model."
@@ -29,43 +26,30 @@ KEYS = (
   Key("classifier/kernel", "score.weight", "c d -> d c"),
 )
 
-HANDLED = (
-  "vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim intermediate_size "
-  "rms_norm_eps hidden_act rope_theta rope_scaling rope_parameters max_position_embeddings tie_word_embeddings"
-).split()
-DEFAULT = {"pretraining_tp": 1, "quantization_config": None}
-
-
-def config(hf: Mapping) -> transformer.Config:
-  """`transformer.Config` of a `LlamaConfig` as a dict; UserError for what it does not support."""
-  bias = {"attn_bias": "all" if hf.get("attention_bias") else "none", "mlp_bias": bool(hf.get("mlp_bias"))}
-  return decoder(hf, ["attention_bias", "mlp_bias"], **bias)
-
-
-def decoder(hf: Mapping, handled: list[str], default: Mapping = DEFAULT, **choices: Any) -> transformer.Config:
-  """The config of a decoder of Llama's shape.
-
-  Args:
-    handled: further keys that the caller has read.
-    default: keys that are supported only at that value.
-    choices: further fields of the config, or other values of those that are set here.
-  """
-  families.check_config(hf, [*HANDLED, *handled], default, families.BOOKKEEPING)
-  families.require(hf, [*HANDLED[:4], "intermediate_size"], hf.get("hidden_act", "silu"))
-  heads = hf["num_attention_heads"]
-  fields = dict(
-    vocab_size=hf["vocab_size"],
-    d_model=hf["hidden_size"],
-    n_layers=hf["num_hidden_layers"],
-    n_heads=heads,
-    n_kv_heads=hf.get("num_key_value_heads") or heads,
-    head_dim=hf.get("head_dim") or hf["hidden_size"] // heads,
-    d_ff=hf["intermediate_size"],
-    norm_eps=hf.get("rms_norm_eps", 1e-6),
-    activation=hf.get("hidden_act", "silu"),
-    max_seq_len=hf.get("max_position_embeddings", 2048),
-    tied=bool(hf.get("tie_word_embeddings", False)),
-    pool="last",
-    n_labels=families.labels(hf),
-  )
-  return transformer.Config(**(fields | ({} if "rope_theta" in choices else families.rope(hf)) | choices))
+# Any decoder of Llama's shape; what has a choice of biases adds it.
+DECODER = ConfigJson(
+  "llama",
+  ARCHITECTURES,
+  (
+    number("vocab_size", "vocab_size"),
+    number("d_model", "hidden_size"),
+    number("n_layers", "num_hidden_layers"),
+    number("n_heads", "num_attention_heads"),
+    fallback("n_kv_heads", "num_key_value_heads", lambda hf: hf["num_attention_heads"]),
+    fallback("head_dim", "head_dim", lambda hf: hf["hidden_size"] // hf["num_attention_heads"]),
+    number("d_ff", "intermediate_size"),
+    number("norm_eps", "rms_norm_eps"),
+    optional("activation", "hidden_act"),
+    number("max_seq_len", "max_position_embeddings"),
+    flag("tied", "tie_word_embeddings"),
+    LABELS,
+    rotation.option(),
+  ),
+  absent={"rms_norm_eps": 1e-6, "hidden_act": "silu", "max_position_embeddings": 2048},
+  fixed={"pool": "last"},
+  default={"pretraining_tp": 1, "quantization_config": None},
+)
+TABLE = DECODER.but(
+  "llama", ARCHITECTURES, flag("attn_bias", "attention_bias", "all", "none"), flag("mlp_bias", "mlp_bias")
+)
+config, hf_config = TABLE.config, TABLE.hf_config

@@ -4,10 +4,10 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lora_jax import families
 from lora_jax.families import Key, llama
+from lora_jax.families.config_json import rotation
+from lora_jax.families.config_json.option import Option, number, optional
 from lora_jax.families.reading import tensor_names
-from lora_jax.model import transformer
 
 ARCHITECTURES = {head: name.replace("Llama", "Mixtral") for head, name in llama.ARCHITECTURES.items()}
 PREFIX, IGNORED = llama.PREFIX, llama.IGNORED
@@ -19,25 +19,36 @@ KEYS = (
   Key("layers/moe/up/kernel", "model.layers.{}.block_sparse_moe.experts.{}.w3.weight", "f d -> d f"),
   Key("layers/moe/down/kernel", "model.layers.{}.block_sparse_moe.experts.{}.w2.weight", "d f -> f d"),
 )
-# The router's noise and loss are of pretraining.
-HANDLED = (
-  "sliding_window num_local_experts num_experts num_experts_per_tok output_router_logits router_aux_loss_coef "
-  "router_jitter_noise"
-).split()
-ABSENT = {"num_key_value_heads": 8, "rms_norm_eps": 1e-5, "max_position_embeddings": 131072}  # as in transformers
 
 
-def config(hf: Mapping) -> transformer.Config:
-  """`transformer.Config` of a `MixtralConfig` as a dict; UserError for what it does not support."""
-  families.check(hf)
-  return llama.decoder(
-    ABSENT | dict(hf),
-    HANDLED,
-    window=hf.get("sliding_window"),
-    n_experts=hf.get("num_local_experts") or hf.get("num_experts") or 8,
-    experts_per_token=hf.get("num_experts_per_tok", 2),
-    **families.rope(hf, theta=1e6),
-  )
+def _rotation(hf: Mapping) -> dict:
+  """Beside the size of a head: transformers cannot scale the rotation of a Mixtral that does not state it."""
+  head_dim = hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"]
+  return {"head_dim": head_dim} | rotation.read(hf, theta=1e6)
+
+
+TABLE = llama.DECODER.but(
+  "mixtral",
+  ARCHITECTURES,
+  optional("window", "sliding_window"),
+  optional("n_experts", "num_local_experts", "num_experts", null=8),
+  number("experts_per_token", "num_experts_per_tok"),
+  Option(
+    ("head_dim", "rope_theta", "rope_scaling"),
+    ("head_dim", *rotation.KEYS),
+    _rotation,
+    lambda c: {"head_dim": c.head_dim} | rotation.write(c),
+  ),
+  absent={
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 131072,
+    "num_experts_per_tok": 2,
+  },
+  # The router's noise and loss are of pretraining.
+  ignored=("output_router_logits", "router_aux_loss_coef", "router_jitter_noise"),
+)
+config, hf_config = TABLE.config, TABLE.hf_config
 
 
 def view(tensors: Any) -> Any:

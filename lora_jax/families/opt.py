@@ -2,9 +2,10 @@
 
 from collections.abc import Mapping
 
-from lora_jax import families
 from lora_jax.families import Key, linear, norm
-from lora_jax.model import transformer
+from lora_jax.families.config_json import ConfigJson
+from lora_jax.families.config_json.option import LABELS, Option, equal_heads, flag, number, optional
+from lora_jax.model.architecture import Config
 
 ARCHITECTURES = {"lm": "OPTForCausalLM", "classification": "OPTForSequenceClassification", "none": "OPTModel"}
 PREFIX = "model."
@@ -27,41 +28,57 @@ KEYS = (
   Key("classifier/kernel", "score.weight", "c d -> d c"),
 )
 
-HANDLED = (
-  "vocab_size hidden_size num_hidden_layers num_attention_heads ffn_dim activation_function max_position_embeddings "
-  "do_layer_norm_before _remove_final_layer_norm word_embed_proj_dim enable_bias tie_word_embeddings"
-).split()
-DEFAULT = {"layer_norm_elementwise_affine": True, "scale_embeddings": False, "learned_embeddings": True}
-IGNORED_CONFIG = "activation_dropout dropout layerdrop init_std".split()
+
+def _norms(hf: Mapping) -> dict:
+  before = bool(hf["do_layer_norm_before"])
+  return {"norm_order": "pre" if before else "post", "final_norm": before and not hf.get("_remove_final_layer_norm")}
 
 
-def config(hf: Mapping) -> transformer.Config:
-  """`transformer.Config` of an `OPTConfig` as a dict; UserError for what it does not support."""
-  families.check_config(hf, HANDLED, DEFAULT, [*families.BOOKKEEPING, *IGNORED_CONFIG])
-  activation = hf.get("activation_function") or "relu"
-  families.require(hf, HANDLED[:5], activation)
-  heads, d_model, table = hf["num_attention_heads"], hf["hidden_size"], hf.get("word_embed_proj_dim")
-  pre, bias = hf.get("do_layer_norm_before", True), hf.get("enable_bias", True)
-  return transformer.Config(
-    vocab_size=hf["vocab_size"],
-    d_model=d_model,
-    n_layers=hf["num_hidden_layers"],
-    n_heads=heads,
-    n_kv_heads=heads,
-    head_dim=d_model // heads,
-    d_ff=hf["ffn_dim"],
-    norm="layer",
-    norm_order="pre" if pre else "post",
-    final_norm=pre and not hf.get("_remove_final_layer_norm", False),
-    activation=activation,
-    gated=False,
-    attn_bias="all" if bias else "none",
-    mlp_bias=bias,
-    position="learned",
-    position_offset=2,
-    max_seq_len=hf.get("max_position_embeddings", 2048),
-    embed_dim=None if table in (None, d_model) else table,
-    tied=bool(hf.get("tie_word_embeddings", True)),
-    pool="last",
-    n_labels=families.labels(hf),
-  )
+def _norm_keys(c: Config) -> dict:
+  before = c.norm_order == "pre"
+  return {"do_layer_norm_before": before, "_remove_final_layer_norm": before and not c.final_norm}
+
+
+def _table(hf: Mapping) -> dict:
+  width = hf.get("word_embed_proj_dim")
+  return {"embed_dim": None if width == hf["hidden_size"] else width}
+
+
+TABLE = ConfigJson(
+  "opt",
+  ARCHITECTURES,
+  (
+    number("vocab_size", "vocab_size"),
+    number("d_model", "hidden_size"),
+    number("n_layers", "num_hidden_layers"),
+    number("n_heads", "num_attention_heads"),
+    *equal_heads("hidden_size", "num_attention_heads"),
+    number("d_ff", "ffn_dim"),
+    optional("activation", "activation_function", null="relu"),
+    number("max_seq_len", "max_position_embeddings"),
+    Option(("norm_order", "final_norm"), ("do_layer_norm_before", "_remove_final_layer_norm"), _norms, _norm_keys),
+    Option(
+      ("attn_bias", "mlp_bias"),
+      ("enable_bias",),
+      lambda hf: (
+        {"attn_bias": "all", "mlp_bias": True} if hf["enable_bias"] else {"attn_bias": "none", "mlp_bias": False}
+      ),
+      lambda c: {"enable_bias": c.mlp_bias},
+    ),
+    Option(
+      ("embed_dim",), ("word_embed_proj_dim",), _table, lambda c: {"word_embed_proj_dim": c.embed_dim or c.d_model}
+    ),
+    flag("tied", "tie_word_embeddings"),
+    LABELS,
+  ),
+  absent={
+    "max_position_embeddings": 2048,
+    "do_layer_norm_before": True,
+    "enable_bias": True,
+    "tie_word_embeddings": True,
+  },
+  fixed=dict(norm="layer", gated=False, position="learned", position_offset=2, pool="last"),
+  default={"layer_norm_elementwise_affine": True, "scale_embeddings": False, "learned_embeddings": True},
+  ignored=("activation_dropout", "dropout", "layerdrop", "init_std"),
+)
+config, hf_config = TABLE.config, TABLE.hf_config

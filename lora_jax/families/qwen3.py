@@ -1,9 +1,7 @@
 """Qwen3: Llama with normalised q and k and a free head size (Yang et al. 2025, https://arxiv.org/abs/2505.09388)."""
 
-from collections.abc import Mapping
-
 from lora_jax.families import llama, norm, qwen2
-from lora_jax.model import transformer
+from lora_jax.families.config_json.option import flag
 
 ARCHITECTURES = {head: name.replace("Llama", "Qwen3") for head, name in llama.ARCHITECTURES.items()}
 PREFIX, IGNORED = llama.PREFIX, llama.IGNORED
@@ -12,11 +10,12 @@ KEYS = (
   *norm("layers/attn/q_norm", "model.layers.{}.self_attn.q_norm"),
   *norm("layers/attn/k_norm", "model.layers.{}.self_attn.k_norm"),
 )
-ABSENT = qwen2.ABSENT | {"head_dim": 128}
-
-
-def config(hf: Mapping) -> transformer.Config:
-  """`transformer.Config` of a `Qwen3Config` as a dict; UserError for what it does not support."""
-  bias = "all" if hf.get("attention_bias") else "none"
-  handled = [*qwen2.WINDOW, "attention_bias"]
-  return llama.decoder(ABSENT | dict(hf), handled, attn_bias=bias, qk_norm=True, **qwen2.windows(hf))
+TABLE = llama.DECODER.but(
+  "qwen3",
+  ARCHITECTURES,
+  flag("attn_bias", "attention_bias", "all", "none"),
+  qwen2.WINDOWS,
+  absent=qwen2.ABSENT | {"head_dim": 128},
+  fixed={"qk_norm": True},
+)
+config, hf_config = TABLE.config, TABLE.hf_config

@@ -1,10 +1,9 @@
 """Qwen3 with a mixture of experts in every layer (Yang et al. 2025, https://arxiv.org/abs/2505.09388)."""
 
-from collections.abc import Mapping
 from typing import Any
 
 from lora_jax.families import Key, llama, mixtral, norm
-from lora_jax.model import transformer
+from lora_jax.families.config_json.option import flag, number, optional, switched
 
 ARCHITECTURES = {head: name.replace("Llama", "Qwen3Moe") for head, name in llama.ARCHITECTURES.items()}
 PREFIX, IGNORED = llama.PREFIX, llama.IGNORED
@@ -17,29 +16,28 @@ KEYS = (
   Key("layers/moe/up/kernel", "model.layers.{}.mlp.experts.{}.up_proj.weight", "f d -> d f"),
   Key("layers/moe/down/kernel", "model.layers.{}.mlp.experts.{}.down_proj.weight", "d f -> f d"),
 )
-# Without `layer_types` transformers reads `max_window_layers` nowhere: all layers are local or none.
-HANDLED = [
-  *mixtral.HANDLED,
-  *("attention_bias", "use_sliding_window", "max_window_layers", "moe_intermediate_size", "norm_topk_prob"),
-]
-DEFAULT = llama.DEFAULT | {"decoder_sparse_step": 1, "mlp_only_layers": []}
-ABSENT = {"num_key_value_heads": 4, "max_position_embeddings": 32768, "intermediate_size": 6144}  # as in transformers
-
-
-def config(hf: Mapping) -> transformer.Config:
-  """`transformer.Config` of a `Qwen3MoeConfig` as a dict; UserError for what it does not support."""
-  return llama.decoder(
-    ABSENT | dict(hf),
-    HANDLED,
-    DEFAULT,
-    attn_bias="all" if hf.get("attention_bias") else "none",
-    qk_norm=True,
-    window=hf.get("sliding_window", 4096) if hf.get("use_sliding_window") else None,
-    d_ff=hf.get("moe_intermediate_size", 768),
-    n_experts=hf.get("num_experts") or hf.get("num_local_experts") or 128,
-    experts_per_token=hf.get("num_experts_per_tok", 8),
-    norm_topk=bool(hf.get("norm_topk_prob")),
-  )
+TABLE = llama.DECODER.but(
+  "qwen3_moe",
+  ARCHITECTURES,
+  flag("attn_bias", "attention_bias", "all", "none"),
+  switched("window", "use_sliding_window", "sliding_window"),
+  number("d_ff", "moe_intermediate_size"),
+  optional("n_experts", "num_experts", "num_local_experts", null=128),
+  number("experts_per_token", "num_experts_per_tok"),
+  flag("norm_topk", "norm_topk_prob"),
+  absent={
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 32768,
+    "sliding_window": 4096,
+    "moe_intermediate_size": 768,
+    "num_experts_per_tok": 8,
+  },
+  fixed={"qk_norm": True},
+  default={"decoder_sparse_step": 1, "mlp_only_layers": []},
+  # No layer is dense; without `layer_types` transformers reads `max_window_layers` nowhere: all are local or none.
+  ignored=(*mixtral.TABLE.ignored, "intermediate_size", "max_window_layers"),
+)
+config, hf_config = TABLE.config, TABLE.hf_config
 
 
 def view(tensors: Any) -> Any:

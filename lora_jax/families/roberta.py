@@ -6,9 +6,9 @@ Positions begin behind the row of the padding token; a dense layer of the classi
 from collections.abc import Mapping
 from typing import Any
 
-from lora_jax import families
 from lora_jax.families import Key, bert, linear, norm
-from lora_jax.model import transformer
+from lora_jax.families.config_json.option import Option
+from lora_jax.model.architecture import Config
 
 ARCHITECTURES = {
   "mlm": "RobertaForMaskedLM",
@@ -35,11 +35,21 @@ def view(tensors: Any) -> Any:
   return bert.used_bias(tensors, "lm_head")
 
 
-def config(hf: Mapping) -> transformer.Config:
-  """`transformer.Config` of a `RobertaConfig` as a dict; UserError for what it does not support."""
-  families.check(hf)
+def _positions(hf: Mapping) -> dict:
   padding = hf.get("pad_token_id")
   offset = (1 if padding is None else padding) + 1
-  rows = hf.get("max_position_embeddings", 512)
-  default = bert.DEFAULT | {"hidden_act": "gelu"}  # its LM head has GELU whatever the layers have
-  return bert.encoder(hf, default, position_offset=offset, max_seq_len=rows - offset)
+  return {"position_offset": offset, "max_seq_len": hf["max_position_embeddings"] - offset}
+
+
+def _position_keys(c: Config) -> dict:
+  return {"pad_token_id": c.position_offset - 1, "max_position_embeddings": c.max_seq_len + c.position_offset}
+
+
+TABLE = bert.TABLE.but(
+  "roberta",
+  ARCHITECTURES,
+  Option(("position_offset", "max_seq_len"), ("pad_token_id", "max_position_embeddings"), _positions, _position_keys),
+  fixed={"activation": "gelu"},
+  default={"hidden_act": "gelu"},  # its LM head has GELU whatever the layers have
+)
+config, hf_config = TABLE.config, TABLE.hf_config

@@ -3,16 +3,13 @@
 Raffel et al. 2020 (https://arxiv.org/abs/1910.10683); Chung et al. 2022 (https://arxiv.org/abs/2210.11416).
 """
 
-import dataclasses
 from collections.abc import Mapping
-from typing import Any
 
-from lora_jax import families
 from lora_jax.families import Key, linear, norm
-from lora_jax.model import transformer
+from lora_jax.families.config_json import ConfigJson
+from lora_jax.families.config_json.option import Option, derived, fallback, number
 
 ARCHITECTURES = {"lm": "T5ForConditionalGeneration", "none": "T5Model"}
-ALIASES = {"T5WithLMHeadModel": "lm"}  # the older name
 PREFIX = ""
 IGNORED = r"EncDecAttention\.relative_attention_bias\.weight$"
 ONE_TABLE = True  # as in transformers 5
@@ -48,51 +45,68 @@ KEYS = (
   *_attention("layers/cross", "decoder.block.{}.layer.1.EncDecAttention"),
   Key("head/kernel", "lm_head.weight", "v d -> d v"),
 )
-SIZES = ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads")
-HANDLED = (
-  *SIZES,
-  *("num_decoder_layers", "relative_attention_num_buckets", "relative_attention_max_distance", "layer_norm_epsilon"),
-  *("feed_forward_proj", "dense_act_fn", "is_gated_act", "tie_word_embeddings", "scale_decoder_outputs"),
-)
-DEFAULT = {"is_encoder_decoder": True, "quantization_config": None}
-NO_EFFECT = {"dropout_rate", "initializer_factor", "n_positions"}
 
 
-def config(hf: Mapping) -> transformer.Config:
-  """`transformer.Config` of a `T5Config` as a dict; UserError for what it does not support.
+def feed_forward(absent: str) -> Option:
+  """`activation` and `gated`, in one word or in two keys; `absent` is what an absent word means."""
 
-  T5 1.0 ties the head and scales its input, 1.1 does neither. transformers 5 writes `tie_word_embeddings=True` for
-  both and says which it is with `scale_decoder_outputs`. A head that is scaled but not tied has both keys.
+  def read(hf):
+    word = hf.get("feed_forward_proj") or absent
+    name = "gelu_new" if word == "gated-gelu" else word.removeprefix("gated-")
+    gated = hf.get("is_gated_act", word.startswith("gated-"))
+    return {"activation": hf.get("dense_act_fn") or name, "gated": bool(gated)}
+
+  def write(c):
+    name = "gelu" if c.gated and c.activation == "gelu_new" else c.activation
+    word = f"gated-{name}" if c.gated else name
+    return {"feed_forward_proj": word, "dense_act_fn": c.activation, "is_gated_act": c.gated}
+
+  return Option(("activation", "gated"), ("feed_forward_proj", "dense_act_fn", "is_gated_act"), read, write)
+
+
+def _head(hf: Mapping) -> dict:
+  """T5 1.0 ties the head and scales its input, 1.1 does neither.
+
+  transformers 5 writes `tie_word_embeddings=True` for both and says which it is with `scale_decoder_outputs`. A head
+  that is scaled but not tied has both keys.
   """
   tied, scaled = hf.get("tie_word_embeddings") is not False, hf.get("scale_decoder_outputs")
   scaled = tied if scaled is None else scaled
-  c = encoder_decoder(hf, "relu", tied=tied and scaled)
-  return dataclasses.replace(c, head_scale=c.d_model**-0.5 if scaled else None)
+  return {"tied": tied and scaled, "head_scale": hf["d_model"] ** -0.5 if scaled else None}
 
 
-def encoder_decoder(hf: Mapping, feed_forward: str, **choices: Any) -> transformer.Config:
-  """The config of a model of T5's shape; `feed_forward` is what an absent `feed_forward_proj` means."""
-  families.check_config(hf, HANDLED, DEFAULT, families.BOOKKEEPING | NO_EFFECT)
-  feed_forward = hf.get("feed_forward_proj") or feed_forward
-  activation = "gelu_new" if feed_forward == "gated-gelu" else feed_forward.removeprefix("gated-")
-  activation = hf.get("dense_act_fn") or activation
-  families.require(hf, SIZES, activation)
-  heads, gated = hf["num_heads"], feed_forward.startswith("gated-")
-  return transformer.Config(
-    vocab_size=hf["vocab_size"],
-    d_model=hf["d_model"],
-    n_layers=hf.get("num_decoder_layers") or hf["num_layers"],
-    encoder_layers=hf["num_layers"],
-    n_heads=heads,
-    n_kv_heads=heads,
-    head_dim=hf["d_kv"],
-    d_ff=hf["d_ff"],
-    norm_eps=hf.get("layer_norm_epsilon", 1e-6),
-    activation=activation,
-    gated=hf.get("is_gated_act", gated),
-    attn_scale=1.0,
-    position="relative",
-    relative_buckets=hf.get("relative_attention_num_buckets", 32),
-    relative_furthest=hf.get("relative_attention_max_distance", 128),
-    **choices,
-  )
+TABLE = ConfigJson(
+  "t5",
+  ARCHITECTURES,
+  (
+    number("vocab_size", "vocab_size"),
+    number("d_model", "d_model"),
+    number("head_dim", "d_kv"),
+    number("d_ff", "d_ff"),
+    number("encoder_layers", "num_layers"),
+    fallback("n_layers", "num_decoder_layers", lambda hf: hf["num_layers"]),
+    number("n_heads", "num_heads"),
+    derived("n_kv_heads", lambda hf: hf["num_heads"]),
+    number("relative_buckets", "relative_attention_num_buckets"),
+    number("relative_furthest", "relative_attention_max_distance"),
+    number("norm_eps", "layer_norm_epsilon"),
+    feed_forward("relu"),
+    Option(
+      ("tied", "head_scale"),
+      ("tie_word_embeddings", "scale_decoder_outputs"),
+      _head,
+      lambda c: {"tie_word_embeddings": c.tied, "scale_decoder_outputs": c.head_scale is not None},
+    ),
+  ),
+  absent={
+    "relative_attention_num_buckets": 32,
+    "relative_attention_max_distance": 128,
+    "layer_norm_epsilon": 1e-6,
+  },
+  fixed={"attn_scale": 1.0, "position": "relative"},
+  default={"is_encoder_decoder": True, "quantization_config": None},
+  ignored=("dropout_rate", "initializer_factor", "n_positions"),
+  aliases={"T5WithLMHeadModel": "lm"},  # the older name
+  by_tensors=("tied",),
+)
+config, hf_config = TABLE.config, TABLE.hf_config

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from lora_jax import errors
+from lora_jax.families.config_json import rotation
 from lora_jax.formats.gguf import tables as tables
 
 # Keys that change nothing of what is computed here.
@@ -106,12 +107,10 @@ def _rotated(where: str, given: Mapping, factors: Mapping, partial: bool) -> dic
 
 
 def _rotary_part(where: str, given: Mapping, head_dim: int) -> float:
-  """The part of a head that is rotated: a number that, times `head_dim`, is rounded down to the file's."""
   rotated = given.get("rope.dimension_count", head_dim)
   if rotated > head_dim:
     raise errors.UserError(f"{where}rope.dimension_count is {rotated}, more than the size of a head, {head_dim}")
-  part = rotated / head_dim
-  return part if int(part * head_dim) == rotated else math.nextafter(part, 2.0)
+  return rotation.part(rotated, head_dim)
 
 
 def _scaling(where: str, given: Mapping, factors: Mapping, theta: float) -> dict[str, Any] | None:
