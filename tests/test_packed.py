@@ -22,7 +22,7 @@ from tests.test_families import TOKENS
 KEY = jax.random.key(0)
 LLAMA = transformer.Config(64, 16, 2, 4, 4, 8, 32, dtype="float32")
 FUSED = dataclasses.replace(LLAMA, fused=True, attn_bias="all")
-MIXTRAL = dataclasses.replace(LLAMA, n_experts=4)
+MIXTRAL = dataclasses.replace(LLAMA, n_experts=4, pool="last")
 EVERY = {"llama": LLAMA, "fused": FUSED, "mixtral": MIXTRAL}
 PARTS = "^layers/attn/qkv/kernel/[qv]$"  # adapted apart
 
