@@ -147,7 +147,7 @@ CASES = {
 }
 
 
-QUICK = ("ranks, targets and scales", "dropout", "ia3", "prompt_tuning")
+QUICK = ("ranks, targets and scales", "optimisers", "dropout", "ia3", "prompt_tuning")
 
 
 @pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in CASES])

@@ -220,7 +220,6 @@ def test_a_batch_without_weight_has_no_gradient():
   assert metrics["loss"] == 0 and metrics["finite"] == 1
 
 
-@pytest.mark.slow
 def test_dropout_follows_seed_and_step():
   trainable, frozen = adapted(dropout=0.5)
   data = batch()
