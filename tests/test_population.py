@@ -21,7 +21,8 @@ STEPS = 5
 OBJECTIVE = objectives.make("causal_lm")
 BASE = {
   "method": {"name": "lora", "rank": 2, "alpha": 8.0, "targets": "q,v"},
-  # With eps as large as some gradients: the sign of one that is but rounding would decide an update otherwise.
+  # With eps as large as some gradients: the sign of one that is but rounding would decide an update otherwise; the
+  # default is tested apart.
   "optim": {"name": "adamw", "learning_rate": 2e-2, "schedule": "linear", "warmup": 0.0, "eps": 1e-3},
   "train": {"steps": STEPS, "seed": 0},
 }
@@ -53,8 +54,8 @@ def member(base, c):
   return methods.init(jax.random.key(c["train"]["seed"]), base, c["method"])
 
 
-def alone(base, c, data):
-  """(losses of each step, params) of a run of its own."""
+def alone(base, c, data, stop=None):
+  """(losses of each step, params, trainable at the start) of a run of its own, or of its first steps."""
   params, mask = member(base, c)
   trainable, frozen = tree.split(params, mask)
   held = methods.held(c["method"], params)
@@ -66,7 +67,7 @@ def alone(base, c, data):
   how = dict(seed=c["train"]["seed"], accumulate=c["train"].get("accumulate", 1), penalty=penalty)
   step = jax.jit(train.make_step(forward(CONFIG), OBJECTIVE.loss, optimiser, rate, **how))
   state, losses = train.init_state(trainable, optimiser, held), []
-  for i in range(n):
+  for i in range(n if stop is None else stop):
     state, metrics = step(state, frozen, None, data[i])
     losses.append(float(metrics["loss"]))
     for period, change in methods.between(c["method"]):
@@ -122,24 +123,27 @@ def check(base, members):
     got = tree.flatten(population.unstack(state.members.trainable, i, like))
     for k, x in tree.flatten(params).items():
       if k in got:
-        np.testing.assert_allclose(got[k], x, rtol=1e-3, atol=1e-5, err_msg=k)
+        np.testing.assert_allclose(got[k], x, rtol=1e-5, atol=1e-6, err_msg=k)
   return state, trees
 
 
 CASES = {
-  "ranks and targets": [
-    {"method": {"rank": 1}},
-    {"method": {"rank": 4, "targets": "o"}},
-    {"method": {"targets": "all-linear"}},
+  "ranks, targets and scales": [
+    {"method": {"rank": 1, "alpha": 1.0}},
+    {"method": {"rank": 4, "targets": "o", "rslora": True}},
+    {"method": {"targets": "all-linear", "alpha": 64.0}},
     {"method": {"targets": "q,k,v,o", "rank_pattern": {"layers/0/attn/v": 3, "o": 0}, "rank": 1}},
   ],
-  "scales": [{"method": {"alpha": 1.0}}, {"method": {"alpha": 64.0}}, {"method": {"rslora": True, "rank": 4}}],
   "optimisers": [
     {"optim": {"learning_rate": 1e-3, "weight_decay": 0.1}, "train": {"seed": 4}},
     {"optim": {"schedule": "cosine", "warmup": 2, "clip_norm": 0.0, "b1": 0.5}},
     {"optim": {"schedule": "constant", "clip_norm": 0.01, "eps": 1e-4}, "train": {"steps": 3}},
   ],
-  "dropout": [{"method": {"dropout": 0.5}}, {"method": {"dropout": 0.1}, "train": {"seed": 2}}, {}],
+  "dropout": [
+    {"method": {"dropout": 0.5}, "train": {"seed": 1}},
+    {"method": {"dropout": 0.1}, "train": {"seed": 2}},
+    {},
+  ],
   "dora": [
     {"method": {"name": "dora", "rank": 2, "targets": "q"}, "optim": {"weight_decay": 0.1}},
     {"method": {"name": "dora", "rank": 4, "targets": "v,down", "dropout": 0.2}, "optim": {"weight_decay": 0.1}},
@@ -148,7 +152,7 @@ CASES = {
   "lora_fa": [{"method": {"name": "lora_fa", "rank": 2}}, {"method": {"name": "lora_fa", "rank": 3}}],
   **{
     n: [{"method": {"name": n}}, {"method": {"name": n}, "train": {"seed": 1}, "optim": {"learning_rate": 1e-3}}]
-    for n in ("ia3", "bitfit", "prompt_tuning", "prefix_tuning", "full")
+    for n in ("ia3", "prompt_tuning", "full")
   },
   "accumulation": [
     {"method": {"name": "lora", "rank": 2}, "train": {"accumulate": 2}},
@@ -161,12 +165,28 @@ CASES = {
 }
 
 
-QUICK = ("ranks and targets", "ia3", "prompt_tuning")
+QUICK = ("ranks, targets and scales", "optimisers", "dropout", "ia3", "prompt_tuning")
 
 
 @pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in CASES])
 def test_members_are_runs_of_their_own(base, name):
   check(base, configs(*CASES[name]))
+
+
+@pytest.mark.slow
+def test_members_are_runs_of_their_own_with_the_default_eps(base):
+  """A gradient that is but rounding is divided by its own size then: updates are bounded by what training moves."""
+  members = configs(*CASES["ranks, targets and scales"])
+  for c in members:
+    del c["optim"]["eps"]
+  data = [batch(seed=i) for i in range(STEPS)]
+  losses, state, _ = together(base, members, data)
+  for i, c in enumerate(members):
+    want, params, start = alone(base, c, data)
+    np.testing.assert_allclose(losses[:, i], want, rtol=1e-5)
+    got, params = tree.flatten(population.unstack(state.members.trainable, i, start)), tree.flatten(params)
+    for k, x in tree.flatten(start).items():
+      np.testing.assert_allclose(got[k], params[k], rtol=0, atol=0.01 * np.abs(params[k] - x).max(), err_msg=k)
 
 
 @pytest.mark.slow
@@ -258,15 +278,20 @@ def test_dropout_does_not_depend_on_padding():
 
 @pytest.mark.slow
 def test_a_member_that_is_not_finite_is_frozen_and_the_others_go_on(base):
-  members = configs({}, {"optim": {"learning_rate": 1e38, "clip_norm": 0.0}}, {"method": {"rank": 1}})
-  data = [batch(seed=i) for i in range(STEPS)]
-  losses, state, _ = together(base, members, data)
+  """For good: it stays what it was before, though the batches after the bad one would do."""
+  members, bad = configs({}, {"method": {"rank": 4}}, {"method": {"rank": 1}}), 2
+  data = [[batch(seed=2 * i + k) for k in range(2)] for i in range(STEPS)]
+  data[bad][1]["weights"][0, 0] = np.nan
+  stacked = [jax.tree.map(lambda *x: np.stack(x), *pair) for pair in data]
+  losses, state, _ = together(base, members, stacked, index=[0, 1, 0])
   np.testing.assert_array_equal(state.alive, [True, False, True])
   for i in (0, 2):
-    np.testing.assert_allclose(losses[:, i], alone(base, members[i], data)[0], rtol=1e-5, atol=1e-5)
-  bad = jax.tree.map(lambda x: x[1], state.members.trainable)
-  assert all(np.isfinite(x).all() for x in jax.tree.leaves(bad))
-  assert np.isnan(losses[-1, 1]) or not np.isfinite(losses[2:, 1]).any() or np.ptp(losses[2:, 1]) > 0
+    np.testing.assert_allclose(losses[:, i], alone(base, members[i], [pair[0] for pair in data])[0], rtol=1e-5)
+  assert np.isnan(losses[bad, 1]) and np.isfinite(np.delete(losses[:, 1], bad)).all()
+  _, params, like = alone(base, members[1], [pair[1] for pair in data], stop=bad)
+  got, params = tree.flatten(population.unstack(state.members.trainable, 1, like)), tree.flatten(params)
+  for k, x in got.items():
+    np.testing.assert_allclose(x, params[k], rtol=1e-5, atol=1e-6, err_msg=k)
 
 
 @pytest.mark.parametrize("optimiser, together", [("adamw", True), ("adafactor", False)])
@@ -278,14 +303,21 @@ def test_ranks_are_not_padded_under_optimisers_that_would_see_it(optimiser, toge
 
 
 @pytest.mark.parametrize(
-  "changes",
+  "changes, message",
   [
-    [{}, {"method": {"name": "dora", "targets": "q"}}],
-    [{"method": {"name": "bitfit"}}, {"method": {"name": "ia3"}}],
-    [{}, {"method": {"lora_bias": True}}],
-    [{"method": {"name": "houlsby", "size": 4}}, {"method": {"name": "houlsby", "size": 8}}],
+    ([{}, {"method": {"name": "dora", "targets": "q"}}], "adapt layers/attn/q/kernel by nodes of one kind"),
+    (
+      [{"method": {"name": "bitfit"}}, {"method": {"name": "ia3"}}],
+      "have the same leaves; .* is in some of them alone",
+    ),
+    ([{}, {"method": {"lora_bias": True}}], "differ in more than their numbers"),
+    pytest.param(
+      [{"method": {"name": "houlsby", "size": 4}}, {"method": {"name": "houlsby", "size": 8}}],
+      "members of one population",
+      marks=pytest.mark.xfail(raises=ValueError, strict=True, reason="shapes that differ are not told from others"),
+    ),
   ],
 )
-def test_members_that_differ_in_structure_are_refused(base, changes):
-  with pytest.raises((errors.UserError, ValueError)):
+def test_members_that_differ_in_structure_are_refused(base, changes, message):
+  with pytest.raises(errors.UserError, match=message):
     population.stack([member(base, c) for c in configs(*changes)])

@@ -1,5 +1,6 @@
 """methods/tokens.py: trained rows of the embedding against the table that holds them and against peft."""
 
+import itertools
 import json
 
 import jax
@@ -13,6 +14,7 @@ from lora_jax.methods import tokens
 from lora_jax.model import transformer
 from tests import test_families
 from tests.noise import moved
+from tests.pairwise import covering
 from tests.test_families import jitted as outputs
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
@@ -106,9 +108,15 @@ FAMILIES = {
   "bert": ("BertForMaskedLM", test_families.BERT),
   "t5": ("T5ForConditionalGeneration", test_families.T5),
 }
-slow = lambda name: pytest.param(name, marks=pytest.mark.slow)  # two libraries compile and load each
-every = pytest.mark.parametrize("name", ["llama-tied", *map(slow, sorted(FAMILIES.keys() - {"llama-tied"}))])
-beside = pytest.mark.parametrize("lora", [False, True])
+WAYS = ("to peft", "from peft")
+ROWS = covering(itertools.product(FAMILIES, (False, True), WAYS))  # a family, whether LoRA is beside, a way
+
+
+def every(way):
+  """The families and whether LoRA is beside; all but one family are slow, as two libraries compile and load each."""
+  mark = lambda name: () if name == "llama-tied" else pytest.mark.slow
+  rows = [pytest.param(name, lora, marks=mark(name)) for name, lora, w in ROWS if w == way]
+  return pytest.mark.parametrize("name, lora", rows)
 
 
 def load(directory, name):
@@ -139,8 +147,7 @@ def first_output(name, model):
     return model(**x)[0].numpy()
 
 
-@beside
-@every
+@every("to peft")
 def test_peft_loads_what_we_save(tmp_path, name, lora):
   peft = pytest.importorskip("peft")
 
@@ -159,8 +166,7 @@ def test_peft_loads_what_we_save(tmp_path, name, lora):
   assert config["peft_type"] == ("LORA" if lora else "TRAINABLE_TOKENS")
 
 
-@beside
-@every
+@every("from peft")
 def test_we_load_what_peft_saves(tmp_path, name, lora):
   peft = pytest.importorskip("peft")
   torch = pytest.importorskip("torch")

@@ -80,8 +80,7 @@ def close(a, b, **kw):
 PLAIN = dict(name="sgd", b1=0.0, learning_rate=1.0, schedule="constant", warmup=0, clip_norm=0)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("method", ["lora", pytest.param("full", marks=pytest.mark.slow)])
 def test_accumulation_equals_one_batch(method):
   """Micro-batches weigh differently, so means of means fail."""
   trainable, frozen = adapted(method=method)
@@ -99,7 +98,6 @@ def test_accumulation_equals_one_batch(method):
   close(results[4], results[1], atol=1e-6, rtol=1e-6)
 
 
-@pytest.mark.slow
 def test_examples_that_share_rows_have_the_gradient_of_the_padded_batch():
   """Positions, attention and weights are each example's own."""
   trainable, frozen = adapted()
@@ -226,7 +224,6 @@ def test_a_batch_without_weight_has_no_gradient():
   assert metrics["loss"] == 0 and metrics["finite"] == 1
 
 
-@pytest.mark.slow
 def test_dropout_follows_seed_and_step():
   trainable, frozen = adapted(dropout=0.5)
   data = batch()
