@@ -209,6 +209,17 @@ def test_micro_batches_and_packed_rows_are_one_batch():
 
 
 @pytest.mark.slow
+def test_weights_of_the_whole_batch_cost_no_forward_pass(optimised):
+  """Of several terms in micro-batches: one more loop, and no more products of matrices."""
+  programs = []
+  for accumulate in (1, 4):
+    step, *arguments = parts(*member(), accumulate=accumulate)
+    programs.append(jax.jit(step).lower(*arguments, batch()).compile().as_text())
+  dots, loops = ([text.count(word) for text in programs] for word in (" dot(", " while("))
+  assert dots[0] == dots[1] > 0 and loops[1] == loops[0] + 2
+
+
+@pytest.mark.slow
 def test_eight_devices_are_one(sizes=(2, 4, 1)):
   params, mask = member()
   data = [batch(seed=i) for i in range(STEPS)]
