@@ -221,7 +221,7 @@ def test_without_an_intact_checkpoint_the_message_says_so(saved, tmp_path):
 SAVE_FOREVER = """
   import itertools, sys
   import jax, jax.numpy as jnp
-  from lora_jax import checkpoint
+  from lora_jax.formats import checkpoint
   c = checkpoint.Checkpoints(sys.argv[1])
   start = c.latest_step() or 0
   for step in itertools.count(start + 1):

@@ -274,8 +274,9 @@ def test_what_is_compiled_ahead_is_what_runs():
   mask = jax.tree.map(lambda x: x is params["head"]["kernel"], params)
   trainable, shared = tree.split(params, mask)
   both = members.Members(shared, jax.tree.map(lambda x: jnp.stack([x, x + 1.0]), trainable), n=2)
+  single = members.one(jax.tree.map(jnp.copy, params))
   how = dict(batch_size=4, seq_len=16)
-  compiled = []
+  compiled, found = [], []
 
   def listen(event, seconds, **kw):
     compiled.append(event) if event.endswith("backend_compile_duration") else None
@@ -283,15 +284,20 @@ def test_what_is_compiled_ahead_is_what_runs():
   jax.monitoring.register_event_duration_secs_listener(listen)
   try:
     scored = functools.partial(evaluate.answers, config, tokenizer=tok, task=task(), examples=examples(), **how)
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:
-      pool.submit(scored(both.shapes()).compile).result()
-    assert compiled
-    compiled.clear()
-    scores = scored(both).run()
-    assert not compiled
+    for several in (both, single):
+      compiled.clear()
+      given_away = dataclasses.replace(several, shared=jax.tree.map(jnp.copy, several.shared))
+      ahead = scored(given_away.shapes())
+      jax.tree.map(lambda x: x.delete(), given_away.shared)
+      with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        pool.submit(ahead.compile).result()
+      assert compiled
+      compiled.clear()
+      found.append(scored(several).run())
+      assert not compiled, several.n
   finally:
     jax.monitoring.unregister_event_duration_listener(listen)
-  assert len(scores) == 2 and scores[0] == scored(members.one(params)).run()[0]
+  assert len(found[0]) == 2 and found[0][0] == found[1][0]
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 8])

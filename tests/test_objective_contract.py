@@ -17,8 +17,10 @@ import pytest
 from lora_jax import errors, methods, sharding, tree, weights
 from lora_jax.batches import causal
 from lora_jax.model import prompts, transformer
+from lora_jax.runs import experiment, sweep
 from lora_jax.training import auxiliary, head, objectives, optim, population, train
 from lora_jax.weights import fused
+from tests.test_experiment import assert_same_run, changed, compiled, config, files, interrupt, timeless  # noqa: F401
 from tests.test_train import CONFIG, batch, close, forward
 
 SOURCE = '''
@@ -134,6 +136,8 @@ def test_it_is_found_with_its_keys():
   assert "near" in objectives.names() and objectives.fields("near").keys() == {"chunk", "beta", "prompt_loss_weight"}
   with pytest.raises(errors.UserError, match="did you mean 'near'"):
     objectives.get("neer")
+  with pytest.raises(errors.UserError, match="unknown key config.objective.betta; did you mean 'beta'"):
+    objectives.make("near", betta=1.0)
 
 
 def test_loss_and_gradients_are_those_of_full_logits():
@@ -169,6 +173,7 @@ def test_members_of_a_population_are_runs_of_their_own():
   together = dataclasses.replace(forward(CONFIG), members=3)
   state, aux = population.init_state(trees, hyper, make_optimiser), auxiliary.beside(base(), trees.shared)
   assert not aux.own, "the reference is the base that all share"
+  wanted = [alone(params, mask, data) for params, mask in members]
   for stacked in (False, True):
     step = jax.jit(population.make_step(together, near(), make_optimiser, shared_batch=not stacked))
     now, rows = state, []
@@ -176,8 +181,7 @@ def test_members_of_a_population_are_runs_of_their_own():
       b = jax.tree.map(lambda x: x[None], b) if stacked else b
       now, metrics = step(now, hyper, trees.own, trees.shared, aux, b)
       rows.append({k: np.asarray(v) for k, v in metrics.items()})
-    for i, (params, mask) in enumerate(members):
-      want, trained = alone(params, mask, data)
+    for i, ((params, mask), (want, trained)) in enumerate(zip(members, wanted, strict=True)):
       same_rows([{k: v[i] for k, v in row.items()} for row in rows], want, rtol=1e-4, atol=1e-5)
       close(population.unstack(now.members.trainable, i, tree.split(params, mask)[0]), trained, rtol=1e-3, atol=1e-5)
 
@@ -204,8 +208,19 @@ def test_micro_batches_and_packed_rows_are_one_batch():
     close(after, trained, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("sizes", [(2, 4, 1)])
-def test_eight_devices_are_one(sizes):
+@pytest.mark.slow
+def test_weights_of_the_whole_batch_cost_no_forward_pass(optimised):
+  """Of several terms in micro-batches: one more loop, and no more products of matrices."""
+  programs = []
+  for accumulate in (1, 4):
+    step, *arguments = parts(*member(), accumulate=accumulate)
+    programs.append(jax.jit(step).lower(*arguments, batch()).compile().as_text())
+  dots, loops = ([text.count(word) for text in programs] for word in (" dot(", " while("))
+  assert dots[0] == dots[1] > 0 and loops[1] == loops[0] + 2
+
+
+@pytest.mark.slow
+def test_eight_devices_are_one(sizes=(2, 4, 1)):
   params, mask = member()
   data = [batch(seed=i) for i in range(STEPS)]
   rows, trained = alone(params, mask, data)
@@ -226,8 +241,8 @@ def test_eight_devices_are_one(sizes):
 @pytest.mark.parametrize("name", ["lora", "norms", "bitfit", "full", "lora of a part"])
 def test_the_reference_is_no_second_copy(name):
   """The program has as arguments the leaves that are trained once more, and no other."""
-  config = dataclasses.replace(CONFIG, fused=True, attn_bias="qkv") if name in ("lora of a part", "bitfit") else CONFIG
-  params = base() if config is CONFIG else transformer.init(config, jax.random.key(0))
+  c = dataclasses.replace(CONFIG, fused=True, attn_bias="qkv") if name in ("lora of a part", "bitfit") else CONFIG
+  params = base() if c is CONFIG else transformer.init(c, jax.random.key(0))
   method = {"name": "lora", "targets": "q"} if name == "lora of a part" else {"name": name}
   adapted, _ = methods.init(jax.random.key(0), params, method)
   params = fused.like(params, adapted)
@@ -236,7 +251,7 @@ def test_the_reference_is_no_second_copy(name):
   trainable = jax.tree.map(jnp.copy, trainable)
   optimiser, rate = optim.make(steps=STEPS, **ADAM)
   state, b = train.init_state(trainable, optimiser), batch()
-  of = train.Forward(config, packed=True)
+  of = train.Forward(c, packed=True)
   size = {}
   for k, objective, aux in (("plain", "causal_lm", None), ("near", "near", auxiliary.beside(params, frozen))):
     step = jax.jit(train.make_step(of, objectives.make(objective).loss, optimiser, rate))
@@ -249,8 +264,36 @@ def test_the_reference_is_no_second_copy(name):
 def test_soft_tokens_are_not_read_as_rows_of_the_table():
   soft, _ = methods.init(jax.random.key(0), base(), {"name": "prompt_tuning", "length": 2})
   with pytest.raises(errors.UserError, match="soft tokens"):
-    auxiliary.check_soft(soft, base())
-  assert prompts.of(soft) and auxiliary.check_soft(base(), base()) is auxiliary.check_soft(soft, soft)
+    auxiliary.check_soft(prompts.of(soft), base())
+  auxiliary.check_soft(None, base())
+  auxiliary.check_soft(prompts.of(soft), soft)
+
+
+@pytest.mark.slow
+def test_a_run_by_itself_in_a_sweep_and_interrupted(config, tmp_path, monkeypatch):  # noqa: F811
+  given = changed(config, objective={"name": "near", "beta": 0.5}, train__steps=4)
+  alone = experiment.run(given, tmp_path / "alone")
+  rows = timeless(tmp_path / "alone")
+  assert [row["train/at"] for row in rows if "train/at" in row] == [0, 1, 2, 3]
+  assert all(
+    row["train/loss"] == pytest.approx(row["train/nll"] + row["train/kl"]) for row in rows if "train/kl" in row
+  )
+  undo = interrupt(monkeypatch, train.Stepper, "__call__", 4)
+  with pytest.raises(KeyboardInterrupt):
+    experiment.run(given, tmp_path / "cut")
+  undo()
+  experiment.run(given, tmp_path / "cut")
+  assert_same_run(tmp_path / "cut", tmp_path / "alone")
+  swept = sweep.run(given | {"sweep": {"product": {"method": {"rank": (4, 2)}}}}, tmp_path / "sweep")
+  assert len(swept["groups"]) == 1
+  for k in ("loss_first", "loss_last"):
+    assert swept["members"][0]["train"][k] == pytest.approx(alone["train"][k], rel=1e-4)
+
+
+def test_a_run_with_soft_tokens_is_refused(config):  # noqa: F811
+  method = {"name": "prompt_tuning", "length": 2}
+  with pytest.raises(errors.UserError, match="soft tokens"):
+    experiment.build(changed(config, objective={"name": "near"}, method=method))
 
 
 def test_batches_that_do_not_say_what_is_padding_count_all_tokens():

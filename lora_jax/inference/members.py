@@ -59,9 +59,14 @@ class Members:
     return _jitted(self.own is not None)
 
   def shapes(self) -> "Members":
-    """Members to compile for, whose own arrays may be given away meanwhile."""
-    shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
-    return dataclasses.replace(self, own=jax.tree.map(shape, self.own))
+    """Members to compile for, whose arrays may be given away meanwhile."""
+
+    def shape(x):
+      # An array that has no place of its own lowers to another program than a shape that has one.
+      placed = getattr(x, "committed", False)
+      return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding, weak_type=x.weak_type) if placed else x
+
+    return dataclasses.replace(self, own=jax.tree.map(shape, self.own), shared=jax.tree.map(shape, self.shared))
 
 
 @dataclasses.dataclass(frozen=True)

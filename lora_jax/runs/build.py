@@ -3,7 +3,7 @@
 import dataclasses
 import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,6 +16,7 @@ from lora_jax.model import architecture, prompts
 from lora_jax.runs import config as config_lib, warm_start
 from lora_jax.runs.config import Config
 from lora_jax.training import auxiliary, objectives, train
+from lora_jax.weights import fused
 
 
 def make_mesh(config: Config) -> jax.sharding.Mesh:
@@ -93,24 +94,41 @@ def adapt(config: Config, task: tasks.Task, model: models.Model) -> tuple[Any, A
   return params, mask, methods.held(method, params)
 
 
+def adapt_all(configs: Sequence[Config], task: tasks.Task, model: models.Model) -> tuple[list[tuple], models.Model]:
+  """(what `adapt` gives of each config, the model): what all of it shares is one array.
+
+  Of a fused matrix methods take the parts, which are arrays of their own. Where others need them too, members or the
+  objective's tree, the model has its matrices split first.
+  """
+  found, base = [], model
+  for c in configs:
+    found.append(adapt(c, task, base))
+    base = dataclasses.replace(base, params=fused.like(base.params, found[-1][0]))
+  split = jax.tree.structure(base.params) != jax.tree.structure(model.params)
+  if split and (len(configs) > 1 or objectives.make(**configs[0].objective).aux):
+    return [adapt(c, task, base) for c in configs], base
+  return found, base
+
+
 def make_forward(config: Config, arch: architecture.Config, members: int = 1) -> train.Forward:
   """The forward of training batches; `members`: how many are trained together."""
   return train.Forward(arch, config.data.pack or config.data.share_rows, members)
 
 
 def auxiliary_tree(
-  config: Config, model: models.Model, params: Any, frozen: Any, mesh: jax.sharding.Mesh
+  config: Config, model: models.Model, soft: prompts.Soft | None, frozen: Any, mesh: jax.sharding.Mesh
 ) -> auxiliary.Auxiliary | None:
-  """What the objective needs beside `params`, on the mesh, without copies of what `frozen` has.
+  """What the objective needs beside what is trained, on the mesh, without copies of what `frozen` has.
 
   Args:
-    model: the pretrained model, whose fused matrices are split as in `params`.
+    model: the pretrained model, as `adapt_all` gives it.
+    soft: the soft tokens of what is trained.
   """
   objective = objectives.make(**config.objective)
   if objective.aux is None:
     return None
   found = objective.aux(model)
-  auxiliary.check_soft(params, found)
+  auxiliary.check_soft(soft, found)
   return auxiliary.beside(sharding.put(found, weights.placer(found, mesh)), frozen)
 
 

@@ -22,7 +22,6 @@ from lora_jax.model import prompts
 from lora_jax.runs import build as build_lib, config as config_lib, loop, needs, scores, workdir as workdir_lib
 from lora_jax.runs.config import Config
 from lora_jax.training import auxiliary, objectives, optim, train
-from lora_jax.weights import fused
 
 
 @dataclasses.dataclass
@@ -123,54 +122,57 @@ def build(config: Mapping | Config, model: models.Model | None = None) -> Experi
   """
   config = config_lib.resolve(config)
   task, mesh = build_lib.check(config), build_lib.make_mesh(config)
-  adapted = _adapted(config, task, mesh, model)
-  model, state, frozen = adapted.model, adapted.state, adapted.frozen
+  start = _start(config, task, mesh, model or build_lib.load(config, task, mesh))
+  frozen, soft = start.frozen, prompts.of(start.state.params(start.frozen))
+  aux = build_lib.auxiliary_tree(config, start.base, soft, frozen, mesh)
+  state = train.unshared(start.state, (frozen, aux, model.params if model else None))
+  model = dataclasses.replace(start.base, params=None)
   step = train.make_step(
     build_lib.make_forward(config, model.config),
     objectives.make(**config.objective).loss,
-    *adapted.optimiser,
+    *start.optimiser,
     seed=config.train.seed,
     accumulate=config.train.accumulate,
     penalty=methods.penalty(config.method),
   )
-  batches = build_lib.batches(config, model, task, prompts.of(state.params(frozen)))
+  batches = build_lib.batches(config, model, task, soft)
   placement = jax.tree.map(lambda x: x.sharding, state)
   compiled = functools.partial(jax.jit, donate_argnums=1, out_shardings=placement)
   return Experiment(
     config=config,
     mesh=mesh,
-    model=dataclasses.replace(model, params=None),
+    model=model,
     task=task,
     state=state,
     frozen=frozen,
-    mask=adapted.mask,
+    mask=start.mask,
     stepper=train.Stepper(step, state),
     batches=batches,
     between=[(period, compiled(fn)) for period, fn in methods.between(config.method)],
-    aux=adapted.aux,
+    aux=aux,
   )
 
 
 @dataclasses.dataclass
-class _Adapted:
-  """A model to which a method is applied, before the first step; `optimiser` comes with its learning rate."""
+class _Start:
+  """What a config trains before its first step.
 
-  model: models.Model
+  Fields:
+    base: the pretrained model, whose arrays `frozen` and even the state may have.
+    optimiser: and its learning rate.
+  """
+
+  base: models.Model
   state: train.State
   frozen: Any
   mask: Any
   optimiser: tuple
-  aux: auxiliary.Auxiliary | None
 
 
-def _adapted(config: Config, task: tasks.Task, mesh: jax.sharding.Mesh, given: models.Model | None = None) -> _Adapted:
-  """What a config trains, on the mesh; `given` as in `build`."""
-  model = given or build_lib.load(config, task, mesh)
+def _start(config: Config, task: tasks.Task, mesh: jax.sharding.Mesh, model: models.Model) -> _Start:
+  """A model with what a config trains of it, on the mesh."""
   memory.check(needs.least_memory(config, task, model), mesh.size)
-  params, mask, held = build_lib.adapt(config, task, model)
-  base = dataclasses.replace(model, params=fused.like(model.params, params))
-  if objectives.make(**config.objective).aux and jax.tree.structure(base.params) != jax.tree.structure(model.params):
-    params, mask, held = build_lib.adapt(config, task, base)  # so that the objective's tree and this one share parts
+  ((params, mask, held),), base = build_lib.adapt_all([config], task, model)
   place = weights.placer(params, mesh)
   trainable, frozen = tree.split(sharding.put(params, place), mask)
   if held is not None:
@@ -178,9 +180,7 @@ def _adapted(config: Config, task: tasks.Task, mesh: jax.sharding.Mesh, given: m
   how = methods.wrappers(config.method, config.train.steps)
   optimiser = optim.make(steps=config.train.steps, **dataclasses.asdict(config.optim), **how)
   state = sharding.put(train.init_state(trainable, optimiser[0], held), place)
-  aux = build_lib.auxiliary_tree(config, base, params, frozen, mesh)
-  state = train.unshared(state, (frozen, aux, model.params if given else None))
-  return _Adapted(model, state, frozen, mask, optimiser, aux)
+  return _Start(base, state, frozen, mask, optimiser)
 
 
 def trained(workdir: str | os.PathLike, step: int | None = None) -> models.Model:
@@ -196,14 +196,15 @@ def restored(workdir: str | os.PathLike, step: int | None = None) -> tuple[model
   if not (workdir / "checkpoints").is_dir():
     raise errors.UserError(f"{workdir} has no checkpoints")
   task = tasks.get(**config.task)
-  found = _adapted(config, task, sharding.make_mesh())
+  mesh = sharding.make_mesh()
+  found = _start(config, task, mesh, build_lib.load(config, task, mesh))
   with checkpoint.Checkpoints(workdir / "checkpoints") as saved:
     step = saved.latest_step() if step is None else step
     if step is None:
       raise errors.UserError(f"{workdir} has no checkpoint yet")
     state, _ = saved.restore(step, found.state)
-  method = methods.prepare(config.method, found.model.tokenizer, task.labels or ())
-  return dataclasses.replace(found.model, params=state.params(found.frozen)), found.mask, method, config.train.steps
+  method = methods.prepare(config.method, found.base.tokenizer, task.labels or ())
+  return dataclasses.replace(found.base, params=state.params(found.frozen)), found.mask, method, config.train.steps
 
 
 def run(

@@ -24,7 +24,6 @@ from lora_jax.results import report
 from lora_jax.runs import build as build_lib, experiment, loop, scores
 from lora_jax.runs.config import Config
 from lora_jax.training import auxiliary, metrics, objectives, optim, population, train
-from lora_jax.weights import fused
 
 
 def key(config: Config) -> str:
@@ -144,20 +143,15 @@ def build(configs: Mapping[str, Config], task: tasks.Task, mesh: jax.sharding.Me
   """The group of {name: config} on a base model, which is left as it is."""
   everyone = list(configs.values())
   everyone += everyone[-1:] * (-len(everyone) % mesh.shape["population"])  # whose results nobody reads
-  adapted, base = [], model
-  for c in everyone:
-    adapted.append(build_lib.adapt(c, task, base))
-    base = dataclasses.replace(base, params=fused.like(base.params, adapted[-1][0]))
+  adapted, base = build_lib.adapt_all(everyone, task, model)
   soft = prompts.of(adapted[0][0])
-  if jax.tree.structure(base.params) != jax.tree.structure(model.params):  # parts that all share are split once
-    adapted = [build_lib.adapt(c, task, base) for c in everyone]
   sources, which = _sources(everyone)
   with concurrent.futures.ThreadPoolExecutor(1) as pool:  # texts are read while programs compile
     reading = pool.submit(_batches, sources, model, task, soft)
     members = {n: _member(c, task, mesh, model, *a) for (n, c), a in zip(configs.items(), adapted, strict=False)}
     held = None if adapted[0][2] is None else [a[2] for a in adapted]
     trees = population.stack([a[:2] for a in adapted], held)
-    aux = build_lib.auxiliary_tree(everyone[0], base, adapted[0][0], trees.shared, mesh)
+    aux = build_lib.auxiliary_tree(everyone[0], base, soft, trees.shared, mesh)
     del adapted
     hyper = population.hyper(
       steps=[c.train.steps for c in everyone],

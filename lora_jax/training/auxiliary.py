@@ -50,10 +50,9 @@ def pointer(x: jax.Array) -> int | None:
   return x.addressable_shards[0].data.unsafe_buffer_pointer()
 
 
-def check_soft(params: Any, aux: Any) -> None:
-  """UserError where batches have soft tokens that a model of `aux` does not know, whose ids would be real rows."""
-  models = [aux] if isinstance(aux, dict) else []
-  if prompts.of(params) is not None and any("embed" in m and prompts.of(m) is None for m in models):
+def check_soft(soft: prompts.Soft | None, aux: Any) -> None:
+  """UserError where batches have soft tokens that the model `aux` does not know: it would read other rows for them."""
+  if soft and isinstance(aux, dict) and "embed" in aux and prompts.of(aux) is None:
     raise errors.UserError(
       "config.method has soft tokens in its texts, which the model that config.objective compares with does not have; "
       "train another method, such as prefix_tuning, whose prompt is not among the tokens"

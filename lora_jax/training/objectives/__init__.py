@@ -21,7 +21,8 @@ It may define
                                 [B, ...] or, where their data differ, [K, B, ...]; `loss` gets it as the keyword
                                 `common`, None in a run of one
 
-The keywords of these functions are the keys of config.objective, with types from values.py and a line under `Args:`.
+Keywords of these functions, what follows a `*`, are the keys of config.objective, with types from values.py and a line
+under `Args:`. A tree of `aux` may have static parts, such as the `train.Forward` of a model of another architecture.
 """
 
 import dataclasses
@@ -36,7 +37,7 @@ from typing import Any
 from lora_jax import errors, values
 
 DEFAULT = "causal_lm"
-GIVEN = ("forward", "params", "batch", "aux", "step", "common", "config", "task", "model")  # what no config sets
+GIVEN = ("step", "common")  # keywords that no config sets
 HOOKS = ("loss", "batches", "aux")
 
 
@@ -75,13 +76,20 @@ def functions(name: str) -> dict[str, Callable]:
 
 def fields(name: str) -> dict[str, values.Field]:
   """The keywords of an objective."""
-  return {k: f for fn in functions(name).values() for k, f in values.fields(fn, without=GIVEN).items()}
+  return {k: f for fn in functions(name).values() for k, f in values.fields(fn).items() if k in _keywords(fn)}
+
+
+def _keywords(fn: Callable) -> list[str]:
+  """What of a function a config sets."""
+  parameters = inspect.signature(fn).parameters.values()
+  return [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in GIVEN]
 
 
 def make(name: str = DEFAULT, **kw: Any) -> Objective:
   """The objective with keywords, of which each of its functions gets its own."""
-  module, bound = get(name), {}
-  for hook, fn in functions(name).items():
-    own = inspect.signature(fn).parameters
-    bound[hook] = functools.partial(fn, **{k: v for k, v in kw.items() if k in own})
+  module, known = get(name), fields(name)
+  if unknown := [k for k in kw if k not in known]:
+    raise errors.UserError(f"unknown key config.objective.{unknown[0]}; {errors.nearest(unknown[0], known)}")
+  own = lambda fn: {k: v for k, v in kw.items() if k in _keywords(fn)}
+  bound = {hook: functools.partial(fn, **own(fn)) for hook, fn in functions(name).items()}
   return Objective(module.HEAD, **bound, common=getattr(module, "common", None))
