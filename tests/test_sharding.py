@@ -122,7 +122,7 @@ def test_every_rule_is_the_first_for_some_leaf():
 @pytest.mark.parametrize("axis", ["fsdp", "tensor"])
 def test_every_matrix_is_spread_over_both_axes(axis):
   """The factors of LoRA are spread where their matrix is: `a` over its inputs, `b` over its outputs."""
-  place = sharding.placer(sharding.make_mesh(1, **{axis: 2}))
+  place = sharding.Placer(sharding.make_mesh(1, **{axis: 2}))
   names = {k for k in shapes() if "/router/" not in k and k.endswith(("/kernel", "/kernel/base", "/a", "/b"))}
   whole = {k for k in names if place(k, shapes()[k]).is_fully_replicated}
   assert not [k for k in whole if not k.endswith(("/a", "/b"))]
