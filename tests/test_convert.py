@@ -1,5 +1,7 @@
-"""scripts/convert.py in processes of its own: forms, adapters merged, runs, and what is refused."""
+"""scripts/convert.py: forms, adapters merged, runs, and what is refused."""
 
+import contextlib
+import io
 import os
 import pathlib
 import subprocess
@@ -13,17 +15,31 @@ from lora_jax import methods, models, tree, weights
 from lora_jax.formats import adapter, peft
 from lora_jax.merging import lowrank
 from lora_jax.methods import lora
+from scripts import convert as script
 from tests.test_classification import (
   config as classification,
   files,  # noqa: F401, a fixture
 )
 
-pytestmark = pytest.mark.slow  # every case is a process of its own
+pytestmark = pytest.mark.slow
 ROOT = pathlib.Path(__file__).parents[1]
 
 
-def convert(*arguments, shell=()):
-  """(exit code, what it printed); `shell` is a command line that runs what follows it."""
+def convert(*arguments):
+  """(exit code, what it printed)."""
+  said, code = io.StringIO(), 0
+  with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+    try:
+      script.main([*map(str, arguments)])
+    except SystemExit as e:
+      code = e.code
+      if isinstance(code, str):  # which Python would print
+        print(code)
+  return code or 0, said.getvalue()
+
+
+def process(*arguments, shell=()):
+  """`convert` in a process of its own; `shell` is a command line that runs what follows it."""
   command = [*shell, sys.executable, ROOT / "scripts" / "convert.py", *map(str, arguments)]
   env = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
   done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
@@ -40,7 +56,7 @@ def test_an_adapter_is_merged_and_forms_convert(files, tmp_path):  # noqa: F811
   params = tree.map_named(lambda k, x, m: x + 0.1 if m and k.endswith("/b") else x, params, mask)
   peft.save(model, params, tmp_path / "adapter")
   base = ("--model", files / "llama", "--dtype", "float32")
-  assert convert(*base, "--adapter", tmp_path / "adapter", "--out", tmp_path / "a") == (0, f"wrote {tmp_path}/a\n")
+  assert process(*base, "--adapter", tmp_path / "adapter", "--out", tmp_path / "a") == (0, f"wrote {tmp_path}/a\n")
   merged = models.load(str(tmp_path / "a"), dtype="float32").params
   same(merged, weights.merge(peft.load(model, tmp_path / "adapter")))
   assert np.abs(merged["layers"]["attn"]["q"]["kernel"] - model.params["layers"]["attn"]["q"]["kernel"]).max() > 1e-3
@@ -121,7 +137,7 @@ def test_the_dtype_is_kept_and_random_weights_are_named(files, tmp_path):  # noq
 def test_a_failed_conversion_leaves_nothing(files, tmp_path):  # noqa: F811
   limit = ("sh", "-c", 'ulimit -f 16 && exec "$0" "$@"')
   (tmp_path / "there").mkdir()
-  code, said = convert("--model", files / "llama", "--out", tmp_path / "there", shell=limit)
+  code, said = process("--model", files / "llama", "--out", tmp_path / "there", shell=limit)
   assert code and "error: " in said and "File too large" in said and "Traceback" not in said
   assert not any((tmp_path / "there").iterdir())
   assert convert("--model", files / "llama", "--out", tmp_path / "there")[0] == 0

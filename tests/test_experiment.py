@@ -581,7 +581,9 @@ def test_killed_at_random_moments(config, tmp_path):
   config = changed(config, train__steps=steps, train__accumulate=2, data__pack=True, eval__every=7)
   experiment.run(config, tmp_path / "whole")
   args, workdir = command(config, tmp_path), tmp_path / "run"
-  rng, kills = random.Random(time.time_ns()), 0
+  seed, kills = time.time_ns(), 0
+  rng = random.Random(seed)
+  print("seed", seed)  # pytest shows it of a test that fails
   # After how many logged rows, more than there are, a process is killed; the first one while it starts.
   for grow in (0, 2, 5, 9):
     process = start(args)

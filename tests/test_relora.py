@@ -228,7 +228,7 @@ def saved(directory):
 
 @pytest.mark.slow
 def test_a_run_leaves_a_merged_model_of_high_rank(cycles, whole):
-  directory, summary = whole
+  directory, _ = whole
   assert not (directory / "adapter").exists() and saved(directory)
   before, after = (models.load(str(p), dtype="float32").params for p in (cycles["model"]["name"], directory / "model"))
   q = lambda p: np.asarray(p["layers"]["mlp"]["up"]["kernel"][0])
@@ -236,7 +236,6 @@ def test_a_run_leaves_a_merged_model_of_high_rank(cycles, whole):
   last = experiment.trained(directory)
   jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), weights.merge(last.params), after)
   assert [r["train/learning_rate"] for r in timeless(directory) if "train/loss" in r][2::2] == [0.0, 0.0]
-  assert np.isfinite(summary["train"]["loss_last"])
 
 
 @pytest.mark.slow
