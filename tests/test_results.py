@@ -1,4 +1,4 @@
-"""What is committed of runs is what their configs ask for, and what the code makes of their summaries today."""
+"""Committed results: reports, tables and plots are made of their own JSON alone, whatever today's defaults are."""
 
 import importlib
 import json
@@ -7,8 +7,9 @@ import re
 
 import pytest
 
+from lora_jax import families, methods, tasks
 from lora_jax.results import plots, point_labels
-from lora_jax.runs import sweep, variants
+from lora_jax.runs import config as config_lib, sweep, variants
 
 ROOT = pathlib.Path(__file__).parents[1] / "experiments" / "results"
 NAMES = sorted(p.name for p in ROOT.iterdir() if p.is_dir())
@@ -19,26 +20,49 @@ def read(name, file):
   return json.loads((ROOT / name / file).read_text())
 
 
+@pytest.fixture
+def alone(monkeypatch):
+  """No config, method or task of today can be asked."""
+
+  def refuse(*args, **kw):
+    raise AssertionError("a result asks for more than its own files")
+
+  for module, name in ((config_lib, "resolve"), (methods, "get"), (tasks, "get"), (families, "get")):
+    monkeypatch.setattr(module, name, refuse)
+
+
 @pytest.mark.parametrize("name", NAMES)
-def test_configs_are_those_of_the_commands(name):
+def test_the_command_is_of_a_config_that_there_is(name):
   config, argument = COMMAND.search((ROOT / name / "report.md").read_text()).groups()
-  found = importlib.import_module(f"configs.{config}").get_config(*filter(None, [argument])).to_dict()
-  kept = read(name, "config.json")
-  resolved = lambda c: {n: c.to_dict() for n, (_, c) in variants.members(c).items()}
-  assert _plain(resolved(found)) == _plain(resolved(kept))
-  assert _plain(found.get("table")) == _plain(kept.get("table"))
-
-
-def _plain(x):
-  """As JSON has it, where no pattern is None."""
-  return json.loads(json.dumps(x).replace("{}", "null"))
+  assert "sweep" in importlib.import_module(f"configs.{config}").get_config(*filter(None, [argument]))
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_reports_and_tables_are_made_of_the_summaries(name, tmp_path, monkeypatch):
-  """All but what the plots look like, as their bytes are those of a version of matplotlib."""
+def test_a_summary_is_of_the_config_beside_it(name, alone):
+  config, summary = read(name, "config.json"), read(name, "summary.json")
+  assert {m["name"]: m["overrides"] for m in summary["members"]} == variants.overrides(config["sweep"])
+  assert summary["config"] == {k: v for k, v in config.items() if k not in config_lib.SWEEP}
+  assert summary["table"] == config.get("table") and not summary["missing"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_joining_a_result_with_nothing_leaves_it_as_it_is(name, tmp_path, alone, images):
+  """`python -m experiments.report experiments/results/NAME`, which makes report, table and plots again."""
+  joined = sweep.join([ROOT / name], tmp_path)
+  assert json.loads(json.dumps(joined)) == read(name, "summary.json")
+  files = [p.relative_to(tmp_path) for p in tmp_path.rglob("*.*")]
+  assert sorted(files) == sorted(p.relative_to(ROOT / name) for p in (ROOT / name).rglob("*.*"))
+
+
+@pytest.fixture
+def images(monkeypatch):
+  """Empty ones: the bytes of plots are those of a version of matplotlib."""
   monkeypatch.setattr(plots, "png", lambda figure: b"")
   monkeypatch.setattr(point_labels, "write", lambda axes, points: None)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_reports_and_tables_are_made_of_the_summaries(name, tmp_path, alone, images):
   command = COMMAND.search((ROOT / name / "report.md").read_text())[0]
   sweep.write_report(tmp_path, read(name, "summary.json"), command)
   made = {p.relative_to(tmp_path): p for p in tmp_path.rglob("*.*")}

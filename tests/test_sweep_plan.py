@@ -182,14 +182,14 @@ def test_a_group_is_halved_wherever_memory_ends(swept, tmp_path, pretended, monk
 
 
 def test_groups_are_those_that_ran(swept, tmp_path):
-  """By what members say; where older ones do not, by what could be one program."""
-  c = {n: {} for n in "abcdefg"}
-  says = {"a": {"group": "1"}, "b": {"group": "2"}, "c": {"group": "1"}, "d": {"population": 2}, "e": {"error": "x"}}
+  """By what members say; one that says nothing ran alone."""
+  c = {n: {} for n in "abcde"}
+  says = {"a": {"group": "1"}, "b": {"group": "2"}, "c": {"group": "1"}, "d": {"group": "2", "error": "x"}}
   for n in c:
     metrics.write_json(tmp_path / "members" / n / "summary.json", says.get(n, {}))
   c = {**swept, "sweep": {"list": c}}
-  found = sweep.summary(c, variants.members(c), [tmp_path])
-  assert found["groups"] == [["a", "c"], ["b"], ["f"], ["g"], ["d", "e"]]
+  found = sweep.summary(c, variants.overrides(c["sweep"]), [tmp_path])
+  assert found["groups"] == [["a", "c"], ["b", "d"], ["e"]]
 
 
 def test_seconds_are_those_of_all_calls_and_shards(swept, tmp_path, pretended, monkeypatch):

@@ -329,3 +329,19 @@ def _metrics(task: tasks.Task, examples: Sequence[dict], predictions: Mapping[in
   targets = {i: task.target(examples[i]) for i in sorted(predictions)}
   known = [i for i, target in targets.items() if not task.labels or target >= 0]
   return task.metrics([predictions[i] for i in known], [targets[i] for i in known]) if known else {}
+
+
+def metric_names(task: tasks.Task, examples: Sequence[dict], generates: bool) -> list[str] | None:
+  """Names of the metrics that a task gives, tried on examples and their own responses.
+
+  Args:
+    generates: whether texts are generated and scored.
+
+  Returns:
+    None where they are not known: what `task.corpus` gives takes long, and depends on which programs are installed.
+  """
+  if generates and task.corpus:
+    return None
+  names = _metrics(task, examples, {i: task.target(e) for i, e in enumerate(examples)} if task.n_outputs else {})
+  written = _generated(task, examples, [task.format(e).response for e in examples]) if generates else {}
+  return [*names, *written] or None

@@ -12,6 +12,8 @@ booleans that says which leaves are trained. It may define, with the same keywor
   period(**kw), between(key, state, **kw)  what happens to a `train.State` after every so many steps
   held(params, **kw)                       mask of the frozen leaves that `between` changes
   PEFT                          the method whose form in formats/peft/ it has, where it is another's
+  KIND                          what it is compared as, such as "low rank"; "other" if absent
+  OPTIM                         the keys of config.optim that its paper or official code trains with
 """
 
 import functools
@@ -58,6 +60,11 @@ def title(method: Method) -> str:
 def name_of(module: ModuleType) -> str:
   """What a config calls a method."""
   return module.__name__.rpartition(".")[2]
+
+
+def kind(method: Method) -> str:
+  """What a method is compared as; several are what the first of them is."""
+  return getattr(parts(method)[0][0], "KIND", "other")
 
 
 @functools.cache

@@ -130,6 +130,18 @@ def _check_analyses(summary: Mapping[str, Any], how: Layout, members: Sequence[M
       errors.choose(name, names, "member in config.table.subspace.pairs:")
 
 
+def check_metrics(table: Mapping[str, Any], known: Iterable[str]) -> None:
+  """Raises UserError for a metric that a table asks for and no member can have.
+
+  Args:
+    known: names of the metrics of the members' tasks.
+  """
+  asked, known = table.get("metric") or (), list(known)
+  whole = [*known, *(f"eval.{when}.{name}" for name in known for when in ("before", "after")), *report.MEASURED]
+  for metric in (asked,) if isinstance(asked, str) else asked:
+    errors.choose(metric, dict.fromkeys(whole), "metric: config.table.metric is")
+
+
 def _main_metric(members: Sequence[Mapping[str, Any]]) -> str:
   found = (comparison.main_metric(m["eval"]["after"]) for m in members if "eval" in m and "error" not in m)
   return next(filter(None, found), "score")

@@ -47,7 +47,11 @@ class Scores:
 
 @dataclasses.dataclass
 class Experiment:
-  """A config made real: everything that a run needs, nothing written yet."""
+  """A config made real: everything that a run needs, nothing written yet.
+
+  Fields:
+    pretrained: the model's parameters without what the method adds, until they have been scored.
+  """
 
   config: Config
   mesh: jax.sharding.Mesh
@@ -59,6 +63,7 @@ class Experiment:
   batches: Any
   mask: Any
   between: list
+  pretrained: Any = None
 
   @property
   def params(self) -> Any:
@@ -84,11 +89,12 @@ def build(config: Mapping | Config, model: models.Model | None = None) -> Experi
     penalty=methods.penalty(config.method),
   )
   examples = batches(config, model, task, prompts.of(state.params(frozen)))
-  model = dataclasses.replace(model, params=None)  # the state and the frozen tree own the arrays now
+  pretrained, model = model.params, dataclasses.replace(model, params=None)
   placement = jax.tree.map(lambda x: x.sharding, state)
   compiled = functools.partial(jax.jit, donate_argnums=1, out_shardings=placement)
   between = [(period, compiled(fn)) for period, fn in methods.between(config.method)]
-  return Experiment(config, mesh, model, task, state, frozen, train.Stepper(step, state), examples, mask, between)
+  stepper = train.Stepper(step, state)
+  return Experiment(config, mesh, model, task, state, frozen, stepper, examples, mask, between, pretrained)
 
 
 def make_mesh(config: Config) -> jax.sharding.Mesh:
@@ -253,7 +259,7 @@ def _adapted(config: Config, task: tasks.Task, mesh: jax.sharding.Mesh, given: m
   how = methods.wrappers(config.method, config.train.steps)
   optimiser, rate = optim.make(steps=config.train.steps, **dataclasses.asdict(config.optim), **how)
   state = sharding.put(train.init_state(trainable, optimiser, held), place)
-  state = train.unshared(state, (frozen, model.params if given else None))
+  state = train.unshared(state, (frozen, model.params))
   return model, state, frozen, mask, optimiser, rate
 
 
@@ -313,7 +319,10 @@ def run(
     with metrics.Metrics(workdir, config.train.steps, resume_step=start) as out:
       earlier = sum(v for row in out.history() for k, v in row.items() if k.endswith("seconds"))
       score(exp, out, 0, "before", "test", before)
+      exp.pretrained = None  # a step needs the memory
+      compiling = compile_scores(config, exp.model, exp.task, evaluate.one(exp.params), exp.mesh, "after", "test")
       fit(exp, out, saved)
+      concurrent.futures.wait([compiling])
       score(exp, out, config.train.steps, "after", "test")
       history = out.history()
     export(exp, workdir)
@@ -334,12 +343,16 @@ def say_cut(config: Config, iterators: Iterable[causal.TrainIterator]) -> None:
 def score(
   exp: Experiment, out: metrics.Metrics, step: int, prefix: str, split: str, known: Scores | None = None
 ) -> None:
-  """Evaluates on a split and logs `prefix/metric` at `step`, unless the log already has them."""
+  """Evaluates on a split and logs `prefix/metric` at `step`, unless the log already has them.
+
+  Before training that is the pretrained model, without what the method adds: one number for all methods.
+  """
   if any(row["step"] == step and any(k.startswith(f"{prefix}/") for k in row) for row in out.history()):
     return
   start = time.perf_counter()
   if known is None:
-    (known,) = scores(exp.config, exp.model, exp.task, evaluate.one(exp.params), exp.mesh, prefix, split)
+    params = exp.pretrained if prefix == "before" else exp.params
+    (known,) = scores(exp.config, exp.model, exp.task, evaluate.one(params), exp.mesh, prefix, split)
   record(out, step, prefix, known, seconds=time.perf_counter() - start)
   progress.say(f"{prefix}: " + "  ".join(f"{k} {v:.4f}" for k, v in known.values.items()))
 
@@ -476,6 +489,7 @@ def summarise(exp: Experiment, history: list[dict], wall_seconds: float) -> dict
   return report.summary(
     model=exp.model.name,
     method=methods.title(exp.config.method),
+    kind=methods.kind(exp.config.method),
     task=exp.task.name,
     trainable_params=methods.size(exp.params, exp.mask),
     total_params=tree.size(base) + tree.size([x for k, x in trainable.items() if k not in base]),

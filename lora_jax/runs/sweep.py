@@ -38,6 +38,8 @@ from lora_jax.runs import (
 from lora_jax.runs.config import Config
 from lora_jax.training import metrics
 
+TRIED = 16  # examples that show which metrics a task has
+
 
 def groups(configs: Mapping[str, Config], most: int = 0) -> list[list[str]]:
   """Names of members that train together, each group of at most `most` (0: any number).
@@ -104,6 +106,7 @@ def run(config: Mapping, workdir: str | os.PathLike, command: str = "", shard: t
   loading = experiment.BACKGROUND.submit(_load, configs[plan[0][0]], mesh) if ahead else None
   for c in {group_lib.key(configs[n]): configs[n] for n in mine}.values():
     experiment.check(c)
+  _check_metrics(config.get("table") or {}, configs, mine)
   if jax.process_index() == 0:
     metrics.write_json(workdir / "config.json", config)
   progress.say(_told(plan, len(configs), shard))
@@ -116,6 +119,34 @@ def run(config: Mapping, workdir: str | os.PathLike, command: str = "", shard: t
   multihost_utils.sync_global_devices("finish")
   _clear(mine, workdir)  # those too that an earlier call was killed before
   return _finish(config, found, workdir, command)
+
+
+def _check_metrics(table: Mapping, configs: Mapping[str, Config], mine: Sequence[str]) -> None:
+  """Raises UserError for a metric of the table that no member will have, where that can be known before training.
+
+  Args:
+    mine: members whose data are here. Where those of others would be scored in another way, nothing is known of them.
+  """
+  scored = {n: _scored(c) for n, c in configs.items()}
+  here = {scored[n]: configs[n] for n in mine}
+  names = [_metric_names(c) for c in here.values()] if here.keys() == set(scored.values()) else [None]
+  if None not in names:
+    table_layout.check_metrics(table, itertools.chain(*names))
+
+
+def _scored(config: Config) -> str:
+  """What the metrics of a member depend on: members that have the same share the scores before training."""
+  return json.dumps([config.task, config.objective["name"], dataclasses.asdict(config.eval)], sort_keys=True)
+
+
+def _metric_names(config: Config) -> list[str] | None:
+  """The metrics that a member will have; None where they are not known."""
+  task = tasks.get(**config.task)
+  new = config.eval.max_new_tokens
+  generates = config.objective["name"] != "classification" and bool(not task.labels if new is None else new)
+  examples = task.load("test")
+  found = evaluate.metric_names(task, [examples[i] for i in range(min(len(examples), TRIED))], generates)
+  return found and [*found, *(["general_loss"] if config.eval.general else [])]
 
 
 def _finished(config: Mapping, found: Mapping, workdir: pathlib.Path) -> bool:
@@ -202,7 +233,7 @@ def _over_one_model(plan: list, configs, workdir: pathlib.Path, mesh, loading, c
     first = chosen[names[0]]
     task = tasks.get(**first.task)
     model = model or (loading.result() if loading else _load(first, mesh))
-    scored = json.dumps([first.task, dataclasses.asdict(first.eval)], sort_keys=True)
+    scored = _scored(first)
     if scored not in known:
       known[scored] = _pretrained(first, model, task, mesh)
     if len(names) == 1:
@@ -309,7 +340,7 @@ def _clear(names: Collection[str], workdir: pathlib.Path) -> None:
 
 def _finish(config: Mapping, found: Mapping, workdir: pathlib.Path, command: str) -> dict:
   """Writes the summary and the report of what is there; the summary's final name only when all is."""
-  out = summary(config, found, [workdir])
+  out = summary(config, {name: overrides for name, (overrides, _) in found.items()}, [workdir])
   missing = len(out["missing"])
   if jax.process_index() == 0:
     write_report(workdir, out, command)
@@ -322,15 +353,19 @@ def _finish(config: Mapping, found: Mapping, workdir: pathlib.Path, command: str
   return out
 
 
-def summary(config: Mapping, found: Mapping, workdirs: Sequence[pathlib.Path]) -> dict:
+def summary(config: Mapping, found: Mapping[str, Mapping], workdirs: Sequence[pathlib.Path]) -> dict:
   """The content of summary.json: the members that are finished in any of the directories, in the sweep's order.
 
-  Those whose directories are not there are taken from a summary.json that is.
+  Nothing is resolved: what a run has left says all that tables and plots show, whatever today's defaults are.
+
+  Args:
+    found: {member: its overrides}, see `variants.overrides`.
+    workdirs: members without a directory in them are taken from their summary.json.
   """
   kept = [_kept(w / "summary.json") for w in workdirs if (w / "summary.json").exists()]
   earlier = {m["name"]: m for s in kept for m in s["members"]}
   rows = []
-  for name, (overrides, _) in found.items():
+  for name, overrides in found.items():
     directories = [d for w in workdirs if group_lib.finished(d := w / "members" / name)]
     if directories or name in earlier:
       result = group_lib.result(directories[0]) if directories else earlier[name]
@@ -338,10 +373,10 @@ def summary(config: Mapping, found: Mapping, workdirs: Sequence[pathlib.Path]) -
   here = {r["name"] for r in rows}
   parts = {k: v for k, v in config.items() if k != "sweep"}
   table = parts.pop("table", None)
-  out = {"config": parts, "table": table, "members": rows, "groups": _programs(rows, found)}
+  out = {"config": parts, "table": table, "members": rows, "groups": _programs(rows)}
   out["wall_seconds"] = sum(map(_seconds, workdirs))
   out["missing"] = [n for n in found if n not in here]
-  out["analyses"] = _analyses(out, found, workdirs, kept) if table else {}
+  out["analyses"] = _analyses(out, workdirs, kept) if table else {}
   return out | {"versions": next((r["versions"] for r in (*rows, *kept) if "versions" in r), report.versions())}
 
 
@@ -356,34 +391,36 @@ def _kept(path: pathlib.Path) -> dict:
   return found
 
 
-def _programs(rows: Sequence[Mapping], found: Mapping) -> list[list[str]]:
-  """Names of the members that ran together; of older results, which do not say, those that could have."""
+def _programs(rows: Sequence[Mapping]) -> list[list[str]]:
+  """Names of the members that ran together; a member without a group ran alone."""
   ran: dict[str, list[str]] = {}
   for r in rows:
-    alone = not r.keys() & {"population", "error"}
-    ran.setdefault(r.get("group", r["name"] if alone else ""), []).append(r["name"])
-  older = ran.pop("", [])
-  return [*ran.values(), *groups({n: found[n][1] for n in older})]
+    ran.setdefault(r.get("group", r["name"]), []).append(r["name"])
+  return list(ran.values())
 
 
-def _analyses(out: Mapping, found: Mapping, workdirs: Sequence[pathlib.Path], kept: Sequence[Mapping]) -> dict:
+def _analyses(out: Mapping, workdirs: Sequence[pathlib.Path], kept: Sequence[Mapping]) -> dict:
   """What the layout asks for beside the table; subspaces, which take the base model, once all members are there."""
   analyses = {"d90": curves.reached(out)}
   asked = table_layout.of(out).subspace
   if asked is not None and not out["missing"] and jax.process_index() == 0:
     earlier = [x for s in kept if (x := s.get("analyses", {}).get("subspace")) and "error" not in x]
-    analyses["subspace"] = earlier[0] if earlier else _subspaces(asked, found, workdirs)
+    names = [m["name"] for m in out["members"]]
+    analyses["subspace"] = earlier[0] if earlier else _subspaces(asked, names, workdirs)
   return {k: x for k, x in analyses.items() if x is not None}
 
 
-def _subspaces(asked: Mapping, found: Mapping, workdirs: Sequence[pathlib.Path]) -> dict:
-  """`subspace.analyse` of the members' adapters; what goes wrong is its result, as a member's is."""
-  places = {n: d for n in found for w in workdirs if (d := w / "members" / n / "adapter").is_dir()}
-  config = found[next(iter(places), next(iter(found)))][1]
+def _subspaces(asked: Mapping, names: Sequence[str], workdirs: Sequence[pathlib.Path]) -> dict:
+  """`subspace.analyse` of the members' adapters; an error is the result of the analysis, as it is of a member."""
+  places = {n: d for n in names for w in workdirs if (d := w / "members" / n / "adapter").is_dir()}
+  if not places:
+    return {"error": "no member has left an adapter here"}
   progress.say(f"analysing the adapters of {len(places)} members")
   try:
+    first = next(iter(places.values())).parent
+    config = config_lib.of_directory(first, hf.read_json(first / "config.json"))
     model = experiment.load(config, tasks.get(**config.task), sharding.make_mesh(1))
-    members = {n: adapter.load(model, places[n]) for n in found if n in places}
+    members = {n: adapter.load(model, directory) for n, directory in places.items()}
     return subspace.analyse(members, model.params, **asked)
   except errors.UserError as e:
     return {"error": str(e)}
@@ -415,7 +452,7 @@ def join(workdirs: Sequence[str | os.PathLike], out: str | os.PathLike, command:
       raise errors.UserError(f"{p} holds a single run; a report joins the members of a sweep")
     if configs[-1] != configs[0]:
       raise errors.UserError(f"{p} and {paths[0]} are of different configs")
-  found = variants.members(configs[0])
+  found = variants.overrides(configs[0]["sweep"])
   damaged = f"the results in {', '.join(map(str, paths))} are damaged"
   with errors.parsing(damaged):
     joined = summary(configs[0], found, paths)
