@@ -1,6 +1,7 @@
 """Sweeps: members are runs of their own over one base, and their comparison."""
 
 import copy
+import dataclasses
 import gc
 import math
 import shutil
@@ -12,7 +13,7 @@ import pytest
 import safetensors.numpy
 
 from experiments import run
-from lora_jax import errors, methods, models, sharding, tasks
+from lora_jax import errors, methods, models, sharding, tasks, tree
 from lora_jax.formats import checkpoint
 from lora_jax.inference import evaluate
 from lora_jax.results import comparison
@@ -67,6 +68,24 @@ def test_members_are_their_own_runs(swept, done, tmp_path):
       assert x.keys() == y.keys()
       for k in x:
         np.testing.assert_allclose(x[k], y[k], atol=1e-4, err_msg=k)
+
+
+def test_before_training_is_the_pretrained_model(config, tmp_path, monkeypatch):  # noqa: F811
+  """Without what a method adds, such as soft tokens, in a run of its own as in a sweep."""
+  scores, seen = experiment.scores, []
+
+  def watched(config, model, task, members, mesh, prefix, *rest, **kw):
+    names = tree.names((members.own, members.shared))
+    seen.append((prefix, any("prompt/" in k for k in names)))
+    return scores(config, model, task, members, mesh, prefix, *rest, **kw)
+
+  monkeypatch.setattr(experiment, "scores", watched)
+  c = config | {"method": {"name": "prompt_tuning", "length": 4}, "train": {"steps": 1}}
+  experiment.run(c, tmp_path / "alone")
+  assert set(seen) == {("before", False), ("after", True)}
+  seen.clear()
+  sweep.run(c | {"sweep": {"product": {"train": {"seed": (0, 1)}}}}, tmp_path / "s")
+  assert set(seen) == {("before", False), ("after", True)}
 
 
 def test_the_base_is_left_as_it_is(swept, tmp_path):
@@ -160,6 +179,36 @@ def test_bad_sweeps_are_refused(swept, tmp_path, change, message):
   with pytest.raises(errors.UserError, match=message):
     sweep.run({**swept, "sweep": change}, tmp_path / "s")
   assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.parametrize(
+  "metric, message",
+  [
+    ("exact_mach", "unknown metric: config.table.metric is 'exact_mach'; did you mean 'exact_match'"),
+    (("exact_match", "train.loss"), "config.table.metric is 'train.loss'; did you mean .*'train.loss_last'"),
+    ("eval.after.accuracy", "config.table.metric is 'eval.after.accuracy'"),
+  ],
+)
+def test_a_metric_that_no_member_will_have_is_refused(swept, tmp_path, metric, message):
+  with pytest.raises(errors.UserError, match=message):
+    sweep.run({**swept, "table": {"metric": metric}}, tmp_path / "s")
+  assert not (tmp_path / "s").exists()
+
+
+def test_metrics_that_a_member_may_have_are_accepted(swept):
+  """A metric of one member's task is enough; what only the generated texts tell is not known."""
+  configs = {n: c for n, (_, c) in variants.members(swept).items()}
+  check = lambda metric, configs, mine: sweep._check_metrics({"metric": metric}, configs, mine)
+  for metric in ("exact_match", "trainable_params", "train.loss_last", "eval.before.exact_match", ""):
+    check(metric, configs, list(configs))
+  c = configs["lora"]
+  general = dataclasses.replace(c, eval=dataclasses.replace(c.eval, general="bbc_news"))
+  check("general_loss", {"a": general}, ["a"])
+  labels = dataclasses.replace(c, task={**c.task, "labels": "all"})
+  check("accuracy", configs | {"labels": labels}, [*configs, "labels"])
+  check("accuracy", configs | {"labels": labels}, list(configs))  # another shard has it
+  with pytest.raises(errors.UserError, match="accuracy"):
+    check("accuracy", configs, list(configs))
 
 
 def test_parts_of_a_sweep_combine(swept):

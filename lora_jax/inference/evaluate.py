@@ -332,16 +332,18 @@ def _metrics(task: tasks.Task, examples: Sequence[dict], predictions: Mapping[in
 
 
 def metric_names(task: tasks.Task, examples: Sequence[dict], generates: bool) -> list[str] | None:
-  """Names of the metrics that a task gives, tried on examples and their own responses.
+  """Names of the metrics that a task gives.
 
   Args:
+    examples: some, whose own responses are scored.
     generates: whether texts are generated and scored.
 
   Returns:
-    None where they are not known: what `task.corpus` gives takes long, and depends on which programs are installed.
+    None where they are not known: examples may have different scores, and what `task.corpus` gives takes long and
+    depends on which programs are installed.
   """
-  if generates and task.corpus:
-    return None
-  names = _metrics(task, examples, {i: task.target(e) for i, e in enumerate(examples)} if task.n_outputs else {})
-  written = _generated(task, examples, [task.format(e).response for e in examples]) if generates else {}
-  return [*names, *written] or None
+  found = list(task.metrics([0, 1], [0, 1])) if task.n_outputs else []
+  if not generates:
+    return found
+  scores = {tuple(task.score(e, task.format(e).response)) for e in examples}
+  return None if task.corpus or len(scores) != 1 else found + list(*scores)

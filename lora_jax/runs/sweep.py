@@ -146,7 +146,7 @@ def _metric_names(config: Config) -> list[str] | None:
   generates = config.objective["name"] != "classification" and bool(not task.labels if new is None else new)
   examples = task.load("test")
   found = evaluate.metric_names(task, [examples[i] for i in range(min(len(examples), TRIED))], generates)
-  return found and [*found, *(["general_loss"] if config.eval.general else [])]
+  return None if found is None else [*found, *(["general_loss"] if config.eval.general else [])]
 
 
 def _finished(config: Mapping, found: Mapping, workdir: pathlib.Path) -> bool:
