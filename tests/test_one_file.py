@@ -18,7 +18,7 @@ from experiments import run
 from lora_jax import families, methods, models, tasks, tokenizer
 from lora_jax.model import transformer
 from lora_jax.results import comparison
-from lora_jax.runs import config as config_lib, config_file, config_keys, sweep
+from lora_jax.runs import config as config_lib, config_file, config_keys, outcome
 from tests.test_experiment import HF_CONFIG, compiled  # noqa: F401, a fixture
 
 METHOD = '''"""LoRA whose B shrinks: its square is added to the loss."""
@@ -193,7 +193,7 @@ def test_a_comparison_has_them(compared):
 
 def test_a_table_has_them(compared, tmp_path):
   _, summary = compared
-  sweep.write_report(tmp_path, summary | {"table": {"metric": "accuracy", "rows": "method.name"}})
+  outcome.write_report(tmp_path, summary | {"table": {"metric": "accuracy", "rows": "method.name"}})
   assert "\n| shrinking |" in (tmp_path / "report.md").read_text()
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from lora_jax import families, methods, tasks
 from lora_jax.results import plots, point_labels
-from lora_jax.runs import config as config_lib, sweep, variants
+from lora_jax.runs import config as config_lib, outcome, variants
 
 ROOT = pathlib.Path(__file__).parents[1] / "experiments" / "results"
 NAMES = sorted(p.name for p in ROOT.iterdir() if p.is_dir())
@@ -48,7 +48,7 @@ def test_a_summary_is_of_the_config_beside_it(name, alone):
 @pytest.mark.parametrize("name", NAMES)
 def test_joining_a_result_with_nothing_leaves_it_as_it_is(name, tmp_path, alone, images):
   """`python -m experiments.report experiments/results/NAME`, which makes report, table and plots again."""
-  joined = sweep.join([ROOT / name], tmp_path)
+  joined = outcome.join([ROOT / name], tmp_path)
   assert json.loads(json.dumps(joined)) == read(name, "summary.json")
   files = [p.relative_to(tmp_path) for p in tmp_path.rglob("*.*")]
   assert sorted(files) == sorted(p.relative_to(ROOT / name) for p in (ROOT / name).rglob("*.*"))
@@ -64,7 +64,7 @@ def images(monkeypatch):
 @pytest.mark.parametrize("name", NAMES)
 def test_reports_and_tables_are_made_of_the_summaries(name, tmp_path, alone, images):
   command = COMMAND.search((ROOT / name / "report.md").read_text())[0]
-  sweep.write_report(tmp_path, read(name, "summary.json"), command)
+  outcome.write_report(tmp_path, read(name, "summary.json"), command)
   made = {p.relative_to(tmp_path): p for p in tmp_path.rglob("*.*")}
   kept = {p.relative_to(ROOT / name) for p in (ROOT / name).rglob("*.*")}
   assert made.keys() == kept - {pathlib.Path("config.json"), pathlib.Path("summary.json")}

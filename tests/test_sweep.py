@@ -17,7 +17,7 @@ from lora_jax import errors, methods, models, sharding, tasks, tree
 from lora_jax.formats import checkpoint
 from lora_jax.inference import evaluate
 from lora_jax.results import comparison
-from lora_jax.runs import config_file, experiment, group, sweep, variants
+from lora_jax.runs import config_file, experiment, group, outcome, sweep, variants
 from lora_jax.training import metrics, population, train
 from tests import test_warm_start
 from tests.test_experiment import compiled, config, files  # noqa: F401, fixtures
@@ -257,7 +257,7 @@ def test_shards_are_joined(swept, done, tmp_path):
   for i, p in enumerate(paths):
     sweep.run(c, p, shard=(i, 2))
     assert not (p / "summary.json").exists()
-  joined = sweep.join(paths, tmp_path / "all")
+  joined = outcome.join(paths, tmp_path / "all")
   assert [m["name"] for m in joined["members"]] == ["lora", "other", "diverges"]
   for m in joined["members"][:2]:
     whole = next(x for x in done[1]["members"] if x["name"] == m["name"])

@@ -90,8 +90,10 @@ def text_table(members: Sequence[Mapping[str, Any]]) -> str:
 
 def write_report(workdir: str | pathlib.Path, summary: Mapping[str, Any], command: str = "") -> None:
   """Writes report.md and plots/ of a sweep into `workdir`."""
-  workdir, members = pathlib.Path(workdir), summary["members"]
-  found, done = rows(members), [m for m in members if "error" not in m]
+  workdir = pathlib.Path(workdir)
+  members = summary["members"]
+  found = rows(members)
+  done = [m for m in members if "error" not in m]
   parts = ["# Comparison"]
   if done:
     first = done[0]

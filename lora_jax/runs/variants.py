@@ -49,7 +49,8 @@ def members(config: Mapping) -> dict[str, tuple[Overrides, Config]]:
     UserError: the sweep describes no members, or the config of one is wrong.
   """
   base = {k: v for k, v in config.items() if k not in config_lib.SWEEP}
-  found, known = {}, {}
+  found = {}
+  known = {}
   for name, changed in overrides(config["sweep"]).items():
     whole = _merge(base, changed)
     try:
@@ -117,7 +118,8 @@ def _check_section(section: str, where: str) -> None:
 
 def _change(axes: Sequence[tuple[str, str | None, Any]], chosen: Sequence) -> tuple[str, Overrides]:
   """(name, overrides) of one value for each axis."""
-  changed, names = {}, []
+  changed = {}
+  names = []
   for (section, key, _), value in zip(axes, chosen, strict=True):
     changed = _merge(changed, {section: value if key is None else {key: value}})
     names.append(_name(value) if key is None else f"{key}_{_name(value)}")
@@ -172,7 +174,8 @@ KINDS = {
 
 def _random(part: Mapping) -> Iterator[tuple[str, Overrides]]:
   """Samples; those of a key do not depend on what other keys there are."""
-  drawn, own = [], ("n", "seed")
+  drawn = []
+  own = ("n", "seed")
   how = values.keywords(draws, {k: v for k, v in part.items() if k in own}, "config.sweep.random")
   for section, keys in part.items():
     if section in own:
