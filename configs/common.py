@@ -29,7 +29,8 @@ def get_sweep(size: str = "") -> ConfigDict:
   if size not in ("", "smol"):
     raise KeyError(f"unknown size {size!r}; known: smol, or none")
   config = get_config()
-  config.mesh.population, config.mesh.data = -1, 1
+  config.mesh.population = -1
+  config.mesh.data = 1
   config.objective.prompt_loss_weight = 0.0
   config.method.targets = "q,v"
   config.model.remat = True  # of many members it is the activations that fill a device, and moving them that takes time

@@ -122,7 +122,8 @@ def member(name: str, method: str) -> dict:
   """Overrides of a method on a task."""
   i = list(TASKS).index(name)
   batch_size, epochs, rate, decay = (x[i] if isinstance(x, tuple) else x for x in SETTINGS[method])
-  steps, length = -(-TASKS[name][2] // batch_size) * epochs, LENGTHS.get(method, {})
+  steps = -(-TASKS[name][2] // batch_size) * epochs
+  length = LENGTHS.get(method, {})
   warm = {"init_from": MNLI} if method == "lora" and name in ("mrpc", "rte", "stsb") else {}
   return {
     "task": {"name": "glue", "subset": name},

@@ -30,7 +30,8 @@ FEW = (10, 50, 200, 1000, 3000, 10_000)
 
 def members(size: str) -> dict:
   """{name: overrides}."""
-  layers, found = 30 if size else 12, {}
+  layers = 30 if size else 12
+  found = {}
   for name, scales in (("said", True), ("did", False)):
     for d in FEW if size else DIMENSIONS:
       if d > layers or not scales:  # SAID has a scale for each layer among its d numbers

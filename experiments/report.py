@@ -22,10 +22,10 @@ def run(argv: Sequence[str]) -> None:
   )
   parser.value("--out", values.Name, None, "where the summary, tables and plots are written; the first DIR")
   flags = parser.parse_args(argv)
-  from lora_jax.runs import sweep
+  from lora_jax.runs import outcome
 
   command = shlex.join(["python", "-m", "experiments.report", *argv])
-  sweep.join(flags.directories, flags.out or flags.directories[0], command)
+  outcome.join(flags.directories, flags.out or flags.directories[0], command)
 
 
 if __name__ == "__main__":

@@ -73,7 +73,9 @@ def run(argv: Sequence[str]) -> None:
 
 def split_changes(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
   """(argv without the flags `--config.KEYS=TEXT` or `--config.KEYS TEXT`, {KEYS: TEXT})."""
-  rest, found, it = [], {}, iter(argv)
+  rest = []
+  found = {}
+  it = iter(argv)
   for arg in it:
     name, equals, text = arg.partition("=")
     if not name.lstrip("-").startswith("config.") or not name.startswith("-"):

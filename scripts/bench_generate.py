@@ -34,13 +34,16 @@ def main(argv):
   from lora_jax.inference import decode
 
   model = models.load(MODEL.value, dtype=DTYPE.value)
-  config, params, rng = model.config, model.params, np.random.default_rng(0)
+  config = model.config
+  params = model.params
+  rng = np.random.default_rng(0)
   print(f"{MODEL.value} on {jax.devices()[0].device_kind}, jax {jax.__version__}, {DTYPE.value}, ", end="")
   print(f"prompts of {PROMPT.value} tokens, {NEW.value} new ones; tokens a second")
   print(f"{'batch':>6} {'prompt':>10} {'greedy':>10} {'top-p 0.9':>10} {'4 beams':>10}")
   for batch in map(int, BATCH.value):
     tokens = rng.integers(10, config.vocab_size, (batch, PROMPT.value)).astype(np.int32)
-    lengths, slots = np.full(batch, PROMPT.value, np.int32), causal.bucket(PROMPT.value + NEW.value, 1 << 30)
+    lengths = np.full(batch, PROMPT.value, np.int32)
+    slots = causal.bucket(PROMPT.value + NEW.value, 1 << 30)
     ready = lambda: jax.block_until_ready(decode.run_prompts(config, params, tokens, lengths, slots=slots, start=None))
     run = lambda **how: list(decode.continuations(config, params, tokens, max_new_tokens=NEW.value, **how))
     prompt = best(ready)

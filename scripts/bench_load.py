@@ -43,11 +43,14 @@ def tensors(config):
   from lora_jax.model import transformer
 
   family = families.get("llama")
-  shapes, rng = tree.flatten(transformer.shapes(family.config(config))), np.random.default_rng(0)
+  shapes = tree.flatten(transformer.shapes(family.config(config)))
+  rng = np.random.default_rng(0)
   for key in families.keys(family, family.config(config), bare=False):
     if key.path in shapes:
-      n, shape = key.hf.count("{}"), shapes[key.path].shape
-      stack, shape = shape[:n], key.hf_shape(shape[n:])
+      n = key.hf.count("{}")
+      shape = shapes[key.path].shape
+      stack = shape[:n]
+      shape = key.hf_shape(shape[n:])
       for index in np.ndindex(stack):
         bits = rng.integers(0, 2**13, shape, dtype=np.int16)  # no NaN among them
         yield key.hf.format(*index), bits.view(ml_dtypes.bfloat16)
@@ -63,7 +66,8 @@ class Peak(threading.Thread):
 
   def __init__(self):
     super().__init__(daemon=True)
-    self.bytes, self.running = 0, True
+    self.bytes = 0
+    self.running = True
 
   def run(self):
     while self.running:
@@ -84,11 +88,14 @@ def main(argv):
   with tempfile.TemporaryDirectory() as tiny:
     hf.save(tiny, TINY, tensors(TINY))
     models.load(tiny, dtype=DTYPE.value, sharding=place)
-  before, peak, start = resident(), Peak(), time.perf_counter()
+  before = resident()
+  peak = Peak()
+  start = time.perf_counter()
   peak.start()
   model = models.load(str(directory), dtype=DTYPE.value, sharding=place)
   jax.block_until_ready(model.params)
-  seconds, peak.running = time.perf_counter() - start, False
+  seconds = time.perf_counter() - start
+  peak.running = False
   largest = model.config.vocab_size * model.config.d_model * 2
   size = tree.nbytes(model.params)
   kept = size if jax.default_backend() == "cpu" else 0

@@ -29,10 +29,15 @@ RUNS = flags.DEFINE_integer("runs", 0, "Also so many runs one by one; compilatio
 
 def settings(seed: int) -> config_lib.Config:
   config = lora_table5.get_config("smol")
-  config.model.name, config.model.dtype = MODEL.value, DTYPE.value
-  config.method.targets, config.method.rank = TARGETS.value, RANK.value
-  config.model.remat, config.data.share_rows = REMAT.value, SHARE_ROWS.value
-  config.data.batch_size, config.train.steps, config.train.seed = BATCH.value, STEPS.value, seed
+  config.model.name = MODEL.value
+  config.model.dtype = DTYPE.value
+  config.method.targets = TARGETS.value
+  config.method.rank = RANK.value
+  config.model.remat = REMAT.value
+  config.data.share_rows = SHARE_ROWS.value
+  config.data.batch_size = BATCH.value
+  config.train.steps = STEPS.value
+  config.train.seed = seed
   config = config.to_dict()
   return config_lib.resolve({k: v for k, v in config.items() if k not in config_lib.SWEEP})
 
@@ -70,7 +75,8 @@ def one_by_one(task, mesh, model) -> float:
 
 def main(_) -> None:
   config = settings(0)
-  task, mesh = build.check(config), build.make_mesh(config)
+  task = build.check(config)
+  mesh = build.make_mesh(config)
   model = build.load(config, task, mesh)
   print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {MODEL.value}, {DTYPE.value}, {TARGETS.value}")
   print("members  ms/step  member steps/s  step GiB  compile s  wall s")

@@ -77,7 +77,8 @@ def run(argv: Sequence[str]) -> None:
 
 def check_flags(flags: Flags) -> None:
   """Raises UserError for values out of range, and for flags that would do nothing."""
-  beam, default = flags.beams != 1, parser().get_default
+  beam = flags.beams != 1
+  default = parser().get_default
   idle = {"with --beams": "temperature top_k top_p seed"} if beam else {"without --beams": "length_penalty"}
   idle |= {} if flags.chat else {"without --chat": "system"}
   idle |= {} if flags.adapter else {"without --adapter": "merge"}
@@ -123,7 +124,9 @@ def answer(flags: Flags, model, prompt: str | list[int]) -> str:
     (text,) = generate.generate(model, [prompt], **how)
     print(text, flush=True)
     return text
-  start, times, pieces = time.perf_counter(), [], []
+  start = time.perf_counter()
+  times = []
+  pieces = []
   how |= dict(temperature=flags.temperature, top_k=flags.top_k, top_p=flags.top_p, seed=flags.seed)
   for piece in generate.stream(model, prompt, **how, progress=lambda n: times.append(time.perf_counter())):
     pieces.append(piece)

@@ -138,14 +138,16 @@ def tidy(notebook: nbformat.NotebookNode) -> None:
 
 
 def _smaller(png: str) -> str:
-  image, out = Image.open(io.BytesIO(base64.b64decode(png))), io.BytesIO()
+  image = Image.open(io.BytesIO(base64.b64decode(png)))
+  out = io.BytesIO()
   image.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(out, "png", optimize=True)
   return base64.b64encode(out.getvalue()).decode()
 
 
 def problems(notebook: nbformat.NotebookNode) -> list[str]:
   """What is wrong with a notebook that others read: cells that did not run, errors, machine paths, times, its size."""
-  found, images = [], 0
+  found = []
+  images = 0
   for cell in code(notebook):
     if cell.execution_count is None:
       found.append(f"{cell.id} was not run")

@@ -1,6 +1,5 @@
 """The comparison of methods: their kinds, the same wherever they are named, and the names in its plot."""
 
-import itertools
 import json
 import pathlib
 import re
@@ -13,13 +12,19 @@ from lora_jax import methods, tasks
 from lora_jax.results import comparison, point_labels
 
 ROOT = pathlib.Path(__file__).parents[1]
-KINDS = {kind: names.split() for kind, (_, names) in comparison.KINDS.items()}
+KIND = {name: methods.kind({"name": name}) for name in methods.names()}
 
 
-def test_every_method_is_of_one_kind():
-  assert sorted(itertools.chain(*KINDS.values())) == sorted(methods.names())
-  assert len({colour for colour, _ in comparison.KINDS.values()}) == len(KINDS)
-  assert comparison.kind("galore") == "whole weights" and comparison.kind("ia3+lora") == "scales and biases"
+def test_kinds_are_those_of_the_methods_files():
+  assert comparison.COLOURS.keys() <= set(KIND.values()), "a colour of a kind that no method is of"
+  assert len(set(comparison.COLOURS.values())) == len(comparison.COLOURS)
+  assert methods.kind([{"name": "ia3"}, {"name": "lora"}]) == "scales and biases"
+
+
+def test_kinds_without_a_colour_get_one_that_is_left():
+  found = comparison.colours([{"kind": k} for k in ("new", "low rank", "newer", "new")])
+  assert list(found) == ["low rank", "new", "newer"] and found["low rank"] == comparison.COLOURS["low rank"]
+  assert len(set(found.values()) | set(comparison.COLOURS.values())) == len(comparison.COLOURS) + 2
 
 
 @pytest.mark.parametrize(
@@ -33,19 +38,21 @@ def test_the_main_metric_is_the_first_of_the_task(subset, metric):
   assert comparison.main_metric({"general_loss": 3.0}) is None
 
 
-def test_kinds_are_those_of_the_readme():
-  """Of the first column of its table, the second's methods."""
+def test_the_readme_has_methods_under_their_kinds():
+  """Of the first column of its table, the second's methods; a new method need not be there."""
   table = re.search(r"\| kind \| methods \|\n.*\n((?:\|.*\n)+)", (ROOT / "README.md").read_text())[1]
   rows = [row.strip("| ").split(" | ") for row in table.splitlines()]
-  named = {kind: [n for n in re.findall(r"`(\w+)`", text) if n in methods.names()] for kind, text in rows}
-  assert {k: sorted(v) for k, v in named.items()} == {k: sorted(v) for k, v in KINDS.items()}
+  named = {n: kind for kind, text in rows for n in re.findall(r"`(\w+)`", text) if n in KIND}
+  assert len(named) > 20 and named == {n: KIND[n] for n in named}
 
 
-def test_the_config_has_all_methods_kind_by_kind():
-  assert sorted(config.METHODS) == sorted(methods.names())
-  assert all(method["name"] == name for name, (method, _) in config.METHODS.items())
-  kinds = [kind for kind, _ in itertools.groupby(config.METHODS, comparison.kind)]
-  assert sorted(kinds) == sorted(KINDS)
+def test_the_config_has_all_methods():
+  members = config.get_config().sweep.to_dict()["list"]
+  assert sorted(members) == sorted(methods.names()) and {*config.SETTINGS, *config.OPTIM} <= members.keys()
+  for name, overrides in members.items():
+    assert overrides["method"]["name"] == name and overrides["optim"]["learning_rate"] > 0
+  assert members["ia3"]["optim"] == methods.get("ia3").OPTIM, "the rate that the file of the method has"
+  assert members["olora"]["optim"] == {"learning_rate": 2e-4}, "that of LoRA where a file has none"
 
 
 def overlaps(a, half_a, b, half_b):

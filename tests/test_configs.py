@@ -11,7 +11,7 @@ import pytest
 
 from lora_jax import errors, tasks
 from lora_jax.results import curves, subspace, table_layout, tables
-from lora_jax.runs import config as config_lib, sweep, variants
+from lora_jax.runs import config as config_lib, outcome, sweep, variants
 from lora_jax.tasks import text_metrics
 from tests.test_experiment import compiled, config, files  # noqa: F401, fixtures
 
@@ -211,7 +211,7 @@ def test_a_sweep_ends_with_its_subspaces(config, tmp_path):  # noqa: F811
   (tmp_path / "kept").mkdir()
   for file in ("config.json", "summary.json"):
     (tmp_path / "kept" / file).write_text((tmp_path / "s" / file).read_text())
-  again = sweep.join([tmp_path / "kept"], tmp_path / "kept", "command")
+  again = outcome.join([tmp_path / "kept"], tmp_path / "kept", "command")
   assert json.loads((tmp_path / "kept" / "summary.json").read_text()) == json.loads(
     (tmp_path / "s" / "summary.json").read_text()
   )

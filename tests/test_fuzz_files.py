@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from lora_jax import errors, methods, models, patterns, tokenizer, tree
 from lora_jax.formats import adapter, archive, gguf, hf, peft
 from lora_jax.inference import generate
-from lora_jax.runs import sweep
+from lora_jax.runs import outcome
 from lora_jax.tasks import jsonl
 from lora_jax.tokenizer import templates
 from lora_jax.training import metrics
@@ -247,7 +247,7 @@ def run(root):
     metrics.write_json(where / "members" / name / "summary.json", kept)
     (where / "members" / name / "metrics.jsonl").write_text('{"step": 1, "train/loss": 2.0}\n')
   metrics.write_json(where / "seconds" / "0-of-1.json", {"seconds": 3.5})
-  sweep.join([where], root / "joined")
+  outcome.join([where], root / "joined")
   return where
 
 
@@ -255,4 +255,4 @@ def run(root):
 @hypothesis.given(st.data())
 @settings(12)
 def test_results(run, root, name, data):
-  fuzz(data, run / name, as_json, lambda: sweep.join([run], root / "joined"))
+  fuzz(data, run / name, as_json, lambda: outcome.join([run], root / "joined"))

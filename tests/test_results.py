@@ -1,4 +1,4 @@
-"""What is committed of runs: configs are those of the commands, pages have the numbers of the summaries.
+"""Committed results: reports, tables and plots are made of their own JSON alone, whatever today's defaults are.
 
 Nothing here runs a command again, so nothing here says that a summary's numbers are what a run gives.
 """
@@ -12,8 +12,9 @@ import re
 import numpy as np
 import pytest
 
+from lora_jax import families, methods, tasks
 from lora_jax.results import plots, point_labels
-from lora_jax.runs import sweep, variants
+from lora_jax.runs import config as config_lib, outcome, variants
 
 ROOT = pathlib.Path(__file__).parents[1] / "experiments" / "results"
 NAMES = sorted(p.name for p in ROOT.iterdir() if p.is_dir())
@@ -24,31 +25,51 @@ def read(name, file):
   return json.loads((ROOT / name / file).read_text())
 
 
+@pytest.fixture
+def alone(monkeypatch):
+  """No config, method or task of today can be asked."""
+
+  def refuse(*args, **kw):
+    raise AssertionError("a result asks for more than its own files")
+
+  for module, name in ((config_lib, "resolve"), (methods, "get"), (tasks, "get"), (families, "get")):
+    monkeypatch.setattr(module, name, refuse)
+
+
 @pytest.mark.parametrize("name", NAMES)
-def test_configs_are_those_of_the_commands(name):
+def test_the_command_is_of_a_config_that_there_is(name):
   config, argument = COMMAND.search((ROOT / name / "report.md").read_text()).groups()
-  found = importlib.import_module(f"configs.{config}").get_config(*filter(None, [argument])).to_dict()
-  kept = read(name, "config.json")
-  resolved = lambda c: {n: c.to_dict() for n, (_, c) in variants.members(c).items()}
-  assert _plain(resolved(found)) == _plain(resolved(kept))
-  assert _plain(found.get("table")) == _plain(kept.get("table"))
-
-
-def _plain(x):
-  """As JSON has it, where no pattern is None."""
-  return json.loads(json.dumps(x).replace("{}", "null"))
+  assert "sweep" in importlib.import_module(f"configs.{config}").get_config(*filter(None, [argument]))
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_summaries_are_written_as_they_were_committed(name, tmp_path, monkeypatch):
-  """Writing is deterministic and has not changed; whether it writes the right numbers is tested below.
+def test_a_summary_is_of_the_config_beside_it(name, alone):
+  config, summary = read(name, "config.json"), read(name, "summary.json")
+  assert {m["name"]: m["overrides"] for m in summary["members"]} == variants.overrides(config["sweep"])
+  assert summary["config"] == {k: v for k, v in config.items() if k not in config_lib.SWEEP}
+  assert summary["table"] == config.get("table") and not summary["missing"]
 
-  Plots are left out, as their bytes are those of a version of matplotlib.
-  """
+
+@pytest.mark.parametrize("name", NAMES)
+def test_joining_a_result_with_nothing_leaves_it_as_it_is(name, tmp_path, alone, images):
+  """`python -m experiments.report experiments/results/NAME`, which makes report, table and plots again."""
+  joined = outcome.join([ROOT / name], tmp_path)
+  assert json.loads(json.dumps(joined)) == read(name, "summary.json")
+  files = [p.relative_to(tmp_path) for p in tmp_path.rglob("*.*")]
+  assert sorted(files) == sorted(p.relative_to(ROOT / name) for p in (ROOT / name).rglob("*.*"))
+
+
+@pytest.fixture
+def images(monkeypatch):
+  """Empty ones: the bytes of plots are those of a version of matplotlib."""
   monkeypatch.setattr(plots, "png", lambda figure: b"")
   monkeypatch.setattr(point_labels, "write", lambda axes, points: None)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_reports_and_tables_are_made_of_the_summaries(name, tmp_path, alone, images):
   command = COMMAND.search((ROOT / name / "report.md").read_text())[0]
-  sweep.write_report(tmp_path, read(name, "summary.json"), command)
+  outcome.write_report(tmp_path, read(name, "summary.json"), command)
   made = {p.relative_to(tmp_path): p for p in tmp_path.rglob("*.*")}
   kept = {p.relative_to(ROOT / name) for p in (ROOT / name).rglob("*.*")}
   assert made.keys() == kept - {pathlib.Path("config.json"), pathlib.Path("summary.json")}

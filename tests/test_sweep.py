@@ -1,6 +1,7 @@
 """Sweeps: members are runs of their own over one base, and their comparison."""
 
 import copy
+import dataclasses
 import gc
 import math
 import shutil
@@ -12,11 +13,11 @@ import pytest
 import safetensors.numpy
 
 from experiments import run
-from lora_jax import errors, methods, models, sharding, tasks
+from lora_jax import errors, methods, models, sharding, tasks, tree
 from lora_jax.formats import checkpoint
 from lora_jax.inference import evaluate, members
 from lora_jax.results import comparison
-from lora_jax.runs import artifacts, build, config_file, experiment, group, loop, sweep, variants
+from lora_jax.runs import artifacts, build, config_file, experiment, group, loop, outcome, sweep, variants
 from lora_jax.training import metrics, population, train
 from tests import test_warm_start
 from tests.test_experiment import compiled, config, files  # noqa: F401, fixtures
@@ -67,6 +68,24 @@ def test_members_are_their_own_runs(swept, done, tmp_path):
       assert x.keys() == y.keys()
       for k in x:
         np.testing.assert_allclose(x[k], y[k], atol=1e-4, err_msg=k)
+
+
+def test_before_training_is_the_pretrained_model(config, tmp_path, monkeypatch):  # noqa: F811
+  """Without what a method adds, such as soft tokens, in a run of its own as in a sweep."""
+  scores, seen = experiment.scores, []
+
+  def watched(config, model, task, members, mesh, prefix, *rest, **kw):
+    names = tree.names((members.own, members.shared))
+    seen.append((prefix, any("prompt/" in k for k in names)))
+    return scores(config, model, task, members, mesh, prefix, *rest, **kw)
+
+  monkeypatch.setattr(experiment, "scores", watched)
+  c = config | {"method": {"name": "prompt_tuning", "length": 4}, "train": {"steps": 1}}
+  experiment.run(c, tmp_path / "alone")
+  assert set(seen) == {("before", False), ("after", True)}
+  seen.clear()
+  sweep.run(c | {"sweep": {"product": {"train": {"seed": (0, 1)}}}}, tmp_path / "s")
+  assert set(seen) == {("before", False), ("after", True)}
 
 
 def test_the_base_is_left_as_it_is(swept, tmp_path):
@@ -162,6 +181,36 @@ def test_bad_sweeps_are_refused(swept, tmp_path, change, message):
   assert not (tmp_path / "s").exists()
 
 
+@pytest.mark.parametrize(
+  "metric, message",
+  [
+    ("exact_mach", "unknown metric: config.table.metric is 'exact_mach'; did you mean 'exact_match'"),
+    (("exact_match", "train.loss"), "config.table.metric is 'train.loss'; did you mean .*'train.loss_last'"),
+    ("eval.after.accuracy", "config.table.metric is 'eval.after.accuracy'"),
+  ],
+)
+def test_a_metric_that_no_member_will_have_is_refused(swept, tmp_path, metric, message):
+  with pytest.raises(errors.UserError, match=message):
+    sweep.run({**swept, "table": {"metric": metric}}, tmp_path / "s")
+  assert not (tmp_path / "s").exists()
+
+
+def test_metrics_that_a_member_may_have_are_accepted(swept):
+  """A metric of one member's task is enough; what only the generated texts tell is not known."""
+  configs = {n: c for n, (_, c) in variants.members(swept).items()}
+  check = lambda metric, configs, mine: sweep._check_metrics({"metric": metric}, configs, mine)
+  for metric in ("exact_match", "trainable_params", "train.loss_last", "eval.before.exact_match", ""):
+    check(metric, configs, list(configs))
+  c = configs["lora"]
+  general = dataclasses.replace(c, eval=dataclasses.replace(c.eval, general="bbc_news"))
+  check("general_loss", {"a": general}, ["a"])
+  labels = dataclasses.replace(c, task={**c.task, "labels": "all"})
+  check("accuracy", configs | {"labels": labels}, [*configs, "labels"])
+  check("accuracy", configs | {"labels": labels}, list(configs))  # another shard has it
+  with pytest.raises(errors.UserError, match="accuracy"):
+    check("accuracy", configs, list(configs))
+
+
 def test_parts_of_a_sweep_combine(swept):
   method, rate = {"targets": ("q", "q,v"), "rank": (8, 4)}, {"learning_rate": {"log_uniform": (1e-4, 1e-2)}}
   parts = {"zip": {"method": method}, "product": {"train": {"seed": (0, 1, 2)}}, "random": {"n": 2, "optim": rate}}
@@ -208,7 +257,7 @@ def test_shards_are_joined(swept, done, tmp_path):
   for i, p in enumerate(paths):
     sweep.run(c, p, shard=(i, 2))
     assert not (p / "summary.json").exists()
-  joined = sweep.join(paths, tmp_path / "all")
+  joined = outcome.join(paths, tmp_path / "all")
   assert [m["name"] for m in joined["members"]] == ["lora", "other", "diverges"]
   for m in joined["members"][:2]:
     whole = next(x for x in done[1]["members"] if x["name"] == m["name"])
@@ -281,7 +330,7 @@ def test_tasks_and_models_may_differ(mixed, tmp_path, monkeypatch):
     alone = experiment.run(found[m["name"]][1], tmp_path / m["name"])
     for k in ("loss_first", "loss_last"):
       assert m["train"][k] == pytest.approx(alone["train"][k], rel=1e-5)
-    for k in ("before", "after") if m["name"] != "a" else ("after",):  # what is before a warm start is the base
+    for k in ("before", "after"):
       assert m["eval"][k] == pytest.approx(alone["eval"][k])
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from lora_jax import errors, files as files_lib
 from lora_jax.formats import hf
-from lora_jax.runs import build as build_lib, config as config_lib, experiment, group, needs, sweep, variants
+from lora_jax.runs import build as build_lib, config as config_lib, experiment, group, needs, outcome, sweep, variants
 from lora_jax.training import metrics
 from tests.test_experiment import compiled, config, files  # noqa: F401, fixtures
 
@@ -58,8 +58,8 @@ def pretended(monkeypatch):
   monkeypatch.setattr(group, "build", build)
   monkeypatch.setattr(group, "fits", lambda *a: True)
   monkeypatch.setattr(group, "run", together)
-  monkeypatch.setattr(sweep, "write_report", lambda *a: None)
-  monkeypatch.setattr(sweep, "text_table", lambda *a: "")
+  monkeypatch.setattr(outcome, "write_report", lambda *a: None)
+  monkeypatch.setattr(outcome, "text_table", lambda *a: "")
   return ran
 
 
@@ -182,14 +182,14 @@ def test_a_group_is_halved_wherever_memory_ends(swept, tmp_path, pretended, monk
 
 
 def test_groups_are_those_that_ran(swept, tmp_path):
-  """By what members say; where older ones do not, by what could be one program."""
-  c = {n: {} for n in "abcdefg"}
-  says = {"a": {"group": "1"}, "b": {"group": "2"}, "c": {"group": "1"}, "d": {"population": 2}, "e": {"error": "x"}}
+  """By what members say; one that says nothing ran alone."""
+  c = {n: {} for n in "abcde"}
+  says = {"a": {"group": "1"}, "b": {"group": "2"}, "c": {"group": "1"}, "d": {"group": "2", "error": "x"}}
   for n in c:
     metrics.write_json(tmp_path / "members" / n / "summary.json", says.get(n, {}))
   c = {**swept, "sweep": {"list": c}}
-  found = sweep.summary(c, variants.members(c), [tmp_path])
-  assert found["groups"] == [["a", "c"], ["b"], ["f"], ["g"], ["d", "e"]]
+  found = outcome.summary(c, variants.overrides(c["sweep"]), [tmp_path])
+  assert found["groups"] == [["a", "c"], ["b", "d"], ["e"]]
 
 
 def test_seconds_are_those_of_all_calls_and_shards(swept, tmp_path, pretended, monkeypatch):
@@ -208,7 +208,7 @@ def test_seconds_are_those_of_all_calls_and_shards(swept, tmp_path, pretended, m
   found = sweep.run(c, tmp_path / "0", shard=(0, 2))
   assert found["wall_seconds"] >= 0.4
   other = sweep.run(c, tmp_path / "1", shard=(1, 2))
-  joined = sweep.join([tmp_path / "0", tmp_path / "1"], tmp_path / "all")
+  joined = outcome.join([tmp_path / "0", tmp_path / "1"], tmp_path / "all")
   assert joined["wall_seconds"] == pytest.approx(found["wall_seconds"] + other["wall_seconds"])
   assert joined["versions"] == {"jax": "0.1"}, "of those who ran it"
   whole = sweep.run(c, tmp_path / "0", shard=(1, 2))
@@ -219,5 +219,5 @@ def test_an_unfinished_sweep_is_not_joined_into_itself(swept, tmp_path, pretende
   """Under whatever name: the next call would take the summary for that of all members."""
   sweep.run(seeds(swept, 4), tmp_path / "a", shard=(0, 2))
   (tmp_path / "b").symlink_to("a")
-  sweep.join([tmp_path / "a"], tmp_path / "b")
+  outcome.join([tmp_path / "a"], tmp_path / "b")
   assert not (tmp_path / "a" / "summary.json").exists()

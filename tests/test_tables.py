@@ -199,6 +199,13 @@ def test_values_are_looked_up_as_the_sweep_merges_them():
   hash(look({"method": {"rank_pattern": {"q": 4, "v": [1]}}}, "method"))
 
 
+@pytest.mark.parametrize("section", ["task", "objective"])
+def test_another_task_or_objective_has_none_of_the_keys_of_the_configs(section):
+  given = summary([], {}, config={section: {"name": "first", "key": 1}})
+  look = lambda change: table_layout.value(given, {"name": "x", "overrides": {section: change}}, f"{section}.key")
+  assert look({"key": 2}) == 2 and look({"name": "second"}) is None and look({"name": "second", "key": 3}) == 3
+
+
 @pytest.mark.parametrize(
   "value, text",
   [(2e-4, "2e-4"), (1.2345678e-5, "1.235e-5"), (0.1, "0.1"), (16.0, "16"), (1024, "1024"), (18_874_368, "18,874,368")]

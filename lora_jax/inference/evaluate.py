@@ -284,3 +284,21 @@ def _metrics(task: tasks.Task, examples: Sequence[dict], predictions: Mapping[in
   targets = {i: task.target(examples[i]) for i in sorted(predictions)}
   known = [i for i, target in targets.items() if not task.labels or target >= 0]
   return task.metrics([predictions[i] for i in known], [targets[i] for i in known]) if known else {}
+
+
+def metric_names(task: tasks.Task, examples: Sequence[dict], generates: bool) -> list[str] | None:
+  """Names of the metrics that a task gives.
+
+  Args:
+    examples: some, whose own responses are scored.
+    generates: whether texts are generated and scored.
+
+  Returns:
+    None where they are not known: examples may have different scores, and what `task.corpus` gives takes long and
+    depends on which programs are installed.
+  """
+  found = list(task.metrics([0, 1], [0, 1])) if task.n_outputs else []
+  if not generates:
+    return found
+  scores = {tuple(task.score(e, task.format(e).response)) for e in examples}
+  return None if task.corpus or len(scores) != 1 else found + list(*scores)

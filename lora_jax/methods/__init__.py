@@ -10,6 +10,8 @@ weights is a `weights.Added`. A module may also define
   MODEL                         True where a run leaves a whole model: most weights are trained, or are merged into
   MERGES                        False where what it adds has no place in the weights
   PEFT                          the method whose form in formats/peft/ it has, where that is not its own
+  KIND                          what it is compared as, such as "low rank"; "other" if absent
+  OPTIM                         the keys of config.optim that its paper or official code trains with
 
 and functions of the same keywords:
 
@@ -65,6 +67,11 @@ def title(method: Method) -> str:
 def name_of(module: ModuleType) -> str:
   """What a config calls a method."""
   return module.__name__.rpartition(".")[2]
+
+
+def kind(method: Method) -> str:
+  """What a method is compared as; several are what the first of them is."""
+  return getattr(parts(method)[0][0], "KIND", "other")
 
 
 @functools.cache

@@ -16,6 +16,9 @@ from lora_jax.methods import budget, targeting
 from lora_jax.model import transformer
 from lora_jax.values import Count, NonNegative, Probability, Size
 
+KIND = "low rank"
+OPTIM = {"learning_rate": 8e-4}  # the paper's rate for SST-2, from memory
+
 optimiser = budget.optimiser
 SCHEDULE = ("target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight")  # PEFT's names too
 

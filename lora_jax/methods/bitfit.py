@@ -16,6 +16,8 @@ from lora_jax.methods import norms, targeting
 from lora_jax.model import architecture
 from lora_jax.weights import fused
 
+KIND = "scales and biases"
+OPTIM = {"learning_rate": 1e-3}  # the authors' code
 WHOLE = True  # trains leaves of the pretrained model
 
 

@@ -16,6 +16,8 @@ from lora_jax import errors, tree, weights
 from lora_jax.methods import lora, targeting
 from lora_jax.model import architecture, transformer
 
+KIND = "low rank"
+OPTIM = {"learning_rate": 2e-4}  # the authors' script for LLaMA
 VARIES = lora.VARIES
 
 

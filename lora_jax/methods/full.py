@@ -8,6 +8,8 @@ import jax.numpy as jnp
 
 from lora_jax import errors, tree, weights
 
+KIND = "whole weights"
+OPTIM = {"learning_rate": 2e-5}  # Devlin et al. 2018, appendix A.3
 WHOLE = True  # trains leaves of the pretrained model
 MODEL = True  # so many of them that the whole model is what a run leaves
 

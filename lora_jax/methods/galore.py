@@ -22,6 +22,8 @@ from lora_jax.methods import full, targeting
 from lora_jax.model import architecture
 from lora_jax.values import Count, Positive
 
+KIND = "whole weights"
+OPTIM = {"learning_rate": 2e-5}  # the paper's rate for SST-2, of rank 8 and scale 2
 WHOLE = True
 MODEL = True
 

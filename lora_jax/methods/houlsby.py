@@ -13,6 +13,8 @@ import jax
 from lora_jax.methods import bottleneck
 from lora_jax.values import Count
 
+KIND = "bottlenecks"
+OPTIM = {"learning_rate": 3e-4}  # the paper's section 3.2
 WHOLE = True  # the norms
 MERGES = False  # it is not linear
 

@@ -15,6 +15,9 @@ from lora_jax import errors, weights
 from lora_jax.methods import targeting
 from lora_jax.model import architecture
 
+KIND = "scales and biases"
+OPTIM = {"name": "adafactor", "learning_rate": 3e-3, "schedule": "linear", "warmup": 0.06}  # the paper's appendix B
+
 INPUT, OUTPUT = weights.Scaled.TRAINABLE
 
 

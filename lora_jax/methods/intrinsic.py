@@ -21,6 +21,8 @@ from lora_jax.methods import fastfood, targeting
 from lora_jax.model import architecture
 from lora_jax.values import Count
 
+KIND = "subspaces"
+
 
 @struct.dataclass
 class Intrinsic(weights.Additive):

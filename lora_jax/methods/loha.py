@@ -17,6 +17,7 @@ from lora_jax.methods import lycoris, targeting
 from lora_jax.model import transformer
 from lora_jax.values import Probability, Size
 
+KIND = "low rank"
 INITS = ("peft", "lycoris")
 FACTORS = ("a1", "b1", "a2", "b2")
 

@@ -18,6 +18,7 @@ from lora_jax.methods import lycoris, targeting
 from lora_jax.model import transformer
 from lora_jax.values import Count, Probability, Size
 
+KIND = "low rank"
 INITS = ("peft", "lycoris")
 Factor = Any  # jax.Array, or (a, b) of low rank
 

@@ -16,6 +16,8 @@ from lora_jax.methods import initial, targeting
 from lora_jax.model import architecture, transformer
 from lora_jax.values import Probability, Size
 
+KIND = "low rank"
+OPTIM = {"learning_rate": 2e-4, "weight_decay": 0.01}  # the paper's table 11
 INITS = initial.INITS
 EMBED, HEAD = "embed/kernel", "head/kernel"
 BIASES = ("none", "all", "lora_only")

@@ -10,6 +10,7 @@ import jax
 from lora_jax import tree
 from lora_jax.methods import lora, targeting
 
+KIND = "low rank"
 VARIES = lora.VARIES
 PEFT = "lora"  # the form of formats/peft that it has
 

@@ -10,6 +10,8 @@ from lora_jax.methods import lora, targeting
 from lora_jax.values import Positive
 from lora_jax.weights import fused
 
+KIND = "low rank"
+OPTIM = {"learning_rate": 2e-4}  # the authors' script for GPT-2
 VARIES = lora.VARIES
 PEFT = "lora"  # the form of formats/peft that it has
 

@@ -10,6 +10,9 @@ import jax.numpy as jnp
 
 from lora_jax import errors, tree, weights
 
+KIND = "scales and biases"
+# Norms as Liu et al. 2022 (T-Few) train them, https://arxiv.org/abs/2205.05638.
+OPTIM = {"name": "adafactor", "learning_rate": 3e-4, "schedule": "constant", "warmup": 0.0}
 WHOLE = True  # trains leaves of the pretrained model
 NORM = r"(^|/)\w*norm/(scale|bias)$"
 

@@ -16,6 +16,8 @@ from lora_jax.methods import prompt_tuning
 from lora_jax.model import layers, prompts
 from lora_jax.values import Count
 
+KIND = "soft prompts"
+OPTIM = {"learning_rate": 1e-5}  # the authors' code
 STARTS = prompt_tuning.STARTS
 MERGES = False
 ENCODERS = ("mlp", "lstm")

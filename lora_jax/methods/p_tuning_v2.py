@@ -16,6 +16,8 @@ from lora_jax.methods.prefix_tuning import (
 )
 from lora_jax.values import Count
 
+KIND = "soft prompts"
+OPTIM = {"learning_rate": 5e-3}  # the authors' scripts
 PEFT = "prefix_tuning"  # the form of formats/peft that it has
 
 

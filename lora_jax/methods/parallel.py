@@ -12,6 +12,8 @@ import jax
 from lora_jax.methods import bottleneck
 from lora_jax.values import Count
 
+KIND = "bottlenecks"
+OPTIM = {"learning_rate": 1e-4}  # the paper's table 7
 MERGES = False  # it is not linear
 
 

@@ -15,6 +15,8 @@ from lora_jax import errors, tree, weights
 from lora_jax.methods import full
 from lora_jax.values import Size
 
+KIND = "whole weights"
+OPTIM = {"learning_rate": 3e-5}  # Houlsby et al. 2019, section 3.3
 WHOLE = True
 MODEL = True
 

@@ -13,6 +13,8 @@ import jax
 from lora_jax.methods import bottleneck
 from lora_jax.values import Count
 
+KIND = "bottlenecks"
+OPTIM = {"learning_rate": 1e-4}  # the paper
 MERGES = False  # it is not linear
 
 

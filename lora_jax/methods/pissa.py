@@ -12,6 +12,8 @@ from lora_jax import errors
 from lora_jax.methods import lora, targeting
 from lora_jax.values import Size
 
+KIND = "low rank"
+OPTIM = {"learning_rate": 2e-5}  # the authors' README
 VARIES = lora.VARIES
 PEFT = "lora"  # the form of formats/peft that it has
 

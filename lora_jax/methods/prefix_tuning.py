@@ -19,6 +19,8 @@ from lora_jax.methods import p_tuning
 from lora_jax.model import layers
 from lora_jax.values import Count, NonNegative
 
+KIND = "soft prompts"
+OPTIM = {"learning_rate": 8e-5}  # the paper's table 5, E2E
 STARTS = "every layer attends to keys that the model has not seen"
 MERGES = False
 

@@ -15,6 +15,8 @@ from lora_jax import errors, tree, weights
 from lora_jax.model import prompts
 from lora_jax.values import Count, Size
 
+KIND = "soft prompts"
+OPTIM = {"name": "adafactor", "learning_rate": 0.3, "schedule": "constant", "warmup": 0.0}  # the paper's section 3.2
 STARTS = "the text begins with vectors that the model has not seen"
 MERGES = False
 INITS = ("random", "vocab", "text", "labels")

@@ -18,6 +18,8 @@ from lora_jax.model import architecture
 from lora_jax.values import Count, Share
 from lora_jax.weights import updates
 
+KIND = "whole weights"
+OPTIM = {"learning_rate": 1e-3, "schedule": "cosine_restarts"}  # the authors' README, for pretraining
 MODEL = True  # the run leaves the merged model
 
 KEEP = {"random": 0.001, "magnitude": 0.1, "zero": 0.0}  # the share of the moments that pruning leaves

@@ -9,6 +9,8 @@ import jax
 
 from lora_jax.methods import lora, targeting
 
+KIND = "low rank"
+OPTIM = {"learning_rate": 5e-5}  # the paper, from memory
 VARIES = lora.VARIES
 PEFT = "lora"  # the form of formats/peft that it has
 

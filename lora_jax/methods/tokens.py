@@ -15,6 +15,7 @@ from lora_jax import errors, weights
 from lora_jax.methods import targeting
 from lora_jax.values import Size
 
+KIND = "whole weights"
 EMBED = "embed/kernel"
 DEFAULT = 4  # rows from the end of the table
 

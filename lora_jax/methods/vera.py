@@ -18,6 +18,9 @@ from lora_jax.methods import targeting
 from lora_jax.model import transformer
 from lora_jax.values import Count, Probability
 
+KIND = "low rank"
+OPTIM = {"learning_rate": 4e-3}  # the paper, from memory
+
 
 @struct.dataclass
 class VeRA(weights.Additive):

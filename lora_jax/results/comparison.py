@@ -1,5 +1,6 @@
 """What the members of a sweep say together: a table and plots of accuracy, forgetting, size, memory and time."""
 
+import itertools
 import math
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -8,15 +9,16 @@ from typing import Any
 from lora_jax import files
 from lora_jax.results import plots, point_labels, report
 
-# kind: (colour, methods), as README.md has them.
-KINDS = {
-  "low rank": ("#08519c", "lora rslora lora_fa lora_plus dora pissa olora vera adalora loha lokr"),
-  "bottlenecks": ("#238b45", "houlsby pfeiffer parallel"),
-  "scales and biases": ("#d94801", "ia3 bitfit norms"),
-  "soft prompts": ("#6a51a3", "prompt_tuning prefix_tuning p_tuning p_tuning_v2"),
-  "subspaces": ("#a50f15", "intrinsic"),
-  "whole weights": ("#525252", "full partial tokens galore relora"),
+# The colours of kinds of methods, as their files name them; further kinds take those of plots.PALETTE that are left.
+COLOURS = {
+  "low rank": "#08519c",
+  "bottlenecks": "#238b45",
+  "scales and biases": "#d94801",
+  "soft prompts": "#6a51a3",
+  "subspaces": "#a50f15",
+  "whole weights": "#525252",
 }
+OTHER = "other"  # the kind of a method whose results say none
 
 
 def main_metric(scores: Mapping[str, float]) -> str | None:
@@ -36,7 +38,7 @@ def rows(members: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     found.append(
       {
         "name": m["name"],
-        "kind": kind(m["method"]),
+        "kind": m.get("kind", OTHER),
         "learning_rate": m["overrides"].get("optim", {}).get("learning_rate"),
         "metric": metric,
         "before": before.get(metric),
@@ -88,8 +90,10 @@ def text_table(members: Sequence[Mapping[str, Any]]) -> str:
 
 def write_report(workdir: str | pathlib.Path, summary: Mapping[str, Any], command: str = "") -> None:
   """Writes report.md and plots/ of a sweep into `workdir`."""
-  workdir, members = pathlib.Path(workdir), summary["members"]
-  found, done = rows(members), [m for m in members if "error" not in m]
+  workdir = pathlib.Path(workdir)
+  members = summary["members"]
+  found = rows(members)
+  done = [m for m in members if "error" not in m]
   parts = ["# Comparison"]
   if done:
     first = done[0]
@@ -109,13 +113,12 @@ def write_report(workdir: str | pathlib.Path, summary: Mapping[str, Any], comman
   files.write(workdir / "report.md", ("\n\n".join(parts) + "\n").encode())
 
 
-def kind(title: str) -> str:
-  """The kind of a method, of several that of the first."""
-  return next(k for k, (_, names) in KINDS.items() if title.split("+")[0] in names.split())
-
-
-def _colour(row: Mapping[str, Any]) -> str:
-  return KINDS[row["kind"]][0]
+def colours(found: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+  """{kind: colour} of the kinds in rows: those of `COLOURS` in its order, then the others."""
+  there = dict.fromkeys(r["kind"] for r in found)
+  spare = itertools.cycle([c for c in plots.PALETTE if c not in COLOURS.values()])
+  known = {kind: colour for kind, colour in COLOURS.items() if kind in there}
+  return known | {kind: next(spare) for kind in there if kind not in known}
 
 
 def tradeoff(found: Sequence[Mapping[str, Any]]) -> bytes:
@@ -124,13 +127,13 @@ def tradeoff(found: Sequence[Mapping[str, Any]]) -> bytes:
   axis = {k: label for k, label in axis.items() if any(r[k] is not None for r in found)}
   figure = plots.figure((8, 3.9 * len(axis) + 0.3))
   panels = figure.subplots(len(axis), 1, squeeze=False)[:, 0]
-  known = [k for k in KINDS if k in {r["kind"] for r in found}]
-  handles = [panels[0].plot([], [], "o", color=KINDS[k][0], label=k)[0] for k in known]
+  shade = colours(found)
+  handles = [panels[0].plot([], [], "o", color=colour, label=kind)[0] for kind, colour in shade.items()]
   figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), frameon=False, fontsize=8)
   points = {k: [r for r in found if None not in (r[k], r["after"])] for k in axis}
   for axes, (key, label) in zip(panels, axis.items(), strict=True):
     for r in points[key]:
-      axes.plot(r[key], r["after"], "o", color=_colour(r), markersize=5)
+      axes.plot(r[key], r["after"], "o", color=shade[r["kind"]], markersize=5)
     axes.set(xlabel=label, ylabel=(found[0]["metric"] or "score").capitalize())
     axes.margins(0.08)
     plots.tidy(axes)
@@ -138,7 +141,7 @@ def tradeoff(found: Sequence[Mapping[str, Any]]) -> bytes:
   for axes in panels[1:]:
     axes.set_xscale("symlog", linthresh=0.01)  # most forget little, and some a lot
   for axes, key in zip(panels, axis, strict=True):
-    point_labels.write(axes, [(r[key], r["after"], r["name"], _colour(r)) for r in points[key]])
+    point_labels.write(axes, [(r[key], r["after"], r["name"], shade[r["kind"]]) for r in points[key]])
   return plots.png(figure)
 
 
@@ -146,10 +149,11 @@ def costs(found: Sequence[Mapping[str, Any]]) -> bytes:
   """A PNG of bars: step time, memory of a step, and size of what is saved."""
   columns = [("step_seconds", "Step, ms", 1e3), ("step_memory_bytes", "Memory of a step, GiB", 2**-30)]
   columns.append(("saved_bytes", "Saved, MB", 1e-6))
+  shade = colours(found)
   figure = plots.figure((11, 0.24 * len(found) + 1.2))
   for axes, (key, label, unit) in zip(figure.subplots(1, 3, sharey=True), columns, strict=True):
     values = [math.nan if r[key] is None else r[key] * unit for r in found]
-    axes.barh([r["name"] for r in found], values, color=[_colour(r) for r in found], height=0.7)
+    axes.barh([r["name"] for r in found], values, color=[shade[r["kind"]] for r in found], height=0.7)
     axes.set_xlabel(label)
     if key == "saved_bytes":
       axes.set_xscale("log")

@@ -39,7 +39,8 @@ def metric_plot(summary: Mapping[str, Any]) -> bytes | None:
   if not done:
     return None
   summary = {**summary, "members": done}
-  xs, groups = table_layout.values(summary, how, path), table_layout.values(summary, how, lines)
+  xs = table_layout.values(summary, how, path)
+  groups = table_layout.values(summary, how, lines)
   present = [x for x in xs if x is not None]
   xs = present if present and all(map(table_layout.is_number, present)) else xs
   named = [] if all(map(table_layout.is_number, xs)) else [how.label(path, x) for x in xs]
@@ -63,13 +64,15 @@ def _title(path: str) -> str:
 
 def _curve(summary, how, paths, group, metric, at, colour) -> plots.Curve:
   """The members of one line."""
-  (path, lines), unit = paths, 100 if table_layout.is_share(summary, metric) else 1
+  (path, lines) = paths
+  unit = 100 if table_layout.is_share(summary, metric) else 1
   found = collections.defaultdict(list)
   for m in summary["members"]:
     score = table_layout.score(m, metric)
     if score is not None and (not lines or table_layout.value(summary, m, lines) == group):
       found[at.get(table_layout.value(summary, m, path))].append(unit * score)
-  name, level = how.label(lines, group) if lines else "", not found.keys() - {None}
+  name = how.label(lines, group) if lines else ""
+  level = not found.keys() - {None}
   if level:
     found = dict.fromkeys((min(at.values()), max(at.values())), found.get(None, []))
   xs = sorted(x for x in found if x is not None and found[x])
@@ -91,12 +94,14 @@ def _published(how, rows, path, metric, at) -> dict[str, list[tuple[float, float
   places = {how.label(path, x): i for x, i in at.items()}
   numbers = all(x == i for x, i in at.items())  # then what we have not run has its place too
   place = lambda label: places.get(label, table_layout.number(label) if numbers else None)
-  found, several = collections.defaultdict(list), len(how.metrics) > 1
+  found = collections.defaultdict(list)
+  several = len(how.metrics) > 1
   for r, row in rows.items():
     group, _, rest = r.partition(", ") if how.columns and several else ("", "", r)
     for c, x in row.items():
       of = group if how.columns else c
-      x, i = x[0] if isinstance(x, list | tuple) else x, place(c if path == how.columns else rest)
+      x = x[0] if isinstance(x, list | tuple) else x
+      i = place(c if path == how.columns else rest)
       if i is not None and table_layout.is_number(x) and (not several or of == how.metric_label(metric)):
         found[rest if path == how.columns else c if how.columns else ""].append((i, x))
   return {line: sorted(points) for line, points in found.items()}
@@ -129,7 +134,8 @@ def reached(summary: Mapping[str, Any]) -> dict[str, Any] | None:
     has gained nothing. None where it is not asked for, or no such member is finished.
   """
   how = table_layout.of(summary)
-  metric, found = how.metrics[0], collections.defaultdict(list)
+  metric = how.metrics[0]
+  found = collections.defaultdict(list)
   done = [m for m in summary["members"] if table_layout.score(m, metric) is not None]
   for m in done if how.d90 is not None else ():
     x = table_layout.value(summary, m, how.x)
@@ -172,7 +178,8 @@ def _goals(summary: Mapping[str, Any], low: float, high: float) -> list[plots.Cu
   found = reached(summary)
   if found is None:
     return []
-  unit, share = 100 if table_layout.is_share(summary, found["metric"]) else 1, found["share"]
+  unit = 100 if table_layout.is_share(summary, found["metric"]) else 1
+  share = found["share"]
   goals = (("of_full", "full finetuning", 0.0, plots.MUTED), ("of_gain", "its gain", found["before"], "#c0c0c0"))
   level = lambda y: [unit * y, unit * y]
   return [

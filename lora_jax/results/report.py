@@ -19,6 +19,12 @@ from lora_jax.results import plots
 from lora_jax.training import metrics
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+# Numbers of a member's summary that a table can show beside the metrics of its task.
+MEASURED = (
+  *("trainable_params", "total_params", "saved_bytes", "step_memory_bytes", "peak_memory_bytes", "wall_seconds"),
+  *("train.steps", "train.loss_first", "train.loss_last", "train.tokens_per_second", "train.compile_seconds"),
+  *("train.step_seconds", "train_examples", "cut", "population"),
+)
 NO_PERCENT = ("loss", "perplexity", "examples", "tokens", "seconds")  # metrics that are no share of a whole
 
 
@@ -101,7 +107,7 @@ def check(summary: Mapping[str, Any], where: str) -> None:
   text = lambda x: isinstance(x, str)
   number = lambda x: x is None or isinstance(x, int | float) and not isinstance(x, bool)
   numbers = lambda x: isinstance(x, Mapping) and all(map(number, x.values()))
-  rules = dict.fromkeys(("model", "method", "task", "group"), ("a string", text))
+  rules = dict.fromkeys(("model", "method", "kind", "task", "group"), ("a string", text))
   rules |= dict.fromkeys(("trainable_params", "total_params", "wall_seconds"), ("a number", number))
   rules["eval"] = ("objects of numbers", lambda x: isinstance(x, Mapping) and all(map(numbers, x.values())))
   rules["train"] = ("an object of numbers", numbers)

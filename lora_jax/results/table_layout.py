@@ -70,7 +70,8 @@ class Layout:
 
   def label(self, path: str, x: Any) -> str:
     """What the table calls a value of a path: as the labels say under any text of it, or that text."""
-    found, texts = dict(self.labels(path)), [text(x), str(x)]
+    found = dict(self.labels(path))
+    texts = [text(x), str(x)]
     if isinstance(x, tuple):
       texts += [str(list(x)), str(dict(x)) if all(isinstance(p, tuple) and len(p) == 2 for p in x) else ""]
     if is_number(x):
@@ -92,7 +93,8 @@ def of(summary: Mapping[str, Any]) -> Layout:
   Raises:
     UserError: a key that no layout has, a path that leads to nothing in any member, or an analysis that cannot be.
   """
-  config, members = summary.get("config") or {}, summary["members"]
+  config = summary.get("config") or {}
+  members = summary["members"]
   given = values_lib.resolve(KEYS, summary.get("table") or config.get("table") or {"rows": "name"}, "config.table")
   metric = given.pop("metric") or _main_metric(members)
   sources = _pairs(given.pop("published"), "config.table.published")
@@ -128,6 +130,19 @@ def _check_analyses(summary: Mapping[str, Any], how: Layout, members: Sequence[M
     names = dict.fromkeys(m["name"] for m in members)
     for name in [n for pair in given.get("pairs") or () for n in pair] if names else ():
       errors.choose(name, names, "member in config.table.subspace.pairs:")
+
+
+def check_metrics(table: Mapping[str, Any], known: Iterable[str]) -> None:
+  """Raises UserError for a metric that a table asks for and no member can have.
+
+  Args:
+    known: names of the metrics of the members' tasks.
+  """
+  asked = table.get("metric") or ()
+  known = list(known)
+  whole = [*known, *(f"eval.{when}.{name}" for name in known for when in ("before", "after")), *report.MEASURED]
+  for metric in (asked,) if isinstance(asked, str) else asked:
+    errors.choose(metric, dict.fromkeys(whole), "metric: config.table.metric is")
 
 
 def _main_metric(members: Sequence[Mapping[str, Any]]) -> str:
@@ -184,7 +199,8 @@ def values(summary: Mapping[str, Any], how: Layout, path: str) -> list[Any]:
   """The values of a path, each once: in the order of labels given as pairs, or numbers first, or of the members."""
   if not path:
     return [None]
-  found, labels = list(dict.fromkeys(value(summary, m, path) for m in summary["members"])), how.labels(path)
+  found = list(dict.fromkeys(value(summary, m, path) for m in summary["members"]))
+  labels = how.labels(path)
   found.sort(key=lambda v: (0, v) if is_number(v) else (1, 0))
   places = order(labels)
   return sorted(found, key=lambda v: places.get(how.label(path, v), len(places)))

@@ -96,7 +96,8 @@ def pivot(summary: Mapping[str, Any]) -> Table:
   labels = tuple(map(named, axes))
   likely = {r: _metrics(how, r, [m for c in labels[1] for m in runs[r, c]]) for r in labels[0]}
   cells: dict[str, dict[str, Cell]] = {}
-  columns, failed = [], set()
+  columns = []
+  failed = set()
   for k, r, c in itertools.product(how.metrics, *labels):
     row, column = how.row(k, r), c if how.columns else how.metric_label(k)
     columns.append(column)
@@ -136,7 +137,8 @@ def _metrics(how: table_layout.Layout, row: str, members: Sequence[Mapping[str, 
 
 def _in_order(labels: Iterable[str], given: Any) -> tuple[str, ...]:
   """Each label once: in the order of numbers where all are, else of labels `given` as pairs."""
-  found, order = list(dict.fromkeys(labels)), table_layout.order(given)
+  found = list(dict.fromkeys(labels))
+  order = table_layout.order(given)
   numbers = [table_layout.number(c) for c in found]
   found.sort(key=lambda c: order.get(c, len(order)) if None in numbers else table_layout.number(c))
   return tuple(found)
@@ -150,7 +152,8 @@ def _cell(members: Sequence[Mapping[str, Any]], metric: str, unit: int) -> Cell:
 
 def _published(how: table_layout.Layout, rows: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Cell]]:
   """The cells of a source by row and column."""
-  names, cells = {how.metric_label(k): k for k in how.metrics}, {}
+  names = {how.metric_label(k): k for k in how.metrics}
+  cells = {}
   longest = collections.Counter()  # by metric: a zero at the end is lost in a float, but other means have that digit
   for r, row in rows.items():
     for c, x in row.items():
@@ -284,7 +287,9 @@ def latex(table: Table) -> str:
 
 def write(workdir: str | pathlib.Path, summary: Mapping[str, Any], command: str = "") -> None:
   """Writes report.md, table.md, table.tex and plots/ of a sweep into `workdir`."""
-  workdir, table, members = pathlib.Path(workdir), pivot(summary), summary["members"]
+  workdir = pathlib.Path(workdir)
+  table = pivot(summary)
+  members = summary["members"]
   text = markdown(table)
   files.write(workdir / "table.md", f"{text}\n".encode())
   files.write(workdir / "table.tex", latex(table).encode())
@@ -304,7 +309,8 @@ def write(workdir: str | pathlib.Path, summary: Mapping[str, Any], command: str 
 def _analyses(summary: Mapping[str, Any]) -> list[str]:
   """Sections on what the layout asks for beside the table."""
   found = summary.get("analyses") or {}
-  parts, result = [], found.get("subspace") or {}
+  parts = []
+  result = found.get("subspace") or {}
   if reached := found.get("d90"):
     parts += [
       "## Intrinsic dimension",
@@ -319,7 +325,8 @@ def _analyses(summary: Mapping[str, Any]) -> list[str]:
 
 def _how(summary: Mapping[str, Any]) -> str:
   """A sentence on how the members were run."""
-  members, groups = summary["members"], summary.get("groups")
+  members = summary["members"]
+  groups = summary.get("groups")
   steps = sorted({m["train"]["steps"] for m in members if "train" in m})
   n = groups if isinstance(groups, int) else len(groups or ())
   sizes = [] if isinstance(groups, int) or n < 2 else [str(len(g)) for g in groups]

@@ -41,7 +41,8 @@ def section(model: models.Model, workdir: str | os.PathLike, labels: Sequence[st
 
 def _peft(model: models.Model, left: pathlib.Path) -> list[str]:
   """Code that loads an adapter with `peft`, after how to write the base model where transformers cannot load it."""
-  source, parts = json.dumps(model.path), []
+  source = json.dumps(model.path)
+  parts = []
   if model.path.endswith(".gguf") or (pathlib.Path(model.path) / models.OWN).exists():
     source = json.dumps("base")
     parts = [
@@ -56,7 +57,8 @@ def _peft(model: models.Model, left: pathlib.Path) -> list[str]:
 
 def _transformers(model: models.Model, source: str, name: str, *imports: str) -> str:
   """Code that loads `name` from `source` with transformers."""
-  kind, arguments = "AutoModelForSeq2SeqLM" if model.config.encoder_layers else CLASSES[model.config.head], [source]
+  kind = "AutoModelForSeq2SeqLM" if model.config.encoder_layers else CLASSES[model.config.head]
+  arguments = [source]
   if model.config.head == "classification" and name == "base":
     arguments.append(f"num_labels={model.config.n_labels}")
     if model.config.causal and model.hf_config.get("pad_token_id") is None:  # a batch is classified by its last tokens
@@ -78,9 +80,7 @@ def _own(model: models.Model, left: pathlib.Path) -> str:
       "print(transformer.classify(model.config, params, states))",
     ]
   else:
-    imports, use = (
-      ["from lora_jax import generate, models"],
-      ['print(generate.generate(model, ["..."], params=params))'],
-    )
+    imports = ["from lora_jax import generate, models"]
+    use = ['print(generate.generate(model, ["..."], params=params))']
   imports += ["from lora_jax.formats import adapter", ""]
   return "\n".join(["```python", *imports, f"model = models.load({', '.join(arguments)})", load, *use, "```"])

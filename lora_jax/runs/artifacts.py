@@ -74,6 +74,7 @@ def summarise(exp: Any, history: list[dict], wall_seconds: float) -> dict:
   return report.summary(
     model=exp.model.name,
     method=methods.title(exp.config.method),
+    kind=methods.kind(exp.config.method),
     task=exp.task.name,
     trainable_params=methods.size(exp.params, exp.mask),
     total_params=weights.n_params(stripped) + tree.size([x for k, x in trainable.items() if k not in base]),

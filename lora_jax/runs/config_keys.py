@@ -32,7 +32,7 @@ def meanings(*sources: Callable) -> dict[str, str]:
   """{keyword: what it means}: entries "a, b: text" under Args or Fields, of the first docstring that has one."""
   found: dict[str, str] = {}
   for source in sources:
-    block = re.search(r"^(?:Args|Fields):\n((?:  .*\n|\n)*)", inspect.getdoc(source) + "\n", re.MULTILINE)
+    block = re.search(r"^(?:Args|Fields):\n((?:  .*\n|\n)*)", (inspect.getdoc(source) or "") + "\n", re.MULTILINE)
     entries = re.split(r"\n  (?! )", "\n" + block[1].rstrip()) if block else []
     for entry in entries:
       names, colon, text = entry.strip().partition(":")

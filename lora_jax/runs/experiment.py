@@ -35,6 +35,7 @@ class Experiment:
     mask: of the whole tree, what is trained.
     batches: training batches.
     between: (period, change of a state) of methods that act between steps.
+    pretrained: the model's parameters without what the method adds, until they have been scored.
   """
 
   config: Config
@@ -48,6 +49,7 @@ class Experiment:
   batches: Any
   between: list
   aux: auxiliary.Auxiliary | None = None
+  pretrained: Any = None
 
   @property
   def params(self) -> Any:
@@ -95,6 +97,12 @@ class Experiment:
     """What is scored."""
     return scores.Subject(self.config, self.model, self.task, members_lib.one(self.params), self.mesh)
 
+  def before(self) -> scores.Scores:
+    """The scores of the pretrained model: one number for all methods."""
+    subject = dataclasses.replace(self.subject(), members=members_lib.one(self.pretrained))
+    (found,) = scores.find(subject, "before", "test")
+    return found
+
   def save(self, saved: checkpoint.Checkpoints, step: int) -> None:
     """Saves the checkpoint of `step`."""
     saved.save(step, self.state, self.batches.get_state())
@@ -125,7 +133,7 @@ def build(config: Mapping | Config, model: models.Model | None = None) -> Experi
   start = _start(config, task, mesh, model or build_lib.load(config, task, mesh))
   frozen, soft = start.frozen, prompts.of(start.state.params(start.frozen))
   aux = build_lib.auxiliary_tree(config, start.base, soft, frozen, mesh)
-  state = train.unshared(start.state, (frozen, aux, model.params if model else None))
+  state = train.unshared(start.state, (frozen, aux, start.base.params))
   model = dataclasses.replace(start.base, params=None)
   step = train.make_step(
     build_lib.make_forward(config, model.config),
@@ -150,6 +158,7 @@ def build(config: Mapping | Config, model: models.Model | None = None) -> Experi
     batches=batches,
     between=[(period, compiled(fn)) for period, fn in methods.between(config.method)],
     aux=aux,
+    pretrained=start.base.params,
   )
 
 

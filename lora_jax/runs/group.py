@@ -67,6 +67,7 @@ class Group:
   between: list
   mesh: jax.sharding.Mesh
   aux: auxiliary.Auxiliary | None = None
+  pretrained: None = None  # its scores are known
 
   @property
   def steps(self) -> int:

@@ -43,7 +43,7 @@ def train(
   Args:
     directories: of the members; those that have their results are left alone.
     checkpoints: a directory for those of the run.
-    before: gives the scores of the pretrained model if they are known; else members are scored before training.
+    before: gives the scores of the pretrained model, where they are known; else the run does.
     strict: whether a loss that is not finite is an error. If not, the member is frozen and reported; others go on.
     command: for reports.
     more: further entries of summaries.
@@ -63,12 +63,11 @@ def train(
       progress.say(f"going on from the checkpoint of step {start}")
     outs = [stack.enter_context(metrics.Metrics(d, start)) for d in directories]
     earlier = sum(v for row in outs[0].history() for k, v in row.items() if k.endswith("seconds"))
-    _score(run, outs, [0] * len(outs), "before", "test", before)
-    # Members that are scored before training have compiled what scores them after it.
-    compiling = scores.compile_ahead(run.subject(), "test") if before else None
+    _score(run, outs, [0] * len(outs), "before", "test", before or run.before)
+    run.pretrained = None  # a step needs the memory
+    compiling = scores.compile_ahead(run.subject(), "test")
     failed = fit(run, outs, saved, strict)
-    if compiling:
-      concurrent.futures.wait([compiling])
+    concurrent.futures.wait([compiling])
     last = [None if i in failed else exp.config.train.steps for i, exp in enumerate(members)]
     _score(run, outs, last, "after", "test")
     run, summaries = run.on_host(), []

@@ -2,8 +2,8 @@
 
 Members that a population can hold train as one program (runs/group.py), the others one after the other over the
 same base model; each leaves a directory `workdir/members/<member>`. The same call again goes on with what is not
-finished. Hosts take shards of the members, in one directory that all see or each in its own;
-`join` puts results together.
+finished. Hosts take shards of the members, in one directory that all see or each in its own; runs/outcome.py puts
+their results together.
 """
 
 import concurrent.futures
@@ -23,16 +23,17 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
-from lora_jax import errors, files, memory, progress, sharding, tasks
-from lora_jax.formats import adapter, hf
-from lora_jax.inference import members as members_lib
-from lora_jax.results import comparison, curves, report, subspace, table_layout, tables
+from lora_jax import errors, files, memory, models, progress, tasks
+from lora_jax.formats import hf
+from lora_jax.inference import evaluate, members as members_lib
+from lora_jax.results import table_layout
 from lora_jax.runs import (
   build,
   config as config_lib,
   experiment,
   group as group_lib,
   needs,
+  outcome,
   scores,
   variants,
   warm_start,
@@ -40,6 +41,27 @@ from lora_jax.runs import (
 )
 from lora_jax.runs.config import Config
 from lora_jax.training import metrics, objectives
+
+TRIED = 16  # examples that show which metrics a task has
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+  """What the groups of one call share.
+
+  Fields:
+    configs: of all members by name.
+    command: for the reports.
+    memory_gib: how much of a device a group may take; 0 is what there is.
+    tick: writes how long the call has taken.
+  """
+
+  configs: Mapping[str, Config]
+  workdir: pathlib.Path
+  mesh: jax.sharding.Mesh
+  command: str
+  memory_gib: float
+  tick: Callable[[], None]
 
 
 def groups(configs: Mapping[str, Config], most: int = 0) -> list[list[str]]:
@@ -108,18 +130,49 @@ def run(config: Mapping, workdir: str | os.PathLike, command: str = "", shard: t
   loading = scores.BACKGROUND.submit(_load, configs[plan[0][0]], mesh) if ahead else None
   for c in {group_lib.key(configs[n]): configs[n] for n in mine}.values():
     build.check(c)
+  _check_metrics(config.get("table") or {}, configs, mine)
   if jax.process_index() == 0:
     metrics.write_json(workdir / "config.json", config)
   progress.say(_told(plan, len(configs), shard))
+  call = Call(configs, workdir, mesh, command, options["memory_gib"], tick)
   try:
     for _, part in itertools.groupby(plan, lambda names: _base(configs[names[0]])):
-      _over_one_model(list(part), configs, workdir, mesh, loading, command, options["memory_gib"], tick)
+      _over_one_model(call, list(part), loading)
       loading = None
   finally:
     tick()
   multihost_utils.sync_global_devices("finish")
   _clear(mine, workdir)  # those too that an earlier call was killed before
   return _finish(config, found, workdir, command)
+
+
+def _check_metrics(table: Mapping, configs: Mapping[str, Config], mine: Sequence[str]) -> None:
+  """Raises UserError for a metric of the table that no member will have, where that can be known before training.
+
+  Args:
+    mine: members whose data are here. Where those of others would be scored in another way, nothing is known of them.
+  """
+  scored = {n: _scored(c) for n, c in configs.items()}
+  here = {scored[n]: configs[n] for n in mine}
+  names = [_metric_names(c) for c in here.values()] if here.keys() == set(scored.values()) else [None]
+  if None not in names:
+    table_layout.check_metrics(table, itertools.chain(*names))
+
+
+def _scored(config: Config) -> str:
+  """What the metrics of a member depend on: members that have the same share the scores before training."""
+  return json.dumps([config.task, config.objective["name"], dataclasses.asdict(config.eval)], sort_keys=True)
+
+
+def _metric_names(config: Config) -> list[str] | None:
+  """The metrics that a member will have; None where they are not known."""
+  task = tasks.get(**config.task)
+  new = config.eval.max_new_tokens
+  writes = objectives.make(**config.objective).head != "classification"
+  generates = writes and bool(not task.labels if new is None else new)
+  examples = task.load("test")
+  found = evaluate.metric_names(task, [examples[i] for i in range(min(len(examples), TRIED))], generates)
+  return None if found is None else [*found, *(["general_loss"] if config.eval.general else [])]
 
 
 def _finished(config: Mapping, found: Mapping, workdir: pathlib.Path) -> bool:
@@ -141,20 +194,14 @@ def _finished(config: Mapping, found: Mapping, workdir: pathlib.Path) -> bool:
 
 def _clock(path: pathlib.Path) -> Callable[[], None]:
   """A function that writes to `path` the seconds since now, added to those of earlier calls."""
-  started, earlier = time.perf_counter(), hf.read_json(path, seconds=numbers.Real)["seconds"] if path.exists() else 0.0
+  started = time.perf_counter()
+  earlier = hf.read_json(path, seconds=numbers.Real)["seconds"] if path.exists() else 0.0
 
   def tick():
     if jax.process_index() == 0:
       metrics.write_json(path, {"seconds": earlier + time.perf_counter() - started})
 
   return tick
-
-
-def _seconds(workdir: pathlib.Path) -> float:
-  """What all calls and shards in a directory took; of an older one what its summary says."""
-  shards = [hf.read_json(p, seconds=numbers.Real)["seconds"] for p in workdir.glob("seconds/*.json")]
-  whole = workdir / "summary.json"
-  return sum(shards) if shards or not whole.exists() else hf.read_json(whole, wall_seconds=numbers.Real)["wall_seconds"]
 
 
 def _plan(configs: Mapping[str, Config], workdir: pathlib.Path, most: int) -> list[list[str]]:
@@ -190,30 +237,30 @@ def _load(config: Config, mesh: jax.sharding.Mesh) -> Any:
   return build.load(config, tasks.get(**config.task), mesh)
 
 
-def _over_one_model(plan: list, configs, workdir: pathlib.Path, mesh, loading, command: str, memory_gib, tick) -> None:
-  """Runs groups that share a pretrained model; `tick` is called after each.
+def _over_one_model(call: Call, plan: list[list[str]], loading: concurrent.futures.Future | None) -> None:
+  """Runs groups that share a pretrained model.
 
-  The model is what `loading` is a future of; without, it is loaded if any of the groups can run.
+  The model is the result of `loading`. Without that, it is loaded if any of the groups can run.
   """
-  model, known = None, {}
-  done = lambda n: group_lib.finished(workdir / "members" / n)
+  model = None
+  known = {}
+  done = lambda name: group_lib.finished(call.workdir / "members" / name)
   while plan:
     multihost_utils.sync_global_devices("members")  # all see what process 0 has written
-    names = [n for n in plan.pop(0) if done(n) or not _waits(n, configs[n])]
+    names = [n for n in plan.pop(0) if done(n) or not _waits(n, call.configs[n])]
     if all(map(done, names)):
       continue
-    chosen = {n: configs[n] for n in names}
-    first = chosen[names[0]]
+    first = call.configs[names[0]]
     task = tasks.get(**first.task)
-    model = model or (loading.result() if loading else _load(first, mesh))
-    scored = json.dumps([first.task, dataclasses.asdict(first.eval)], sort_keys=True)
+    model = model or (loading.result() if loading else _load(first, call.mesh))
+    scored = _scored(first)
     if scored not in known:
-      known[scored] = _pretrained(first, model, task, mesh)
+      known[scored] = _pretrained(first, model, task, call.mesh)
     if len(names) == 1:
-      _alone(names[0], first, workdir, model, known[scored])
+      _alone(call, names[0], model, known[scored])
     else:
-      plan = _together(chosen, workdir, task, mesh, model, known[scored], command, memory_gib) + plan
-    tick()
+      plan = _together(call, names, task, model, known[scored]) + plan
+    call.tick()
 
 
 def _waits(name: str, config: Config) -> bool:
@@ -243,13 +290,14 @@ def _pretrained(config: Config, model: Any, task: tasks.Task, mesh: jax.sharding
   return found
 
 
-def _alone(name: str, config: Config, workdir: pathlib.Path, model, before) -> None:
-  """A member that is a run of its own."""
+def _alone(call: Call, name: str, model: models.Model, before: Callable[[], scores.Scores]) -> None:
+  """Runs a member that is a group of its own."""
   progress.say(f"member {name}")
+  directory = call.workdir / "members" / name
   try:
-    experiment.run(config, workdir / "members" / name, model=model, before=before)
+    experiment.run(call.configs[name], directory, model=model, before=before)
   except errors.UserError as e:
-    _failed(name, workdir / "members" / name, e)
+    _failed(name, directory, e)
 
 
 def _failed(name: str, directory: pathlib.Path, error: errors.UserError) -> None:
@@ -259,34 +307,40 @@ def _failed(name: str, directory: pathlib.Path, error: errors.UserError) -> None
     metrics.write_json(directory / "summary.json", {"error": str(error), "group": group_lib.identity([name])})
 
 
-def _together(configs, workdir, *rest) -> list[list[str]]:
+def _together(
+  call: Call,
+  names: Sequence[str],
+  task: tasks.Task,
+  model: models.Model,
+  before: Callable[[], scores.Scores],
+) -> list[list[str]]:
   """Runs a group, or returns the smaller groups that it has to be cut into."""
-  directory = workdir / "groups" / group_lib.identity(configs)
+  directory = call.workdir / "groups" / group_lib.identity(names)
   try:
-    return _fitting(configs, workdir, directory, *rest)
+    return _fitting(call, names, directory, task, model, before)
   except jax.errors.JaxRuntimeError as e:
     if not errors.is_out_of_memory(e) or any(directory.glob("checkpoints/[0-9]*")):
       raise
   gc.collect()  # what the group had on the device
   if jax.process_index() == 0:
     shutil.rmtree(directory, ignore_errors=True)
-  parts = cut(list(configs), 2)
+  parts = cut(names, 2)
   progress.say(f"they do not fit: cut into 2 groups of {max(map(len, parts))} or fewer")
   return parts
 
 
-def _fitting(configs, workdir, directory, task, mesh, model, before, command, memory_gib) -> list[list[str]]:
+def _fitting(call: Call, names: Sequence[str], directory: pathlib.Path, task, model, before) -> list[list[str]]:
   """`_together` where what a program needs is known before it runs."""
-  names = list(configs)
+  configs = {n: call.configs[n] for n in names}
   progress.say(f"{len(names)} members train together")
   try:
-    limit = int(memory_gib * 2**30) or memory.available()
+    limit = int(call.memory_gib * 2**30) or memory.available()
     least = needs.least_memory(configs[names[0]], task, model, len(names))
-    need = sum(least.values()) // mesh.size
+    need = sum(least.values()) // call.mesh.size
     if limit is None or need <= limit:
-      built = group_lib.build(configs, task, mesh, model)
+      built = group_lib.build(configs, task, call.mesh, model)
       need = 0 if group_lib.fits(built, limit) else built.stepper.memory_bytes
-  except errors.UserError:  # it may be the fault of one, which is found when it is alone
+  except errors.UserError:  # it may be the fault of one member, which is found when that one is alone
     return cut(names, 2)
   if limit is not None and need > limit:
     parts = cut(names, min(-(-need // limit), len(names)))
@@ -295,9 +349,9 @@ def _fitting(configs, workdir, directory, task, mesh, model, before, command, me
     return parts
   if jax.process_index() == 0:
     metrics.write_json(directory / "members.json", {"members": names})
-  group_lib.run(built, workdir, directory / "checkpoints", before, command)
+  group_lib.run(built, call.workdir, directory / "checkpoints", before, call.command)
   multihost_utils.sync_global_devices("written")  # no process reads its checkpoints any more
-  _clear(names, workdir)
+  _clear(names, call.workdir)
   return []
 
 
@@ -311,128 +365,14 @@ def _clear(names: Collection[str], workdir: pathlib.Path) -> None:
 
 def _finish(config: Mapping, found: Mapping, workdir: pathlib.Path, command: str) -> dict:
   """Writes the summary and the report of what is there; the summary's final name only when all is."""
-  out = summary(config, found, [workdir])
+  out = outcome.summary(config, {name: overrides for name, (overrides, _) in found.items()}, [workdir])
   missing = len(out["missing"])
   if jax.process_index() == 0:
-    write_report(workdir, out, command)
+    outcome.write_report(workdir, out, command)
     if not missing:
       metrics.write_json(workdir / "summary.json", out)
   if missing:
     again = "the same command runs those that it can, python -m experiments.report joins directories"
     progress.say(f"{missing} of {len(found)} members are not here; {again}")
-  progress.say(text_table(out))
+  progress.say(outcome.text_table(out))
   return out
-
-
-def summary(config: Mapping, found: Mapping, workdirs: Sequence[pathlib.Path]) -> dict:
-  """The content of summary.json: the members that are finished in any of the directories, in the sweep's order.
-
-  Those whose directories are not there are taken from a summary.json that is.
-  """
-  kept = [_kept(w / "summary.json") for w in workdirs if (w / "summary.json").exists()]
-  earlier = {m["name"]: m for s in kept for m in s["members"]}
-  rows = []
-  for name, (overrides, _) in found.items():
-    directories = [d for w in workdirs if group_lib.finished(d := w / "members" / name)]
-    if directories or name in earlier:
-      result = group_lib.result(directories[0]) if directories else earlier[name]
-      rows.append({**result, "name": name, "overrides": overrides})
-  here = {r["name"] for r in rows}
-  parts = {k: v for k, v in config.items() if k != "sweep"}
-  table = parts.pop("table", None)
-  out = {"config": parts, "table": table, "members": rows, "groups": _programs(rows, found)}
-  out["wall_seconds"] = sum(map(_seconds, workdirs))
-  out["missing"] = [n for n in found if n not in here]
-  out["analyses"] = _analyses(out, found, workdirs, kept) if table else {}
-  return out | {"versions": next((r["versions"] for r in (*rows, *kept) if "versions" in r), report.versions())}
-
-
-def _kept(path: pathlib.Path) -> dict:
-  """The summary of a sweep that is in a directory."""
-  found = hf.read_json(path, members=list, versions=dict)
-  for m in found["members"]:
-    if not isinstance(m, Mapping) or not isinstance(m.get("name"), str):
-      raise errors.UserError(f"{path}: expected members that have names, found {m!r:.60}")
-    if "error" not in m:
-      report.check(m, f"{path}: {m['name']}")
-  return found
-
-
-def _programs(rows: Sequence[Mapping], found: Mapping) -> list[list[str]]:
-  """Names of the members that ran together; of older results, which do not say, those that could have."""
-  ran: dict[str, list[str]] = {}
-  for r in rows:
-    alone = not r.keys() & {"population", "error"}
-    ran.setdefault(r.get("group", r["name"] if alone else ""), []).append(r["name"])
-  older = ran.pop("", [])
-  return [*ran.values(), *groups({n: found[n][1] for n in older})]
-
-
-def _analyses(out: Mapping, found: Mapping, workdirs: Sequence[pathlib.Path], kept: Sequence[Mapping]) -> dict:
-  """What the layout asks for beside the table; subspaces, which take the base model, once all members are there."""
-  analyses = {"d90": curves.reached(out)}
-  asked = table_layout.of(out).subspace
-  if asked is not None and not out["missing"] and jax.process_index() == 0:
-    earlier = [x for s in kept if (x := s.get("analyses", {}).get("subspace")) and "error" not in x]
-    analyses["subspace"] = earlier[0] if earlier else _subspaces(asked, found, workdirs)
-  return {k: x for k, x in analyses.items() if x is not None}
-
-
-def _subspaces(asked: Mapping, found: Mapping, workdirs: Sequence[pathlib.Path]) -> dict:
-  """`subspace.analyse` of the members' adapters; what goes wrong is its result, as a member's is."""
-  places = {n: d for n in found for w in workdirs if (d := w / "members" / n / "adapter").is_dir()}
-  config = found[next(iter(places), next(iter(found)))][1]
-  progress.say(f"analysing the adapters of {len(places)} members")
-  try:
-    model = build.load(config, tasks.get(**config.task), sharding.make_mesh(1))
-    members = {n: adapter.load(model, places[n]) for n in found if n in places}
-    return subspace.analyse(members, model.params, **asked)
-  except errors.UserError as e:
-    return {"error": str(e)}
-
-
-def write_report(workdir: pathlib.Path, out: Mapping, command: str = "") -> None:
-  """report.md and plots/: the table that the config lays out, else a comparison of the members."""
-  (tables.write if out["table"] else comparison.write_report)(workdir, out, command)
-
-
-def text_table(out: Mapping) -> str:
-  """The table for a terminal."""
-  return tables.markdown(tables.pivot(out)) if out["table"] else comparison.text_table(out["members"])
-
-
-def join(workdirs: Sequence[str | os.PathLike], out: str | os.PathLike, command: str = "") -> dict:
-  """Puts the members of one sweep that several directories hold into `out`: summary.json, report.md and plots/.
-
-  Raises:
-    UserError: the directories are of different configs or hold no sweep.
-  """
-  paths, out = [pathlib.Path(w) for w in workdirs], workdir_lib.check(out, "--out")
-  configs = []
-  for p in paths:
-    if not (p / "config.json").exists():
-      raise errors.UserError(f"{p} has no config.json: it holds no run")
-    configs.append(hf.read_json(p / "config.json"))
-    if "sweep" not in configs[-1]:
-      raise errors.UserError(f"{p} holds a single run; a report joins the members of a sweep")
-    if configs[-1] != configs[0]:
-      raise errors.UserError(f"{p} and {paths[0]} are of different configs")
-  found = variants.members(configs[0])
-  damaged = f"the results in {', '.join(map(str, paths))} are damaged"
-  with errors.parsing(damaged):
-    joined = summary(configs[0], found, paths)
-  if not joined["members"]:
-    raise errors.UserError(f"no member is finished in {', '.join(map(str, paths))}")
-  missing = joined["missing"]
-  if not missing:
-    metrics.write_json(out / "config.json", configs[0])
-  # Where a run may go on it would take the summary for that of all.
-  if not missing or out.resolve() not in [p.resolve() for p in paths]:
-    metrics.write_json(out / "summary.json", joined)
-  with errors.parsing(damaged):
-    write_report(out, joined, command)
-    table = text_table(joined)
-  if missing:
-    progress.say(f"{len(missing)} of {len(found)} members are missing, such as {missing[0]}")
-  progress.say(table)
-  return joined

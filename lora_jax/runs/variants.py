@@ -14,6 +14,7 @@ such as methods. Overrides update a section; a method, task or objective that ha
 may differ in anything but the mesh.
 """
 
+import functools
 import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,11 +23,11 @@ from typing import Any
 import numpy as np
 
 from lora_jax import errors, values
+from lora_jax.results import table_layout
 from lora_jax.runs import config as config_lib
 from lora_jax.runs.config import Config
 from lora_jax.values import Count, NonNegative, Seed, Size, shown
 
-NAMED = ("method", "task", "objective")  # sections whose keys are those of what they name
 PARTS = ("list", "zip", "product", "random")  # the first changes slowest
 
 Overrides = dict[str, dict[str, Any]]
@@ -45,25 +46,15 @@ def members(config: Mapping) -> dict[str, tuple[Overrides, Config]]:
   """{member: (its overrides, its resolved config)} in order.
 
   Raises:
-    UserError: the sweep is none, or a member's config is wrong.
+    UserError: the sweep describes no members, or the config of one is wrong.
   """
-  sweep, base = config["sweep"], {k: v for k, v in config.items() if k not in config_lib.SWEEP}
-  if not isinstance(sweep, Mapping) or not any(sweep.get(k) for k in PARTS):
-    raise errors.UserError(f"config.sweep needs overrides in one of {', '.join(PARTS)}, not {shown(sweep)}")
-  for k in PARTS:
-    _check_mapping(sweep.get(k, {}), f"config.sweep.{k}")
-  parts = {"list": _list, "zip": _zip, "product": _product, "random": _random}
-  options(sweep)
-  found, known = {}, {}
-  for combination in itertools.product(*(list(parts[k](sweep[k])) for k in PARTS if sweep.get(k))):
-    name, overrides = "-".join(n for n, _ in combination), {}
-    for _, change in combination:
-      overrides = _merge(overrides, change)
-    if name in found:
-      raise errors.UserError(f"config.sweep has {name} twice")
-    whole = _merge(base, overrides)
+  base = {k: v for k, v in config.items() if k not in config_lib.SWEEP}
+  found = {}
+  known = {}
+  for name, changed in overrides(config["sweep"]).items():
+    whole = _merge(base, changed)
     try:
-      found[name] = overrides, config_lib.resolve(whole, known)
+      found[name] = changed, config_lib.resolve(whole, known)
     except errors.UserError as e:
       raise errors.UserError(f"config.sweep, member {name}: {e}") from None
     if whole.get("mesh") != base.get("mesh"):
@@ -71,11 +62,28 @@ def members(config: Mapping) -> dict[str, tuple[Overrides, Config]]:
   return found
 
 
+def overrides(sweep: Mapping) -> dict[str, Overrides]:
+  """{member: its overrides} in order, whether or not they suit a config; UserError for a sweep without members."""
+  if not isinstance(sweep, Mapping) or not any(sweep.get(k) for k in PARTS):
+    raise errors.UserError(f"config.sweep needs overrides in one of {', '.join(PARTS)}, not {shown(sweep)}")
+  for k in PARTS:
+    _check_mapping(sweep.get(k, {}), f"config.sweep.{k}")
+  options(sweep)
+  parts = {"list": _list, "zip": _zip, "product": _product, "random": _random}
+  found = {}
+  for combination in itertools.product(*(list(parts[k](sweep[k])) for k in PARTS if sweep.get(k))):
+    name = "-".join(n for n, _ in combination)
+    if name in found:
+      raise errors.UserError(f"config.sweep has {name} twice")
+    found[name] = functools.reduce(_merge, (change for _, change in combination), {})
+  return found
+
+
 def _merge(config: Mapping, overrides: Overrides) -> dict:
   """`config` with overrides in its sections."""
   out = dict(config)
   for section, change in overrides.items():
-    whole = section in NAMED and not (isinstance(change, Mapping) and "name" not in change)
+    whole = section in table_layout.NAMED and not (isinstance(change, Mapping) and "name" not in change)
     old = out.get(section, {})
     if not whole and not isinstance(old, Mapping):
       raise errors.UserError(f"config.sweep: config.{section} is a list; override it as a whole")
@@ -110,11 +118,12 @@ def _check_section(section: str, where: str) -> None:
 
 def _change(axes: Sequence[tuple[str, str | None, Any]], chosen: Sequence) -> tuple[str, Overrides]:
   """(name, overrides) of one value for each axis."""
-  overrides, names = {}, []
+  changed = {}
+  names = []
   for (section, key, _), value in zip(axes, chosen, strict=True):
-    overrides = _merge(overrides, {section: value if key is None else {key: value}})
+    changed = _merge(changed, {section: value if key is None else {key: value}})
     names.append(_name(value) if key is None else f"{key}_{_name(value)}")
-  return "-".join(names), overrides
+  return "-".join(names), changed
 
 
 def _name(value: Any) -> str:
@@ -165,7 +174,8 @@ KINDS = {
 
 def _random(part: Mapping) -> Iterator[tuple[str, Overrides]]:
   """Samples; those of a key do not depend on what other keys there are."""
-  drawn, own = [], ("n", "seed")
+  drawn = []
+  own = ("n", "seed")
   how = values.keywords(draws, {k: v for k, v in part.items() if k in own}, "config.sweep.random")
   for section, keys in part.items():
     if section in own:
