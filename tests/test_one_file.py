@@ -48,9 +48,8 @@ from lora_jax.families import llama
 ARCHITECTURES = {"lm": "MirrorForCausalLM"}
 PREFIX, IGNORED, KEYS = llama.PREFIX, llama.IGNORED, llama.KEYS
 
-
-def config(hf):
-  return llama.decoder(hf, [])
+TABLE = llama.DECODER.but("mirror", ARCHITECTURES)
+config, hf_config = TABLE.config, TABLE.hf_config
 '''
 TASK = '''"""Which letter comes next?"""
 

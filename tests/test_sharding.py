@@ -100,31 +100,35 @@ def check_split(mesh, method, state, frozen):
 
 
 @functools.cache
-def shapes():
-  """{name: shape} of all leaves that models and their LoRA have."""
-  found = {}
+def trees():
+  """Shapes of models and of LoRA on them."""
+  found = []
   for kw in (dict(), dict(fused=True), dict(n_experts=2, mlp_bias=True)):
     model = transformer.shapes(dataclasses.replace(CONFIG, **kw))
     lora_of = lambda params: lora.init(jax.random.key(0), params, targets="all-linear", rank=2)[0]
-    for params in (model, jax.eval_shape(lora_of, model)):
-      found |= {k: x.shape for k, x in tree.flatten(params).items()}
+    found += [model, jax.eval_shape(lora_of, model)]
   return found
 
 
-def test_every_rule_is_the_first_for_some_leaf():
+def test_every_rule_is_the_first_for_some_weight():
   """So no rule is misspelt or hidden by one above it."""
   first = tree.first_match([(p, p) for p, _ in sharding.RULES])
-  assert {first(k) for k in shapes()} == {p for p, _ in sharding.RULES}
-  left = {k for k in shapes() if first(k) == "" and not k.endswith(("/scale", "/rank"))}
+  names = {k for params in trees() for k in tree.names(params, is_leaf=weights.is_node)}
+  assert {first(k) for k in names} - {None} == {p for p, _ in sharding.RULES}
+  left = {k for k in names if first(k) is None and not k.endswith("/scale")}
   assert left and all("/moe/router/" in k or k.endswith("/bias") for k in left), "these alone are replicated"
 
 
 @pytest.mark.parametrize("axis", ["fsdp", "tensor"])
 def test_every_matrix_is_spread_over_both_axes(axis):
   """The factors of LoRA are spread where their matrix is: `a` over its inputs, `b` over its outputs."""
-  place = sharding.Placer(sharding.make_mesh(1, **{axis: 2}))
-  names = {k for k in shapes() if "/router/" not in k and k.endswith(("/kernel", "/kernel/base", "/a", "/b"))}
-  whole = {k for k in names if place(k, shapes()[k]).is_fully_replicated}
+  whole, names = set(), set()
+  for params in trees():
+    place = weights.placer(params, sharding.make_mesh(1, **{axis: 2}))
+    for k, x in tree.flatten(params).items():
+      if "/router/" not in k and k.endswith(("/kernel", "/kernel/base", "/a", "/b")):
+        names.add(k)
+        whole |= {k} if place(k, x.shape).is_fully_replicated else set()
   assert not [k for k in whole if not k.endswith(("/a", "/b"))]
   inward = {k for k in names if any(f"/{n}/kernel/" in k for n in ("o", "down"))}  # their inputs are over `tensor`
   expected = {k for k in names if k.endswith(("/a", "/b")) and k.endswith("/a") == ((k in inward) == (axis == "fsdp"))}

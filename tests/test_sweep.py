@@ -17,7 +17,7 @@ from lora_jax import errors, methods, models, sharding, tasks, tree
 from lora_jax.formats import checkpoint
 from lora_jax.inference import evaluate, members
 from lora_jax.results import comparison
-from lora_jax.runs import artifacts, build, config_file, experiment, group, loop, outcome, sweep, variants
+from lora_jax.runs import artifacts, build, config_file, experiment, group, loop, outcome, scores, sweep, variants
 from lora_jax.training import metrics, population, train
 from tests import test_warm_start
 from tests.test_experiment import compiled, config, files  # noqa: F401, fixtures
@@ -72,14 +72,14 @@ def test_members_are_their_own_runs(swept, done, tmp_path):
 
 def test_before_training_is_the_pretrained_model(config, tmp_path, monkeypatch):  # noqa: F811
   """Without what a method adds, such as soft tokens, in a run of its own as in a sweep."""
-  scores, seen = experiment.scores, []
+  find, seen = scores.find, []
 
-  def watched(config, model, task, members, mesh, prefix, *rest, **kw):
-    names = tree.names((members.own, members.shared))
+  def watched(subject, prefix, split):
+    names = tree.names((subject.members.own, subject.members.shared))
     seen.append((prefix, any("prompt/" in k for k in names)))
-    return scores(config, model, task, members, mesh, prefix, *rest, **kw)
+    return find(subject, prefix, split)
 
-  monkeypatch.setattr(experiment, "scores", watched)
+  monkeypatch.setattr(scores, "find", watched)
   c = config | {"method": {"name": "prompt_tuning", "length": 4}, "train": {"steps": 1}}
   experiment.run(c, tmp_path / "alone")
   assert set(seen) == {("before", False), ("after", True)}

@@ -168,6 +168,12 @@ def stack(members: Sequence[tuple[Any, Any]], held: Sequence[Any] | None = None)
   structures = {jax.tree.structure(x) for x in trainable}, {jax.tree.structure(x) for x in frozen}
   if any(len(s) > 1 for s in structures):
     raise errors.UserError("members of one population differ in more than their numbers; give them groups of their own")
+  for k, *shapes in zip(
+    tree.names(aligned[0][0]), *([x.shape for x in jax.tree.leaves(p)] for p, _ in aligned), strict=True
+  ):
+    if len(set(shapes)) > 1:
+      differ = " and ".join(map(str, sorted(set(shapes))))
+      raise errors.UserError(f"in members of one population {k} is {differ}; give them groups of their own")
   stacked = lambda xs: jax.jit(lambda xs: jax.tree.map(lambda *leaves: jnp.stack(leaves), *xs))(xs)
   kept = None
   if held is not None:
