@@ -1,4 +1,4 @@
-"""What experiments share; a config file changes what it is about. docs/config.md lists all keys and their defaults."""
+"""What experiments share; a config file changes what its experiment needs. docs/config.md lists all keys."""
 
 from ml_collections import ConfigDict
 
@@ -24,7 +24,7 @@ def get_sweep(size: str = "") -> ConfigDict:
   """A base for tables: all members at once, spread over the devices.
 
   Args:
-    size: "smol", SmolLM2-135M on sentences from a package, or "", SmolLM2-1.7B on MNLI: what a hub has.
+    size: "smol", SmolLM2-135M on sentences from a package; or "", SmolLM2-1.7B on MNLI, both from a hub.
   """
   if size not in ("", "smol"):
     raise KeyError(f"unknown size {size!r}; known: smol, or none")
@@ -33,7 +33,7 @@ def get_sweep(size: str = "") -> ConfigDict:
   config.mesh.data = 1
   config.objective.prompt_loss_weight = 0.0
   config.method.targets = "q,v"
-  config.model.remat = True  # of many members it is the activations that fill a device, and moving them that takes time
+  config.model.remat = True  # with many members, activations fill the memory, and moving them takes the time
   if size == "smol":
     config.task.name = "rotten_tomatoes"
     config.data.seq_len = 128
@@ -56,5 +56,5 @@ def get_sweep(size: str = "") -> ConfigDict:
 
 
 def text(method: dict) -> str:
-  """A method as a value of a table's rows or columns, which may have a label."""
+  """A method as the text of a value in a table's rows or columns, so that it can have a label."""
   return ",".join(f"{k},{v:g}" if isinstance(v, float) else f"{k},{v}" for k, v in sorted(method.items()))

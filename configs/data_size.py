@@ -1,12 +1,12 @@
 """How many examples does a method need? Hu et al. 2021, table 16.
 
 https://arxiv.org/abs/2106.09685. LoRA, full finetuning, BitFit and IA3 on 100 examples, on 1,000, ... and on all; three
-seeds each, which draw the examples too. All have the same number of steps. A group for each method.
+seeds each, which also draw the examples. All have the same number of steps. Each method is a group.
 
 Command: python -m experiments.run --config configs/data_size.py:smol
   SmolLM2-135M-Instruct on Rotten Tomatoes sentences, from packages: runs offline; 36 members in 4 groups.
-  `configs/data_size.py` is 48 members in 4 groups on MNLI with RoBERTa-base from the hub, of which one GPU holds the 12
-  copies that full finetuning needs. Not run yet.
+  `configs/data_size.py` is 48 members in 4 groups on MNLI with RoBERTa-base from the hub: one GPU holds the 12 copies
+  of it that full finetuning needs. Not run yet.
 Hardware: one NVIDIA H200: 2 min 29 s (smol), at most 24 GiB.
 Expected (smol, mean of 3 seeds, 100 1k 6.8k): LoRA 80.3 83.0 85.4, full 79.9 83.1 85.3, BitFit 79.4 83.7 85.5, IA3 80.0
 82.6 83.7; 75.4 before.
@@ -44,7 +44,7 @@ def get_config(size: str = ""):
     config.objective = {"name": "classification"}
     config.data = {"batch_size": 32, "seq_len": 128}
     config.eval = {"examples": 9815, "every": 0, "batch_size": 256, "seq_len": 128}
-  columns = {100: "100", 1000: "1k", 6793: "6.8k"} if size else COLUMNS  # the last: as many as there are
+  columns = {100: "100", 1000: "1k", 6793: "6.8k"} if size else COLUMNS  # the last is all there are
   config.sweep = {
     "list": members(size),
     "product": {"data": {"train_examples": tuple(columns)}, "train": {"seed": (0, 1, 2)}},

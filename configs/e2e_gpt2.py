@@ -1,24 +1,24 @@
-"""GPT-2 medium puts restaurants into sentences: LoRA by rank, and beside others. Hu et al. 2021, tables 18 and 3.
+"""GPT-2 medium describes restaurants: LoRA by rank, and other methods. Hu et al. 2021, tables 18 and 3.
 
 https://arxiv.org/abs/2106.09685, with the hyperparameters of table 11. The texts are of the E2E challenge (Novikova et
 al. 2017), scored by BLEU, NIST, METEOR, ROUGE-L and CIDEr; the last three need Java.
 
 Command: python -m experiments.run --config configs/e2e_gpt2.py --config.task.path=DIR
   11 members, one program: the ranks of table 18, all as wide as 1024 in memory. DIR holds the challenge's CSV files.
-  `configs/e2e_gpt2.py:methods` is table 3: 21 members in 7 groups, three seeds each. Batch sizes, epochs and
-  rates beside LoRA's are of Li and Liang 2021, table 5; the rest is as with LoRA. Neither has been run yet.
+  `configs/e2e_gpt2.py:methods` is table 3: 21 members in 7 groups, three seeds each. The other methods have the batch
+  sizes, epochs and rates of Li and Liang 2021, table 5; all else is as with LoRA. Neither has been run yet.
   `configs/e2e_gpt2.py:smol` is the ablation of ranks on headlines of BBC news articles by SmolLM2-135M-Instruct, from
   packages: runs offline; 12 members, one program.
 Hardware: one NVIDIA H200: 3 min 21 s (smol), at most 7 GiB.
 Expected (smol, mean of 3 seeds, ranks 1, 4, 16, 64): BLEU 4.5, 3.9, 4.4, 3.9; METEOR 13.4, 13.9, 14.1, 13.7; ROUGE-L
-24.7, 25.0, 25.1, 24.6; before training 0.8, 12.5 and 14.8. A headline is the one reference, of a few words.
-Published, BLEU, the other metrics being in `RANKS` and `METHODS`: by rank, from 1 to 1024 in powers of 2, 68.72 69.17
+24.7, 25.0, 25.1, 24.6; before training 0.8, 12.5 and 14.8. The only reference is a headline of a few words.
+Published (BLEU; the other metrics are in `RANKS` and `METHODS`): by rank, from 1 to 1024 in powers of 2, 68.72 69.17
 70.38 69.57 69.61 69.33 69.24 68.73 68.92 68.78 69.37; table 3: full finetuning 68.2, adapters 66.3 (Adapter^L, 0.37M),
 68.9 (11.09M) and 67.3 ± 0.6 (Adapter^H), the top two layers 68.1, PreLayer 69.7, LoRA 70.4 ± 0.1. Table 3's LoRA, the
 mean of three seeds, is table 18's rank 4.
 
-The paper's length penalty is 0.9. Ours is the 0.8 of the authors' command for this table, whose output file is named
-after it. Their search goes on for all 64 tokens, as ours does while a text can still become the best ("never").
+The paper's length penalty is 0.9. Ours is 0.8, as in the authors' command for this table, which names its output file
+after it. Their search always goes on for 64 tokens; ours goes on while a text can still become the best ("never").
 """
 
 from configs import common
@@ -93,7 +93,7 @@ def get_config(size: str = ""):
 
 
 def steps(batch_size: int, epochs: int = 5) -> int:
-  """Those of whole epochs."""
+  """The number of steps in whole epochs."""
   return -(-EXAMPLES // batch_size) * epochs
 
 
@@ -105,7 +105,7 @@ def ranks(config):
 
 
 def headlines(config):
-  """The same on headlines, which are short: all 183 articles to test with."""
+  """The same on headlines, which are short; the test set is all 183 articles."""
   config.task.name = "bbc_headlines"
   config.data.seq_len = 256
   config.optim.learning_rate = 5e-4
@@ -150,5 +150,5 @@ def methods(config):
 
 
 def rows(published) -> tuple:
-  """(label, row) of each as the table takes them."""
+  """Published (label, values) as rows of a table."""
   return tuple((label, tuple(zip(METRICS.values(), values, strict=True))) for label, values in published)

@@ -1,13 +1,13 @@
 """RoBERTa-base on GLUE: everything, biases, adapters or LoRA? Hu et al. 2021, table 2.
 
 https://arxiv.org/abs/2106.09685, with the hyperparameters of table 9. Eight tasks, four methods, five seeds each; the
-seeds of a method on a task are one program. LoRA on MRPC, RTE and STS-B starts from LoRA on MNLI, of which `MNLI` says
-where it is: where the run of all tasks leaves it, and that of MNLI alone, without --workdir.
+seeds of a method on a task are one program. LoRA on MRPC, RTE and STS-B starts from LoRA on MNLI. `MNLI` is where a run
+without --workdir leaves that adapter, be it of all tasks or of MNLI alone.
 
 Command: python -m experiments.run --config configs/glue_roberta.py
   160 members in 32 groups: days on one GPU, most of them for MNLI and QQP. tensorflow_datasets downloads the data.
-  `configs/glue_roberta.py:mrpc` is one task, and so for any other of mnli sst2 mrpc cola qnli qqp rte stsb: 20 members
-  in 4 groups. After MNLI give each a --workdir. Not run yet.
+  `configs/glue_roberta.py:mrpc` is one task, as is any other of mnli sst2 mrpc cola qnli qqp rte stsb: 20 members in 4
+  groups. Give each task after MNLI its own --workdir. Not run yet.
   `configs/glue_roberta.py:smol` is SmolLM2-135M-Instruct with a new head, on sentences of Rotten Tomatoes and BBC news
   articles, from packages: runs offline; 24 members in 8 groups.
 Hardware: one NVIDIA H200: 2 min 43 s (smol), at most 10 GiB.
@@ -15,8 +15,8 @@ Expected (smol, mean of 3 seeds): Rotten Tomatoes 83.0 finetuning, 84.0 BitFit, 
 98.2, 98.8, 98.6.
 Published, means over the eight tasks: finetuning 86.4, BitFit 85.2, adapters 84.4 (0.3M) and 85.4 (0.9M), LoRA 87.2.
 LoRA's MNLI 87.5, SST-2 95.1, MRPC 89.7, CoLA 63.4, QNLI 93.3, QQP 90.8, RTE 86.6, STS-B 91.5; all rows are in `ROWS`.
-LoRA's are medians of five seeds, each at its best epoch. Ours are means after the last step, MNLI's on matched genres
-alone (the paper's: on both). A tenth of the training sets is held out here; steps are the paper's.
+LoRA's scores are medians of five seeds, each at its best epoch. Ours are means after the last step. MNLI is scored on
+matched genres alone (in the paper on both). A tenth of each training set is held out here; steps are the paper's.
 """
 
 from configs import common
@@ -87,7 +87,7 @@ def get_config(task: str = ""):
 
 
 def full(config, names: list[str]):
-  """The paper's."""
+  """The tasks, methods and rates of the paper."""
   config.model.name = "hf:FacebookAI/roberta-base"
   config.data.seq_len = 512
   config.train.log_every = 100
@@ -104,7 +104,7 @@ def full(config, names: list[str]):
 
 
 def table(metrics, path: str, tasks: dict) -> dict:
-  """Table 2's layout, but that tasks are rows: what can be compared is in one."""
+  """Table 2's layout, except that tasks are rows: the scores of a row can be compared."""
   return {
     "paper": "Hu et al. 2021, table 2",
     "metric": metrics,
@@ -136,14 +136,14 @@ def member(name: str, method: str) -> dict:
 
 
 def published(names: list[str], groups: bool) -> tuple:
-  """Columns of ROWS as rows, which are in groups by metric if there are several."""
+  """The columns of ROWS as rows, in groups by metric if there are several."""
   found = dict(zip(TASKS, zip(*ROWS.values(), strict=True), strict=True))
   rows = {name: tuple(zip(ROWS, found[name], strict=True)) for name in names}
   return tuple((f"{TASKS[n][1]}, {TASKS[n][0]}" if groups else TASKS[n][0], row) for n, row in rows.items())
 
 
 def smol(config):
-  """Two tasks of packages, the paper's methods and rates."""
+  """Two tasks whose data are packages, with the paper's methods and rates."""
   tasks = {"news": {"name": "bbc_news"}, "reviews": {"name": "rotten_tomatoes"}}
   rates = {"full": 2e-5, "bitfit": 1e-3, "adapter": 3e-4, "lora": 5e-4}
   config.eval.seq_len = 256

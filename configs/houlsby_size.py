@@ -1,13 +1,13 @@
 """Adapters or the last layers: what does a trained parameter buy? Houlsby et al. 2019, figure 4.
 
-https://arxiv.org/abs/1902.00751. The figure is accuracy against trained parameters: partial finetuning, of the last k
-layers, against bottleneck adapters of several sizes; beside them the norms alone, and here everything. Three seeds
-each; every size and k is a group of its own.
+https://arxiv.org/abs/1902.00751. The figure shows accuracy against trained parameters: finetuning of the last k layers,
+bottleneck adapters of several sizes, and the norms alone. Full finetuning is added here. Three seeds each; every size
+and every k is a group of its own.
 
 Command: python -m experiments.run --config configs/houlsby_size.py:smol
   SmolLM2-135M-Instruct on Rotten Tomatoes sentences, from packages: runs offline; 33 members in 11 groups.
-  `configs/houlsby_size.py` is the paper's: 36 members in 12 groups with BERT-base from the hub and MNLI, 3 epochs. Not
-  run yet. Rates are of the paper's grids; norms have 1e-3.
+  `configs/houlsby_size.py` is as in the paper: 36 members in 12 groups with BERT-base from the hub and MNLI, 3 epochs.
+  Not run yet. Rates are from the paper's grids; norms have 1e-3.
 Hardware: one NVIDIA H200: 2 min 42 s (smol), at most 9 GiB.
 Expected (smol, mean of 3 seeds): adapters of 2, 8, 64 and 256 84.0, 84.8, 85.8 and 86.3; the last layer 77.9, the last
 2, 4, 8 and 15 78.5, 78.8, 80.4 and 82.7; norms 84.1; everything 85.2.

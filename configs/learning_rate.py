@@ -1,18 +1,18 @@
 """How near must the learning rate be to the best one? LoRA, LoRA+ and full finetuning.
 
-LoRA (Hu et al. 2021, https://arxiv.org/abs/2106.09685) trained GPT-3 with 40 times the rate of full finetuning; LoRA+
-(Hayou et al. 2024, https://arxiv.org/abs/2402.12354) gives B a rate 16 times that of A, which is the one shown. Seven
-rates, three seeds each: 63 members in 3 groups.
+LoRA (Hu et al. 2021, https://arxiv.org/abs/2106.09685) trained GPT-3 with 40 times the rate of full finetuning. LoRA+
+(Hayou et al. 2024, https://arxiv.org/abs/2402.12354) gives B 16 times the rate of A; the table shows the rate of A.
+Seven rates, three seeds each: 63 members in 3 groups.
 
 Command: python -m experiments.run --config configs/learning_rate.py:smol
   SmolLM2-135M-Instruct on Rotten Tomatoes sentences, from packages: runs offline.
-  `configs/learning_rate.py` is LoRA and LoRA+ (42 members in 2 groups) on MNLI with SmolLM2-1.7B from the hub, of which
-  no GPU holds the copies that full finetuning needs. Not run yet.
+  `configs/learning_rate.py` is LoRA and LoRA+ (42 members in 2 groups) on MNLI with SmolLM2-1.7B from the hub. Full
+  finetuning is left out, as no GPU holds its copies of that model. Not run yet.
 Hardware: one NVIDIA H200: 2 min 22 s (smol), at most 54 GiB and 40 GB of disk. A GPU of 80 GB takes full finetuning in
 two groups.
-Expected (smol, mean of 3 seeds): best are LoRA 85.5 at 1e-3, LoRA+ 86.0 at 1e-3, full finetuning 86.9 at 1e-4. Far
-above that seeds come apart, and some guess: 71.3 ± 12.0 with LoRA at 1e-2, 60.6 ± 16.9 with LoRA+ at 3e-3.
-Published: figures only, of accuracy over both rates (LoRA+).
+Expected (smol, mean of 3 seeds): the best are LoRA 85.5 at 1e-3, LoRA+ 86.0 at 1e-3, full finetuning 86.9 at 1e-4. At
+much higher rates seeds differ widely, and some guess: 71.3 ± 12.0 with LoRA at 1e-2, 60.6 ± 16.9 with LoRA+ at 3e-3.
+Published: only figures, of accuracy over both rates (LoRA+).
 """
 
 from configs import common

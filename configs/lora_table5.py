@@ -1,12 +1,12 @@
 """Which weight matrices should LoRA adapt under one budget of parameters? Hu et al. 2021, table 5.
 
-https://arxiv.org/abs/2106.09685. Seven choices of attention matrices at ranks that give all the same number of trained
-parameters (on models whose matrices have one shape), three seeds each: 21 members, one program.
+https://arxiv.org/abs/2106.09685. Seven choices of attention matrices, at ranks that give each the same number of
+trained parameters if the matrices have one shape; three seeds each: 21 members, one program.
 
 Command: python -m experiments.run --config configs/lora_table5.py:smol
   SmolLM2-135M-Instruct on Rotten Tomatoes sentences, from packages: runs offline.
-  `configs/lora_table5.py` is the same ablation with the paper's data, MNLI, which tensorflow_datasets downloads, on
-  SmolLM2-1.7B from the hub: the paper's GPT-3 175B is not public. Not run yet.
+  `configs/lora_table5.py` is the same ablation on the paper's data, MNLI, which tensorflow_datasets downloads, with
+  SmolLM2-1.7B from the hub, as the paper's GPT-3 175B is not public. Not run yet.
 Hardware: one NVIDIA H200: 30 s for the whole table, of which the 200 steps are 14 s.
 Expected (smol, mean of 3 seeds): Wq 83.4, Wk 82.5, Wv 84.8, Wo 84.8, Wq Wk 84.1, Wq Wv 85.4, all four 85.5;
   experiments/results/lora_table5.

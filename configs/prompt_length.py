@@ -1,18 +1,18 @@
 """How many soft tokens does prompt tuning need? Lester et al. 2021, figure 3a.
 
-https://arxiv.org/abs/2104.08691. Prompts of 1 to 150 tokens, which start as the labels' embeddings and, beyond those,
-as rows of the vocabulary; three seeds each. Another length is another shape: a group for each length.
+https://arxiv.org/abs/2104.08691. Prompts of 1 to 150 tokens, which start as the embeddings of the labels and then of
+other tokens of the vocabulary; three seeds each. Each length is a group, as it has shapes of its own.
 
 Command: python -m experiments.run --config configs/prompt_length.py:smol
   SmolLM2-135M-Instruct on Rotten Tomatoes sentences, from packages: runs offline; 12 members in 4 groups. Its 200 steps
   are few: the paper has 30,000.
-  `configs/prompt_length.py` is 15 members in 5 groups with Flan-T5-base from the hub and RTE, the task of SuperGLUE
-  that GLUE has too. Not run yet. Flan-T5 knows instructions, RTE's among them, and so needs a prompt less than the
-  paper's T5 1.1 adapted to language modelling, which --config.model.name=DIR takes from a directory of safetensors.
+  `configs/prompt_length.py` is 15 members in 5 groups with Flan-T5-base from the hub and RTE, a task that SuperGLUE and
+  GLUE share. Not run yet. Flan-T5 has learned instructions, RTE's among them, and so needs a prompt less than the T5
+  1.1 of the paper, which was adapted to language modelling. --config.model.name=DIR takes that from a directory.
 Hardware: one NVIDIA H200: 47 s (smol), at most 3.1 GiB.
 Expected (smol, mean of 3 seeds): 74.2 ± 5.2, 81.0 ± 2.1, 80.4 ± 4.5 and 61.0 ± 18.4 with 1, 5, 20 and 100 tokens. With
-100 two seeds of three guess (49.3 and 51.5, at a loss of 0.7), and one has 82.2.
-Published: a figure only: SuperGLUE rises much from 1 to 20 tokens and hardly beyond; T5-XXL does well with one.
+100 tokens two of the three seeds guess (49.3 and 51.5, at a loss of 0.7), and one reaches 82.2.
+Published: only a figure. SuperGLUE rises much from 1 to 20 tokens and hardly beyond; T5-XXL does well with one token.
 """
 
 from configs import common
@@ -27,7 +27,7 @@ def get_config(size: str = ""):
   config.optim.update({"name": "adafactor", "learning_rate": 0.3, "schedule": "constant", "warmup": 0.0})
   config.optim.weight_decay = 1e-5
   if size:
-    config.data.seq_len = config.eval.seq_len = 192  # what the longest prompt leaves must hold a sentence
+    config.data.seq_len = config.eval.seq_len = 192  # a sentence must fit beside the longest prompt
   else:
     config.model.name = "hf:google/flan-t5-base"
     config.task = {"name": "glue", "subset": "rte"}

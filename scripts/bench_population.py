@@ -1,6 +1,6 @@
-"""Steps per second and memory of populations of several sizes, side by side: members are seeds of one config.
+"""Measures steps a second and memory of populations of several sizes, whose members are seeds of one config.
 
-python scripts/bench_population.py --sizes 1,8,32,64 [--model smollm2-135m] [--targets q,v] [--rank 8] [--runs 8]
+Command: python scripts/bench_population.py --sizes 1,8,32,64 [--model NAME] [--targets q,v] [--rank 8] [--runs 8]
 
 `--runs N` also trains N members one after the other, as runs of their own over one loaded base.
 """
@@ -24,10 +24,11 @@ BATCH = flags.DEFINE_integer("batch", 32, "Rows a member.")
 REMAT = flags.DEFINE_bool("remat", True, "Recompute activations.")
 SHARE_ROWS = flags.DEFINE_bool("share_rows", True, "Examples share rows; else each row is one, padded.")
 STEPS = flags.DEFINE_integer("steps", 30, "Timed steps.")
-RUNS = flags.DEFINE_integer("runs", 0, "Also so many runs one by one; compilation counts on both sides.")
+RUNS = flags.DEFINE_integer("runs", 0, "How many runs to train one by one too; compilation counts on both sides.")
 
 
 def settings(seed: int) -> config_lib.Config:
+  """The config of a member."""
   config = lora_table5.get_config("smol")
   config.model.name = MODEL.value
   config.model.dtype = DTYPE.value
@@ -43,7 +44,10 @@ def settings(seed: int) -> config_lib.Config:
 
 
 def timed(size: int, task, mesh, model) -> tuple[float, float, int, float]:
-  """(seconds a step, to compile, bytes, of all) of a population; nan for a step that does not fit in memory."""
+  """(seconds a step, seconds to compile, bytes of a step, seconds in all) of a population.
+
+  The first is nan if a step does not fit in memory.
+  """
   began = time.perf_counter()
   built = group.build({str(i): settings(i) for i in range(size)}, task, mesh, model)
   if not group.fits(built, memory.available()):
@@ -61,7 +65,7 @@ def timed(size: int, task, mesh, model) -> tuple[float, float, int, float]:
 
 
 def one_by_one(task, mesh, model) -> float:
-  """Seconds of runs of their own."""
+  """Seconds that `--runs` members take as runs of their own."""
   began = time.perf_counter()
   for seed in range(RUNS.value):
     exp = experiment.build(settings(seed), model)

@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def run(argv: Sequence[str]) -> None:
-  """`main` with its errors."""
+  """What `main` runs; it raises where `main` ends in a message."""
   flags = parser().parse_args(argv)
   check_flags(flags)
   from absl import logging
@@ -85,7 +85,7 @@ def check_flags(flags: Flags) -> None:
 
 @contextlib.contextmanager
 def whole(out: pathlib.Path) -> Iterator[pathlib.Path]:
-  """A directory to fill, whose content moves to `out` at the end, or goes if that is not reached."""
+  """A directory to fill: its content moves to `out` at the end, or is deleted after an error."""
   if out.is_dir() and any(out.iterdir()):
     raise errors.UserError(f"{out} is not empty")
   new = not out.exists()
@@ -93,7 +93,7 @@ def whole(out: pathlib.Path) -> Iterator[pathlib.Path]:
   work = pathlib.Path(tempfile.mkdtemp(prefix=".incomplete-", dir=out))
   try:
     yield work
-    # The config makes a directory a model or an adapter, so it comes last.
+    # A directory is a model or an adapter once it has the config, so that comes last.
     for path in sorted(work.iterdir(), key=lambda p: p.name in ("config.json", "adapter_config.json")):
       os.rename(path, out / path.name)
   finally:
@@ -132,9 +132,9 @@ def convert(flags: Flags, directory: pathlib.Path) -> None:
 
 
 def load(flags: Flags):
-  """(--model with --adapter on it, leaves of the model that the adapter has instead).
+  """(--model with --adapter on it, leaves of the model that the adapter replaces).
 
-  Says on standard error which weights are neither's.
+  Weights that neither of them has are named on standard error.
   """
   from lora_jax import models, tree, weights
   from lora_jax.formats import adapter, peft

@@ -1,8 +1,8 @@
 """Text from a model: `python scripts/generate.py --model smollm2-135m --prompt "Once upon a time"`.
 
 With `--chat` the prompt is a message to an instruction-tuned model; without `--prompt` messages are read from standard
-input, line by line, and the conversation goes on until it ends (Ctrl-D). Text goes to standard output as it is
-written, all else to standard error. `--adapter` takes what Hugging Face's `peft` writes.
+input, line by line, until it ends (Ctrl-D). Text goes to standard output as it is written, and everything else to
+standard error. `--adapter` takes what Hugging Face's `peft` writes.
 """
 
 import argparse
@@ -61,7 +61,7 @@ def run(argv: Sequence[str]) -> None:
   head = peft.head(flags.adapter) if flags.adapter else {}
   model = models.load(flags.model, dtype=flags.dtype, **head)
   if model.tokenizer is None:
-    raise errors.UserError(f"{flags.model} has no tokenizer.json, so that it takes no text")
+    raise errors.UserError(f"{flags.model} has no tokenizer.json, so it cannot read text")
   if flags.adapter:
     params = adapter.load(model, flags.adapter)
     model = dataclasses.replace(model, params=weights.merge(params) if flags.merge else params)
@@ -91,7 +91,7 @@ def check_flags(flags: Flags) -> None:
 
 
 def prompts(flags: Flags) -> Iterator[str]:
-  """`--prompt`; or in a chat the lines of standard input, and else all of it."""
+  """`--prompt`; or else standard input, in a chat line by line."""
   if flags.prompt is not None:
     yield flags.prompt
   elif sys.stdin is None:
@@ -109,7 +109,7 @@ def prompts(flags: Flags) -> Iterator[str]:
 
 
 def read(text: Callable[[], str]) -> str:
-  """What `text` reads of standard input; UserError where it is no UTF-8."""
+  """What `text` reads from standard input; UserError if that is not UTF-8."""
   with errors.parsing("standard input"):
     return text()
 

@@ -1,7 +1,7 @@
 """Makes the notebooks of experiments/colab from their sources: `python -m scripts.notebooks [--execute] [NAME...]`.
 
-A source is a .py file in jupytext's percent format; the .ipynb beside it has its cells. Outputs stay while the code is
-as it was; `--execute` makes them anew, each notebook in an empty directory. Needs the extra `notebooks`.
+A source is a .py file in jupytext's percent format; the .ipynb beside it has its cells. Outputs are kept while the code
+stays the same. `--execute` makes them again, each notebook in an empty directory. It needs the extra `notebooks`.
 """
 
 import base64
@@ -71,8 +71,8 @@ def convert(source: pathlib.Path, old: pathlib.Path | None = None) -> nbformat.N
   """The notebook of a source.
 
   Args:
-    old: a notebook, if it exists, whose outputs are taken if its code is the same, but for the first cell, which
-      installs.
+    old: a notebook that may exist. Its outputs are kept if its code is the same, except for the first cell, which
+      installs the package.
   """
   notebook = jupytext.read(source, fmt="py:percent")
   before = code(nbformat.read(old, as_version=4)) if old is not None and old.exists() else []
@@ -88,7 +88,7 @@ def convert(source: pathlib.Path, old: pathlib.Path | None = None) -> nbformat.N
 
 
 def code(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
-  """The cells that are run."""
+  """The cells with code."""
   return [c for c in notebook.cells if c.cell_type == "code"]
 
 
@@ -116,7 +116,7 @@ def execute(notebook: nbformat.NotebookNode, directory: str | os.PathLike, timeo
 
 
 def tidy(notebook: nbformat.NotebookNode) -> None:
-  """Drops from outputs what differs from machine to machine: progress with its times, warnings, widgets.
+  """Drops outputs that differ from machine to machine: progress with its times, warnings, widgets.
 
   Images are written with 256 colours, which is enough for plots and a third of the size.
   """
@@ -145,7 +145,7 @@ def _smaller(png: str) -> str:
 
 
 def problems(notebook: nbformat.NotebookNode) -> list[str]:
-  """What is wrong with a notebook that others read: cells that did not run, errors, machine paths, times, its size."""
+  """What others should not see in a notebook: cells that did not run, errors, machine paths, times, too many bytes."""
   found = []
   images = 0
   for cell in code(notebook):

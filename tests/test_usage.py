@@ -62,6 +62,7 @@ def test_an_adapter_in_our_own_form(tmp_path, config):
   text, code = said(tmp_path, model(config), peft_type="LORA_JAX")
   head = ', head="classification", n_labels=3' if config is CLASSIFIER else ""
   assert f'models.load("runs/it\'s", dtype="{config.dtype}"{head})' in code and "PeftModel" not in text
+  exec("\n".join(line for line in code.splitlines() if "import " in line), {})
 
 
 def test_a_whole_model(tmp_path):

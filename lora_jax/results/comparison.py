@@ -1,4 +1,4 @@
-"""What the members of a sweep say together: a table and plots of accuracy, forgetting, size, memory and time."""
+"""Compares the members of a sweep: a table and plots of accuracy, forgetting, size, memory and time."""
 
 import itertools
 import math
@@ -22,12 +22,12 @@ OTHER = "other"  # the kind of a method whose results say none
 
 
 def main_metric(scores: Mapping[str, float]) -> str | None:
-  """The name of what a task is judged by: the first, as `tasks` says."""
+  """The metric that a task is judged by: its first, see tasks/__init__.py."""
   return next((k for k in scores if k != "general_loss"), None)
 
 
 def rows(members: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-  """What is compared, of members that finished: plain numbers, None where a run does not have one."""
+  """The numbers that are compared, of the members that finished; None where a run lacks one."""
   found = []
   for m in members:
     if "error" in m:
@@ -79,7 +79,7 @@ def _header(found: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def text_table(members: Sequence[Mapping[str, Any]]) -> str:
-  """The table in columns of plain text, and what failed."""
+  """The table as plain text, followed by the members that failed."""
   found = rows(members)
   lines = [_header(found), *(_cells(r) for r in found)]
   widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
@@ -122,7 +122,7 @@ def colours(found: Sequence[Mapping[str, Any]]) -> dict[str, str]:
 
 
 def tradeoff(found: Sequence[Mapping[str, Any]]) -> bytes:
-  """A PNG: the metric against the trained parameters, and against what was forgotten where that is known."""
+  """A PNG of the metric against the trained parameters and, where it was measured, against forgetting."""
   axis = {"trainable_params": "Trained parameters", "forgetting": "Forgetting, nats a token"}
   axis = {k: label for k, label in axis.items() if any(r[k] is not None for r in found)}
   figure = plots.figure((8, 3.9 * len(axis) + 0.3))
@@ -146,7 +146,7 @@ def tradeoff(found: Sequence[Mapping[str, Any]]) -> bytes:
 
 
 def costs(found: Sequence[Mapping[str, Any]]) -> bytes:
-  """A PNG of bars: step time, memory of a step, and size of what is saved."""
+  """A PNG of bars: the time and the memory of a step, and the size of what is saved."""
   columns = [("step_seconds", "Step, ms", 1e3), ("step_memory_bytes", "Memory of a step, GiB", 2**-30)]
   columns.append(("saved_bytes", "Saved, MB", 1e-6))
   shade = colours(found)

@@ -1,4 +1,4 @@
-"""The plots of a sweep, from its summary, and where a curve reaches what full finetuning does: d90."""
+"""The plots of a sweep, from its summary, and d90: where a curve reaches 90% of full finetuning."""
 
 import collections
 import itertools
@@ -16,7 +16,7 @@ FAR = 2  # a published curve that would make the y axis this many times longer h
 
 
 def images(summary: Mapping[str, Any]) -> dict[str, bytes]:
-  """{name: PNG} of all that a summary has something for."""
+  """{name: PNG} of every plot that a summary has data for."""
   found = {"metric": metric_plot(summary), "loss": loss_plot(summary)}
   result = (summary.get("analyses") or {}).get("subspace") or {}
   if result.get("similarity"):
@@ -27,9 +27,9 @@ def images(summary: Mapping[str, Any]) -> dict[str, bytes]:
 def metric_plot(summary: Mapping[str, Any]) -> bytes | None:
   """A PNG of each metric against the layout's `x`; None where no member has one.
 
-  Means over members that differ in nothing else that varies, bands of one standard deviation, single members as faint
-  dots, published values dashed. Values that are no numbers stand side by side, with error bars; members without a value
-  beside others with numbers, such as full finetuning beside ranks, are a level line.
+  Lines are means over members that differ in nothing else that varies. Bands are one standard deviation, faint dots
+  are single members, and published values are dashed. Values that are not numbers stand side by side, with error bars.
+  Members without a value, such as full finetuning beside ranks, are a level line.
   """
   how = table_layout.of(summary)
   path = how.x or how.columns or how.rows
@@ -88,7 +88,7 @@ def _curve(summary, how, paths, group, metric, at, colour) -> plots.Curve:
 
 
 def _published(how, rows, path, metric, at) -> dict[str, list[tuple[float, float]]]:
-  """{label of a line: its points} of a source; none where neither rows nor columns are the x axis."""
+  """{label of a line: its points} of a source; empty unless rows or columns are the x axis."""
   if path not in (how.rows, how.columns):
     return {}
   places = {how.label(path, x): i for x, i in at.items()}
@@ -108,7 +108,7 @@ def _published(how, rows, path, metric, at) -> dict[str, list[tuple[float, float
 
 
 def _panels(model, ylabel, ours, published, colour) -> list[plots.Panel]:
-  """That of our curves and, where they are near, the published ones; those that are far have their own."""
+  """A panel of our curves and the published ones near them, and one for each source whose curves are far."""
   low, high = (fn(y for c in ours for y in (*c.y, *(y for _, y in c.dots))) for fn in (min, max))
   near, far = [], []
   spare = itertools.cycle([c for c in plots.PALETTE if c not in colour.values()] or [plots.MUTED])
@@ -128,10 +128,13 @@ def reached(summary: Mapping[str, Any]) -> dict[str, Any] | None:
   """Where each line of the plot reaches a share of full finetuning, as the layout's `d90` asks.
 
   Returns:
-    As JSON: `share`; `metric`; `full`, the mean of members without an x, and `before`, that of no training; and for
-    each of `lines` by its label `smallest` and `largest`, the dimensions tried, and what `intrinsic.d90` gives for
-    that share `of_full`, as in the papers, and `of_gain`, of what full finetuning has gained; without that where it
-    has gained nothing. None where it is not asked for, or no such member is finished.
+    None if the layout does not ask for it, or no such member is finished; else, as JSON,
+
+      share, metric     as in the layout
+      full, before      the mean metric of the members without an x, and of the model before training
+      lines             {label: the line}, with `smallest` and `largest`, the dimensions tried, and what `intrinsic.d90`
+                        gives for that share `of_full`, as in the papers, and `of_gain`, of what full finetuning has
+                        gained; these are left out if it has gained nothing
   """
   how = table_layout.of(summary)
   metric = how.metrics[0]
@@ -157,7 +160,7 @@ def reached(summary: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def reached_table(found: Mapping[str, Any], percent: bool = False) -> str:
-  """What `reached` gives, in Markdown; `percent`: the metric is a share of a whole."""
+  """The result of `reached` as a Markdown table; `percent` says that the metric is a share of a whole."""
   rows = []
   for name, line in found["lines"].items():
     say = {
@@ -174,7 +177,7 @@ def reached_table(found: Mapping[str, Any], percent: bool = False) -> str:
 
 
 def _goals(summary: Mapping[str, Any], low: float, high: float) -> list[plots.Curve]:
-  """Level lines at what `reached` looks for."""
+  """Level lines at the values that `reached` looks for."""
   found = reached(summary)
   if found is None:
     return []
@@ -192,7 +195,7 @@ def _goals(summary: Mapping[str, Any], low: float, high: float) -> list[plots.Cu
 
 
 def loss_plot(summary: Mapping[str, Any]) -> bytes | None:
-  """A PNG of the smoothed training losses of all members, coloured by what the columns or rows are; None without any.
+  """A PNG of the smoothed training losses of all members, coloured by column or row; None if there are no losses.
 
   Where both rows and columns vary there is a panel for each row.
   """

@@ -1,4 +1,4 @@
-"""Figures as PNG bytes, in one style; what they show is given as numbers."""
+"""Figures as PNG bytes, in one style, drawn from plain numbers."""
 
 import dataclasses
 import io
@@ -11,7 +11,7 @@ import numpy as np
 PALETTE = ("#08519c", "#d94801", "#238b45", "#6a51a3", "#a50f15", "#00838f", "#b8860b", "#525252")
 MUTED = "#8c8c8c"
 PER_ROW = 3  # panels of a figure side by side
-MOST_LABELS = 30  # of a legend; more say nothing
+MOST_LABELS = 30  # of a legend; a longer one says nothing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,9 +19,9 @@ class Curve:
   """A line of a panel.
 
   Fields:
-    label: in the legend, once for all curves that share it; "" is none.
+    label: its entry in the legend, one for all curves that share it; "" for no entry.
     x, y: its points; numbers, y may be nan.
-    sd: half the height of the band around it; 0 or nan is none.
+    sd: half the height of the band around it; 0 or nan for no band.
     dots: (x, y) of single runs.
     dashed: whether it is a reference rather than a result.
   """
@@ -59,14 +59,14 @@ def png(figure: Any) -> bytes:
 
 
 def tidy(axes: Any) -> None:
-  """A faint grid behind what is drawn, and no frame above and at the right."""
+  """Draws a faint grid behind the data, and removes the frame at the top and the right."""
   axes.grid(color="#e6e6e6", linewidth=0.8)
   axes.set_axisbelow(True)
   axes.spines[["top", "right"]].set_visible(False)
 
 
 def colours(n: int, ordered: bool = False) -> list[str]:
-  """n colours that differ, or that go from dark to light where their order has a meaning."""
+  """n colours: distinct ones or, if `ordered` or if there are too many, a scale from dark to light."""
   if not ordered and n <= len(PALETTE):
     return list(PALETTE[:n])
   from matplotlib.colors import to_hex
@@ -75,7 +75,7 @@ def colours(n: int, ordered: bool = False) -> list[str]:
 
 
 def _shades() -> Any:
-  """Dark to light, without the yellow that white paper swallows."""
+  """A colour map from dark to light, without the yellow that is hard to see on white."""
   from matplotlib import colormaps
   from matplotlib.colors import ListedColormap
 
@@ -126,11 +126,11 @@ def _legend(figure: Any, axes: Sequence[Any], title: str = "") -> None:
 
 
 def lines(panels: Sequence[Panel], xlabel: str, log: bool = False, names: Sequence[str] = ()) -> bytes:
-  """A PNG of results against what was varied: means with bands of deviation, single runs as faint dots.
+  """A PNG of results against the value that was varied: means with bands of deviation, single runs as faint dots.
 
   Args:
     log: whether the x axis is logarithmic, if all x are above zero.
-    names: of the x 0, 1, ..., where these stand for what has no order; curves are then points with error bars.
+    names: labels of x = 0, 1, ..., if the values have no order; curves are then points with error bars.
   """
   size = (max(4.4, 0.7 * len(names)), 3.6) if len(panels) > 1 else (max(6.0, 0.9 * len(names)), 4.0)
   out, axes = _grid(len(panels), size)
@@ -173,7 +173,7 @@ def _bars(ax, c, shift):
 
 
 def _apart(xs, place):
-  """Those of sorted `xs` that have room for a label: a twentieth of the axis from the last that is kept."""
+  """The sorted `xs` that have room for a label: each is a twentieth of the axis or more from the one before."""
   kept = xs[:1]
   for x in xs[1:]:
     if 20 * (place(x) - place(kept[-1])) >= place(xs[-1]) - place(xs[0]):
@@ -196,7 +196,7 @@ def traces(panels: Sequence[Panel], xlabel: str, scale: Mapping[str, float] | No
   """A PNG of many thin lines, such as the losses of all members of a sweep.
 
   Args:
-    scale: {label: number} of all curves, for a colour bar in place of the legend; the curves' colours are ignored.
+    scale: {label: number} of all curves, for a colour bar in place of the legend; it sets the colours of the curves.
     title: of the legend or the colour bar.
   """
   from matplotlib.colors import LogNorm, Normalize, to_hex

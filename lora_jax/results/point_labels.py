@@ -1,6 +1,6 @@
 """Names beside the points of a plot, where they cover neither each other nor a point.
 
-(adjustText covers points in the crowd that the comparison of methods is.)
+(adjustText covers points where they are as crowded as in the comparison of methods.)
 """
 
 from collections.abc import Sequence
@@ -13,9 +13,9 @@ TURNS = 20
 
 
 def write(axes: Any, points: Sequence[tuple[float, float, str, str]], size: float = 7.5) -> None:
-  """Writes the names of points (x, y, name, colour); one that is not right beside its point has a line to it.
+  """Writes the names of points (x, y, name, colour); a line leads to the point if its name is not right beside it.
 
-  All that changes axes or layout comes before, as the places are found in pixels.
+  Call it last: places are found in pixels, so the axes and the layout must not change afterwards.
   """
   axes.figure.draw_without_rendering()
   pixel = axes.figure.dpi / 72  # of a typographic point
@@ -32,15 +32,15 @@ def write(axes: Any, points: Sequence[tuple[float, float, str, str]], size: floa
 
 
 def places(at: np.ndarray, half: np.ndarray, gap: float, frame: Sequence[float]) -> np.ndarray:
-  """[N, 2]: the centres of boxes beside points, the same for the same points.
+  """The centres [N, 2] of boxes beside points; the same points always give the same ones.
 
-  Each in turn goes where it costs least given the others, until none moves.
+  Each box in turn moves to where it costs least given the others, until none moves.
 
   Args:
     at: the points [N, 2].
     half: half the width and height of each box [N, 2].
     gap: between a point and a box that is right beside it.
-    frame: left, bottom, right and top, between which boxes are.
+    frame: left, bottom, right and top of the area that the boxes stay in.
   """
   angles = np.arange(ANGLES) * 2 * np.pi / ANGLES
   ways = np.stack([np.cos(angles), np.sin(angles)], -1)
@@ -72,7 +72,7 @@ def places(at: np.ndarray, half: np.ndarray, gap: float, frame: Sequence[float])
 
 
 def _end(point: np.ndarray, centre: np.ndarray, half: np.ndarray) -> np.ndarray:
-  """What of a box is nearest to a point."""
+  """The place in a box that is nearest to a point."""
   return np.clip(point, centre - half, centre + half)
 
 

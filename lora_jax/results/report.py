@@ -25,11 +25,11 @@ MEASURED = (
   *("train.steps", "train.loss_first", "train.loss_last", "train.tokens_per_second", "train.compile_seconds"),
   *("train.step_seconds", "train_examples", "cut", "population"),
 )
-NO_PERCENT = ("loss", "perplexity", "examples", "tokens", "seconds")  # metrics that are no share of a whole
+NO_PERCENT = ("loss", "perplexity", "examples", "tokens", "seconds")  # metrics that are not shares of a whole
 
 
 def versions() -> dict[str, str | None]:
-  """`{package: version}` of what a result depends on; None for a package that is not installed."""
+  """`{package: version}` of the packages that a result depends on; None for one that is not installed."""
 
   def version(package):
     try:
@@ -48,7 +48,7 @@ def peak_memory_bytes() -> int:
 
 
 def _peak_resident() -> int:
-  # On Linux ru_maxrss would count what the process that started this one had.
+  # On Linux ru_maxrss includes the peak of the process that started this one.
   status = pathlib.Path("/proc/self/status")
   if status.exists():
     return 1024 * int(re.search(r"VmHWM:\s*(\d+) kB", status.read_text())[1])
@@ -100,9 +100,9 @@ def summary(
 
 
 def check(summary: Mapping[str, Any], where: str) -> None:
-  """Raises UserError, which `where` begins, listing what is of a wrong type in a summary that was read from a file.
+  """Raises UserError, which begins with `where`, for the fields of a wrong type in a summary read from a file.
 
-  Numbers may be null: those that are not finite are written so.
+  Numbers may be null: that is how numbers that are not finite are written.
   """
   text = lambda x: isinstance(x, str)
   number = lambda x: x is None or isinstance(x, int | float) and not isinstance(x, bool)
@@ -129,9 +129,11 @@ def write_report(
   """Writes `report.md` and `plots/loss.png` into `workdir`, with the texts of its `texts.json` if there is one.
 
   Args:
-    summary: what `summary` returns; `history`: the rows of metrics.jsonl; `config`: as resolved.
-    command: what repeats the run.
-    use: the part on how to use what the run has left, see `usage.section`.
+    summary: what `summary` returns.
+    history: the rows of metrics.jsonl.
+    config: the resolved config.
+    command: repeats the run.
+    use: the section on how to use what the run has left, see `usage.section`.
     plot: whether to draw the loss.
   """
   workdir = pathlib.Path(workdir)
@@ -147,7 +149,7 @@ def write_report(
 
 
 def closing(command: str, **folded: Any) -> list[str]:
-  """The last parts of a report: the command, if any, and JSON folded under these names."""
+  """The last parts of a report: the command, if there is one, and each value as folded JSON under its name."""
   parts = ["## Reproduce", f"```sh\n{command}\n```"] if command else []
   for name, value in folded.items():
     block = f"```json\n{metrics.dumps(value, indent=2)}\n```"
@@ -176,7 +178,7 @@ def _eval_table(scores: Mapping[str, Mapping[str, float]]) -> str:
 
 
 def _examples(texts: Mapping[str, Sequence[Mapping[str, str]]]) -> list[str]:
-  """What was generated for a few prompts before and after training."""
+  """The texts that were generated for a few prompts before and after training."""
   known = [k for k in ("before", "after") if k in texts]
   parts = ["## Texts"] if known else []
   for rows in zip(*(texts[k] for k in known), strict=True) if known else ():
@@ -189,7 +191,7 @@ def _examples(texts: Mapping[str, Sequence[Mapping[str, str]]]) -> list[str]:
 
 
 def _shortened(text: str, most: int = 600) -> str:
-  """A text without its middle where it is long."""
+  """A text, without its middle if it is long."""
   left_out = len(text) - most
   if left_out <= 0:
     return text
@@ -212,7 +214,7 @@ def _train_table(summary: Mapping[str, Any]) -> str:
 
 
 def loss_curve(history: Sequence[Mapping[str, float]], title: str = "") -> bytes:
-  """A PNG of `train/loss` against the step, as logged and smoothed, and of `eval/loss` where there is some."""
+  """A PNG of `train/loss` against the step, as logged and smoothed, and of `eval/loss` if that was logged."""
   from matplotlib.ticker import MaxNLocator
 
   def curve(name):

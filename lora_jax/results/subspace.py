@@ -1,8 +1,8 @@
 """What LoRA has learned, by its directions: section 7 of Hu et al. 2021, https://arxiv.org/abs/2106.09685.
 
-How much the subspaces of two adapters overlap (section 7.2, figures 3 and 4), and how much more an adapter makes of the
-directions that it changes than the pretrained weight does (section 7.3, table 7). The paper's A is [r, d] and its
-right-singular vectors are directions of the input; ours is [d, r], so they are its left-singular ones.
+How much the subspaces of two adapters overlap (section 7.2, figures 3 and 4), and how much an adapter amplifies the
+directions that it changes, relative to the pretrained weight (section 7.3, table 7). The paper's A is [r, d], and its
+right-singular vectors are directions of the input. Ours is [d, r], so they are its left-singular vectors.
 """
 
 import itertools
@@ -28,9 +28,9 @@ PUBLISHED = (
 
 
 def directions(a: np.ndarray) -> np.ndarray:
-  """Orthonormal columns [..., D, r] that span those of a [..., D, R], by falling singular value; r is the rank of a.
+  """Orthonormal columns [..., D, r] that span the columns of a [..., D, R], by falling singular value.
 
-  Of stacked matrices r is the largest rank, and columns beyond that of one of them are nan.
+  r is the rank of a. For stacked matrices it is the largest rank; columns beyond a matrix's own rank are nan.
   """
   u, s, _ = np.linalg.svd(np.asarray(a, np.float64), full_matrices=False)
   real = s > s[..., :1] * max(a.shape[-2:]) * np.finfo(np.float32).eps
@@ -44,11 +44,11 @@ def similarity(a1: np.ndarray, a2: np.ndarray) -> np.ndarray:
   `||U1[:, :i]^T U2[:, :j]||_F^2 / min(i, j)`, from 0, orthogonal, to 1, one in the other (equation 4).
 
   Args:
-    a1, a2: [..., D, R1] and [..., D, R2], in whose columns the directions are; stacked alike. For the outputs of LoRA
+    a1, a2: [..., D, R1] and [..., D, R2], whose columns are the directions; stacked alike. For the outputs of LoRA
       give `b` transposed.
 
   Returns:
-    [..., r1, r2] for the ranks that `directions` finds; nan beyond those of one of the stacked.
+    [..., r1, r2] for the ranks that `directions` finds; nan beyond the own ranks of stacked matrices.
   """
   overlap = np.square(np.swapaxes(directions(a1), -1, -2) @ directions(a2))
   i, j = (1 + np.arange(n) for n in overlap.shape[-2:])
@@ -56,7 +56,7 @@ def similarity(a1: np.ndarray, a2: np.ndarray) -> np.ndarray:
 
 
 def product_svd(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """(u [I, R], s [R], v [R, O]) of a b, for a [I, R] and b [R, O], whose product is never formed."""
+  """The SVD (u [I, R], s [R], v [R, O]) of the product of a [I, R] and b [R, O], which is never formed."""
   (qa, ra), (qb, rb) = np.linalg.qr(np.asarray(a, np.float64)), np.linalg.qr(np.asarray(b, np.float64).T)
   u, s, v = np.linalg.svd(ra @ rb.T, full_matrices=False)
   return qa @ u, s, v @ qb.T
@@ -74,13 +74,13 @@ def amplification(
 
   Args:
     w: [I, O]; a: [I, R]; b: [R, O], scaled.
-    rank: how many directions U and V are; by default all that the change has, and no more in any case.
+    rank: how many directions U and V have: by default, and at most, the rank of the change.
     spectrum: singular values of w, if they are known.
 
   Returns:
-    `rank`; `weight` and `change`, the Frobenius norms of both; `||U^T W V^T||_F` with U and V the top singular vectors
-    `of_change`, `of_weight` and `of_random`, a Gaussian matrix; and the `factor` by which the change amplifies its
-    directions, `change / of_change`.
+    `rank`; `weight` and `change`, the Frobenius norms of both; `of_change`, `of_weight` and `of_random`, which are
+    `||U^T W V^T||_F` for the top singular vectors U and V of the change, the weight and a Gaussian matrix; and
+    `factor`, by which the change amplifies its directions, `change / of_change`.
   """
   w = np.asarray(w, np.float64)
   u, s, v = product_svd(a, b)
@@ -117,9 +117,10 @@ def analyse(
   Args:
     members: {name: a model's parameters with `weights.LoRA` nodes}.
     base: the pretrained parameters; one layer at a time is made dense.
-    matrices: steps ("q", "mlp") of the names of leaves, or regexes found in them; () is all that every member adapts.
-    layers: indices; () is the middle one, as in the paper. A matrix outside the layers has none.
-    pairs: of names; None is all.
+    matrices: steps ("q", "mlp") of the names of leaves, or regexes found in them; () is every matrix that all members
+      adapt.
+    layers: indices; () is the middle one, as in the paper. A matrix outside the layers has no index.
+    pairs: of names; None is all pairs.
     seed: of the random matrices.
 
   Returns:
@@ -128,7 +129,7 @@ def analyse(
     matrix and layer what `amplification` gives.
 
   Raises:
-    UserError: nothing that members share is called so, or a layer or member that there is not.
+    UserError: the members share no such matrix, or there is no such layer or member.
   """
   found = {name: _lora(params, name) for name, params in members.items()}
   pairs = list(itertools.combinations(found, 2)) if pairs is None else [tuple(p) for p in pairs]
@@ -164,7 +165,7 @@ def _lora(params: Any, member: str) -> dict[str, weights.LoRA]:
   flat = fused.flatten(params).items()
   found = {k: w for k, w in flat if isinstance(w, weights.LoRA) and not w.n_experts_axes()}
   if not found:
-    raise errors.UserError(f"member {member!r} has no LoRA, whose directions could be compared")
+    raise errors.UserError(f"member {member!r} has no LoRA, so there are no directions to compare")
   return found
 
 
@@ -186,7 +187,7 @@ def label(name: str) -> str:
 
 
 def _places(names, found, layers) -> list[tuple[str, int | None]]:
-  """(leaf, layer or None) of all that is looked at; layers that some member leaves alone are an error."""
+  """(leaf, layer or None) of every matrix to look at; a layer that some member does not adapt is an error."""
   places = []
   for name in names:
     if not architecture.stacked(name):
@@ -203,7 +204,7 @@ def _places(names, found, layers) -> list[tuple[str, int | None]]:
 
 
 def _factors(node: weights.LoRA, index: tuple, where: str) -> tuple[np.ndarray, np.ndarray]:
-  """(a [I, R], scale * b [R, O]) of one layer; of LoRA that starts elsewhere than at zero, those of the change."""
+  """(a [I, R], scale * b [R, O]) of one layer; of LoRA that does not start at zero, the factors of its change."""
   a, b, scale = node.layer(index)
   a, b = a.reshape(-1, a.shape[-1]).astype(np.float64), scale * b.reshape(len(b), -1).astype(np.float64)
   if node.start is not None:
@@ -242,7 +243,7 @@ def heatmap(result: Mapping[str, Any], side: str = "a") -> bytes:
 
 
 def amplification_table(result: Mapping[str, Any]) -> str:
-  """Table 7 in Markdown, a column of it as a row; the published one is below."""
+  """Table 7 in Markdown, its columns as rows; the published ones come last."""
   header = ["", "matrix", "r", "‖W‖", "‖ΔW‖", "‖UᵀWVᵀ‖ of ΔW", "of W", "of random", "amplification"]
   keys = ("weight", "change", "of_change", "of_weight", "of_random")
   ours = [

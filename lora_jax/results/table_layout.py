@@ -1,4 +1,4 @@
-"""What the table of a sweep is of: the values that vary, what they are called, and the metric of each member.
+"""The layout of a sweep's table: the values that vary, their labels, and the metric of each member.
 
 The summary of a sweep has the layout as its `table`, or as its `config["table"]`: a dict of
 
@@ -12,13 +12,13 @@ The summary of a sweep has the layout as its `table`, or as its `config["table"]
                   of one row may be {column label: ...}; in a group of rows the label is "metric label, row label"
   x, log          a path: the x axis of the plot, and whether it is logarithmic
   lines           a path, whose values are the lines of the plot
-  d90             0.9: the report says at which x, the dimension that is trained, each line reaches that share of what
-                  the members without an x reach: full finetuning. See `curves.reached`
-  subspace        what `subspace.analyse` takes besides the members, such as {"matrices": ("q", "v")}: the report has
-                  the similarities and amplification factors of what the members have learned
+  d90             0.9: the report says at which x, the dimension that is trained, each line reaches this share of full
+                  finetuning: of the members without an x. See `curves.reached`
+  subspace        keywords of `subspace.analyse`, such as {"matrices": ("q", "v")}: the report has the similarities and
+                  amplification factors of what the members have learned
 
-Any dict of these may be a list of pairs, for keys with dots and for order, which ml_collections does not keep: labels
-given as pairs order the rows and columns.
+Any of these dicts may be a list of pairs. Pairs may have keys with dots, and keep their order, which ml_collections
+does not do for dicts: labels given as pairs order the rows and columns.
 """
 
 import dataclasses
@@ -30,16 +30,16 @@ from typing import Any
 from lora_jax import errors, values as values_lib
 from lora_jax.results import comparison, report, subspace
 
-PLAIN = (*report.NO_PERCENT, "bleu", "nist", "cider")  # metrics that are no share of a whole, whatever their size
+PLAIN = (*report.NO_PERCENT, "bleu", "nist", "cider")  # metrics that are not shares of a whole, whatever their size
 SIZES = re.compile(r"_(params|bytes)$")
-LOWER = re.compile(r"(^|_)(loss|perplexity|ter|error|seconds)($|_)")  # metrics of which less is better
+LOWER = re.compile(r"(^|_)(loss|perplexity|ter|error|seconds)($|_)")  # metrics where less is better
 NAMED = ("method", "task", "objective")  # sections that overrides with a name replace
 PATHS = ("rows", "columns", "x", "lines")
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-  """The fields that the module describes; `metrics` and `published` in one form."""
+  """The fields that the module describes, with `metrics` and `published` always in the same form."""
 
   metrics: tuple[str, ...]
   paper: str = ""
@@ -65,11 +65,11 @@ class Layout:
     return ", ".join(filter(None, (group, label)))
 
   def labels(self, path: str) -> Any:
-    """Those of the values of a path."""
+    """The labels of a path's values."""
     return self.columns == path and self.column_labels or self.rows == path and self.row_labels or ()
 
   def label(self, path: str, x: Any) -> str:
-    """What the table calls a value of a path: as the labels say under any text of it, or that text."""
+    """What the table calls a value of a path: its label, however that writes the value, or else the value as text."""
     found = dict(self.labels(path))
     texts = [text(x), str(x)]
     if isinstance(x, tuple):
@@ -87,11 +87,11 @@ KEYS |= {"metric": values_lib.Field(str | Sequence[str], ""), "published": value
 def of(summary: Mapping[str, Any]) -> Layout:
   """The layout of a sweep; without one its members are the rows.
 
-  Only `config`, `table` and the members' `overrides` need be there: a layout can be checked before anything runs. Where
-  `missing` names members that are not there, what a layout needs of them is not checked.
+  It needs only `config`, `table` and the members' `overrides`, so that a layout can be checked before anything runs. If
+  `missing` names members, what the layout needs of the members is not checked.
 
   Raises:
-    UserError: a key that no layout has, a path that leads to nothing in any member, or an analysis that cannot be.
+    UserError: an unknown key, a path that no member has, or an analysis that is not possible.
   """
   config = summary.get("config") or {}
   members = summary["members"]
@@ -174,7 +174,7 @@ def _paths(config: Mapping[str, Any], prefix: str = "") -> Iterable[str]:
 
 
 def value(summary: Mapping[str, Any], member: Mapping[str, Any], path: str) -> Any:
-  """What a path means for a member, hashable: whole numbers as int, sequences as tuples; None where it has none."""
+  """The value of a path for a member, hashable: whole numbers as int, sequences as tuples; None if it has none."""
   section, *steps = path.split(".")
   overrides = member.get("overrides", {})
   found = (summary.get("config") or {}).get(section, member.get(section))
@@ -196,7 +196,7 @@ def _hashable(x: Any) -> Any:
 
 
 def values(summary: Mapping[str, Any], how: Layout, path: str) -> list[Any]:
-  """The values of a path, each once: in the order of labels given as pairs, or numbers first, or of the members."""
+  """The values of a path, each once: by labels given as pairs, then numbers, then in the order of the members."""
   if not path:
     return [None]
   found = list(dict.fromkeys(value(summary, m, path) for m in summary["members"]))
@@ -207,7 +207,7 @@ def values(summary: Mapping[str, Any], how: Layout, path: str) -> list[Any]:
 
 
 def order(labels: Any) -> dict[str, int]:
-  """{label: its place} of labels given as pairs; others have no order."""
+  """{label: its place} of labels given as pairs; a dict of labels has no order."""
   return {} if isinstance(labels, Mapping) else {name: i for i, (_, name) in enumerate(labels)}
 
 
@@ -217,13 +217,13 @@ def is_number(x: Any) -> bool:
 
 
 def number(label: str) -> float | None:
-  """The number that a label is, such as 1e-4, 10,000, 392k or 2M, or None."""
+  """The number that a label stands for, such as 1e-4, 10,000, 392k or 2M, or None."""
   found = re.fullmatch(r"(-?\d+(?:\.\d+)?(?:e-?\d+)?)([kM]?)", label.replace(",", ""))
   return float(found[1]) * {"": 1, "k": 1000, "M": 1_000_000}[found[2]] if found else None
 
 
 def text(x: Any) -> str:
-  """A value in few characters; of numbers that are not whole four digits."""
+  """A value in few characters: four digits of a number that is not whole."""
   if isinstance(x, tuple):
     return ",".join(map(text, x))
   if not is_number(x):
@@ -237,13 +237,13 @@ def text(x: Any) -> str:
 
 
 def known(summary: Mapping[str, Any], field: str) -> Any:
-  """A field of the first member that has it, else the name in that section of the config."""
+  """A field of the first member that has it, or else the name in that section of the config."""
   found = next((m[field] for m in summary["members"] if m.get(field)), None)
   return found or (summary.get("config") or {}).get(field, {}).get("name", "")
 
 
 def has(member: Mapping[str, Any], metric: str) -> bool:
-  """Whether a member that has not failed has a metric: a program that computes it may be missing."""
+  """Whether a member that has not failed has a metric; the program that computes it may have been missing."""
   return metric in member["eval"]["after"] or value({}, member, metric) is not None
 
 

@@ -1,6 +1,6 @@
 """A sweep as the table of a paper: seeds as mean and deviation, published rows below ours, in Markdown and LaTeX.
 
-All comes from the summary of the sweep; `lora_jax.layout` says how a config describes the table.
+Everything comes from the summary of the sweep; table_layout.py says how a config describes the table.
 """
 
 import collections
@@ -15,7 +15,7 @@ from typing import Any
 from lora_jax import files
 from lora_jax.results import curves, plots, report, subspace, table_layout
 
-SUBSPACES = "Similarity is that of the directions of inputs (a) and of outputs (b); amplification is ‖ΔW‖ / ‖UᵀWVᵀ‖."
+SUBSPACES = "Similarity compares the directions of inputs (a) and of outputs (b). Amplification is ‖ΔW‖ / ‖UᵀWVᵀ‖."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,11 +23,11 @@ class Cell:
   """Runs that differ in nothing that the table shows.
 
   Fields:
-    mean, sd: of their metric, in percent where it is a share; sd divides by n - 1, and is None of fewer than two. Both
-      are None where no run finished.
-    n, failed: how many runs have a value, and how many do not; both 0 of what is published.
+    mean, sd: of their metric, in percent if it is a share. sd divides by n - 1, and is None for fewer than two runs.
+      Both are None if no run finished.
+    n, failed: how many runs have a value, and how many do not; both are 0 in a published cell.
     text: what is published in place of a number.
-    digits: how many follow the point of mean and sd as published.
+    digits: decimals of mean and sd as published.
   """
 
   metric: str
@@ -53,13 +53,16 @@ class Table:
 
   Fields:
     paper: as in the layout.
-    ours: whose results `rows` are.
-    corner: what the labels of rows and columns are.
-    columns: labels.
-    rows: ours; `published`: those of each source.
-    metrics: {name: label}; `shares` are those of them that are in percent.
-    by_row: whether the cells of a row can be compared, rather than those of a column.
-    n: how many runs most cells have; `failed`: how many runs lack a value somewhere.
+    ours: the model whose results `rows` are.
+    corner: what varies over rows and columns.
+    columns: their labels.
+    rows: our results.
+    published: {source: its rows}.
+    metrics: {name: label}.
+    shares: the metrics that are in percent.
+    by_row: whether the cells of a row can be compared, rather than the cells of a column.
+    n: how many runs most cells have.
+    failed: how many runs lack a value somewhere.
   """
 
   paper: str
@@ -75,7 +78,7 @@ class Table:
   failed: int
 
   def digits(self, metric: str) -> int:
-    """How many follow the point of ours: one of shares and large numbers, more of small ones."""
+    """Decimals of our numbers: one for shares and large numbers, more for small ones."""
     rows = (*self.rows, *itertools.chain(*self.published.values()))
     found = [abs(c.mean) for r in rows for c in r.cells.values() if c.metric == metric and c.mean is not None]
     most = max(found, default=0)
@@ -83,7 +86,7 @@ class Table:
 
 
 def pivot(summary: Mapping[str, Any]) -> Table:
-  """The table of a sweep; UserError for a layout that is none."""
+  """The table of a sweep; UserError for a layout that is wrong."""
   how = table_layout.of(summary)
   shares = frozenset(k for k in how.metrics if table_layout.is_share(summary, k))
   axes = how.rows, how.columns
@@ -129,14 +132,14 @@ def pivot(summary: Mapping[str, Any]) -> Table:
 
 
 def _metrics(how: table_layout.Layout, row: str, members: Sequence[Mapping[str, Any]]) -> set[str]:
-  """What a failed member of a row would have: what others of it have, else what is published of it, else anything."""
+  """The metrics that a failed member of a row would have: those of its other members, else the published, else all."""
   found = {k for k in how.metrics if any(table_layout.has(m, k) for m in members if "error" not in m)}
   published = {k for k in how.metrics if any(how.row(k, row) in rows for rows in how.published.values())}
   return found or published or set(how.metrics)
 
 
 def _in_order(labels: Iterable[str], given: Any) -> tuple[str, ...]:
-  """Each label once: in the order of numbers where all are, else of labels `given` as pairs."""
+  """Each label once: in numeric order if all are numbers, else in the order of labels `given` as pairs."""
   found = list(dict.fromkeys(labels))
   order = table_layout.order(given)
   numbers = [table_layout.number(c) for c in found]
@@ -173,7 +176,7 @@ def _parsed(x: Any, metric: str) -> Cell:
 
 
 def shown(table: Table, cell: Cell | None) -> tuple[str, str, str]:
-  """(mean or text, deviation, remark) of a cell, as people read them; "" is none."""
+  """(mean or text, deviation, remark) of a cell, as text; "" for what it lacks."""
   if cell is None:
     return "-", "", ""
   if cell.mean is None:
@@ -190,9 +193,9 @@ def shown(table: Table, cell: Cell | None) -> tuple[str, str, str]:
 
 
 def best(table: Table, rows: Sequence[Row]) -> set[tuple[str, str]]:
-  """(row label, column label) of the best cells of each row, or of each column where that is what can be compared.
+  """(row label, column label) of the best cells of each row, or of each column if those can be compared.
 
-  All that are printed like the best are; none is where there is nothing worse.
+  Cells that are printed like the best are best too. If all are printed alike, none is.
   """
   lines: dict[tuple, dict] = collections.defaultdict(dict)
   for r, (c, cell) in [(row, item) for row in rows for item in row.cells.items()]:
@@ -204,7 +207,7 @@ def best(table: Table, rows: Sequence[Row]) -> set[tuple[str, str]]:
 
 
 def caption(table: Table) -> str:
-  """A sentence on what the numbers are."""
+  """A sentence that explains the numbers."""
   scores = {k: name for k, name in table.metrics.items() if not table_layout.SIZES.search(k)}
   units = [f"{name} in %" if k in table.shares else name for k, name in scores.items()]
   runs = f"; mean ± standard deviation of {table.n} runs" if table.n > 1 else ""
@@ -224,7 +227,7 @@ def _sections(table: Table) -> list[tuple[str, list[tuple[Row, str]]]]:
 
 
 def markdown(table: Table) -> str:
-  """The table in Markdown, which is readable as plain text too."""
+  """The table in Markdown, which also reads well as plain text."""
   lines = []
   for heading, rows in _sections(table):
     if heading:
@@ -249,7 +252,7 @@ def escape(text: str) -> str:
 
 
 def latex(table: Table) -> str:
-  """A document of the table, with booktabs; what lies between `begin` and `end` of `table` fits another one."""
+  """A LaTeX document with the table, which uses booktabs; its `table` environment fits into another document."""
   lines = []
   for i, (heading, rows) in enumerate(_sections(table)):
     if i:
@@ -307,7 +310,7 @@ def write(workdir: str | pathlib.Path, summary: Mapping[str, Any], command: str 
 
 
 def _analyses(summary: Mapping[str, Any]) -> list[str]:
-  """Sections on what the layout asks for beside the table."""
+  """The sections on the analyses that the layout asks for."""
   found = summary.get("analyses") or {}
   parts = []
   result = found.get("subspace") or {}

@@ -14,11 +14,11 @@ CLASSES = {"lm": "AutoModelForCausalLM", "classification": "AutoModelForSequence
 
 
 def section(model: models.Model, workdir: str | os.PathLike, labels: Sequence[str] = ()) -> str:
-  """A part of report.md on `workdir/adapter` or `workdir/model`; "" where there is neither.
+  """The section of report.md on `workdir/adapter` or `workdir/model`; "" if there is neither.
 
   Args:
     model: the pretrained one.
-    labels: what the outputs of a classifier are scores of.
+    labels: the labels that a classifier scores.
   """
   workdir = pathlib.Path(workdir)
   left = next((d for d in (workdir / "adapter", workdir / "model") if d.is_dir()), None)
@@ -40,7 +40,7 @@ def section(model: models.Model, workdir: str | os.PathLike, labels: Sequence[st
 
 
 def _peft(model: models.Model, left: pathlib.Path) -> list[str]:
-  """Code that loads an adapter with `peft`, after how to write the base model where transformers cannot load it."""
+  """Code that loads an adapter with `peft`; before it, how to write a base model that transformers cannot load."""
   source = json.dumps(model.path)
   parts = []
   if model.path.endswith(".gguf") or (pathlib.Path(model.path) / models.OWN).exists():
@@ -68,19 +68,18 @@ def _transformers(model: models.Model, source: str, name: str, *imports: str) ->
 
 
 def _own(model: models.Model, left: pathlib.Path) -> str:
-  """Code that loads an adapter with `lora_jax`, and uses it."""
+  """Code that loads an adapter with `lora_jax` and uses it."""
   arguments = [json.dumps(model.name), f"dtype={json.dumps(model.config.dtype)}"]
-  load = f"params = adapter.load(model, {json.dumps(str(left))})"
+  imports = ["from lora_jax import generate, models", "from lora_jax.formats import adapter"]
+  use = ['print(generate.generate(model, ["..."], params=params))']
   if model.config.head == "classification":
     arguments += ['head="classification"', f"n_labels={model.config.n_labels}"]
-    imports = ["import numpy as np", "", "from lora_jax import models, transformer"]
+    imports = ["import numpy as np", "", "from lora_jax import models", "from lora_jax.formats import adapter"]
+    imports.append("from lora_jax.model import transformer")
     use = [
       'tokens = np.array([model.tokenizer.encode("...", add_special_tokens=True)])',
       "states, _ = transformer.hidden(model.config, params, tokens)",
       "print(transformer.classify(model.config, params, states))",
     ]
-  else:
-    imports = ["from lora_jax import generate, models"]
-    use = ['print(generate.generate(model, ["..."], params=params))']
-  imports += ["from lora_jax.formats import adapter", ""]
-  return "\n".join(["```python", *imports, f"model = models.load({', '.join(arguments)})", load, *use, "```"])
+  loads = [f"model = models.load({', '.join(arguments)})", f"params = adapter.load(model, {json.dumps(str(left))})"]
+  return "\n".join(["```python", *imports, "", *loads, *use, "```"])

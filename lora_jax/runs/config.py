@@ -42,7 +42,7 @@ def train(
 
 
 def evaluation(*, examples: Count = 500, every: Size = 0, general: str = "", general_examples: Count = 200) -> None:
-  """What is scored, and when: the test split before and after, and the validation split between.
+  """What is scored, and when: the pretrained and the trained model on the test split, and on the way on validation.
 
   Args:
     examples: of each split, at most.

@@ -24,12 +24,13 @@ from lora_jax.runs import (
 from lora_jax.training import metrics
 
 
-def summary(config: Mapping, found: Mapping[str, Mapping], workdirs: Sequence[pathlib.Path]) -> dict:
+def summary(config: Mapping, found: Mapping[str, Mapping], workdirs: Sequence[pathlib.Path], command: str = "") -> dict:
   """The content of summary.json: the members that are finished in any of the directories, in the sweep's order.
 
   Args:
     found: {member: its overrides}, see `variants.overrides`.
     workdirs: members without a directory in them are taken from their summary.json.
+    command: repeats the sweep, unless a summary.json says what does.
   """
   kept = [_kept(w / "summary.json") for w in workdirs if (w / "summary.json").exists()]
   earlier = {m["name"]: m for s in kept for m in s["members"]}
@@ -45,6 +46,7 @@ def summary(config: Mapping, found: Mapping[str, Mapping], workdirs: Sequence[pa
   out = {"config": parts, "table": table, "members": rows, "groups": _programs(rows)}
   out["wall_seconds"] = sum(map(_seconds, workdirs))
   out["missing"] = [n for n in found if n not in here]
+  out["command"] = next((s["command"] for s in kept if s.get("command")), command)
   out["analyses"] = _analyses(out, workdirs, kept) if table else {}
   return out | {"versions": next((r["versions"] for r in (*rows, *kept) if "versions" in r), report.versions())}
 
@@ -102,9 +104,10 @@ def _seconds(workdir: pathlib.Path) -> float:
   return sum(shards) if shards or not whole.exists() else hf.read_json(whole, wall_seconds=numbers.Real)["wall_seconds"]
 
 
-def write_report(workdir: pathlib.Path, out: Mapping, command: str = "") -> None:
-  """report.md and plots/: the table that the config lays out, else a comparison of the members."""
-  (tables.write if out["table"] else comparison.write_report)(workdir, out, command)
+def write_report(workdir: pathlib.Path, out: Mapping) -> None:
+  """report.md and plots/: the table that the config lays out, or else a comparison of the members."""
+  write = tables.write if out["table"] else comparison.write_report
+  write(workdir, out, out.get("command", ""))
 
 
 def text_table(out: Mapping) -> str:
@@ -132,7 +135,7 @@ def join(workdirs: Sequence[str | os.PathLike], out: str | os.PathLike, command:
   found = variants.overrides(configs[0]["sweep"])
   damaged = f"the results in {', '.join(map(str, paths))} are damaged"
   with errors.parsing(damaged):
-    joined = summary(configs[0], found, paths)
+    joined = summary(configs[0], found, paths, command)
   if not joined["members"]:
     raise errors.UserError(f"no member is finished in {', '.join(map(str, paths))}")
   missing = joined["missing"]
@@ -142,7 +145,7 @@ def join(workdirs: Sequence[str | os.PathLike], out: str | os.PathLike, command:
   if not missing or out.resolve() not in [p.resolve() for p in paths]:
     metrics.write_json(out / "summary.json", joined)
   with errors.parsing(damaged):
-    write_report(out, joined, command)
+    write_report(out, joined)
     table = text_table(joined)
   if missing:
     progress.say(f"{len(missing)} of {len(found)} members are missing, such as {missing[0]}")

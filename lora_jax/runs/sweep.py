@@ -365,10 +365,11 @@ def _clear(names: Collection[str], workdir: pathlib.Path) -> None:
 
 def _finish(config: Mapping, found: Mapping, workdir: pathlib.Path, command: str) -> dict:
   """Writes the summary and the report of what is there; the summary's final name only when all is."""
-  out = outcome.summary(config, {name: overrides for name, (overrides, _) in found.items()}, [workdir])
+  overrides = {name: changed for name, (changed, _) in found.items()}
+  out = outcome.summary(config, overrides, [workdir], command)
   missing = len(out["missing"])
   if jax.process_index() == 0:
-    outcome.write_report(workdir, out, command)
+    outcome.write_report(workdir, out)
     if not missing:
       metrics.write_json(workdir / "summary.json", out)
   if missing:
