@@ -30,7 +30,7 @@ def best(fn, repeat=3) -> float:
 def main(argv):
   logging.set_verbosity(logging.WARNING)
   from lora_jax import models
-  from lora_jax.batches import causal
+  from lora_jax.batches import rows
   from lora_jax.inference import decode
 
   model = models.load(MODEL.value, dtype=DTYPE.value)
@@ -40,7 +40,7 @@ def main(argv):
   print(f"{'batch':>6} {'prompt':>10} {'greedy':>10} {'top-p 0.9':>10} {'4 beams':>10}")
   for batch in map(int, BATCH.value):
     tokens = rng.integers(10, config.vocab_size, (batch, PROMPT.value)).astype(np.int32)
-    lengths, slots = np.full(batch, PROMPT.value, np.int32), causal.bucket(PROMPT.value + NEW.value, 1 << 30)
+    lengths, slots = np.full(batch, PROMPT.value, np.int32), rows.bucket(PROMPT.value + NEW.value, 1 << 30)
     ready = lambda: jax.block_until_ready(decode.run_prompts(config, params, tokens, lengths, slots=slots, start=None))
     run = lambda **how: list(decode.continuations(config, params, tokens, max_new_tokens=NEW.value, **how))
     prompt = best(ready)

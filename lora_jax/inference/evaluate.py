@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax import errors, sharding, tasks, tree
-from lora_jax.batches import causal, classification, encoder_decoder
+from lora_jax.batches import causal, classification, encoder_decoder, rows as rows_lib
 from lora_jax.inference import beam, decode, generate
 from lora_jax.model import prompts, transformer
 from lora_jax.training import objectives, population, train
@@ -257,7 +257,7 @@ def text_loss(
       counts = np.arange(len(ids)) > 0  # nothing but soft tokens precedes the first
       rows.append(causal.row(ids, counts.astype(np.float32), soft, int(begins), begins))
   total = 0.0
-  for batch in causal.longest_first(rows, tokenizer, batch_size, seq_len, same_length):
+  for batch in rows_lib.longest_first(rows, tokenizer, batch_size, seq_len, same_length):
     del batch["lengths"], batch["index"]
     if ahead:
       members.compile(_text_loss, config, place(batch))

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 
 from lora_jax import errors, memory, methods, models, progress, sharding, tasks, tree, weights
-from lora_jax.batches import causal, classification, encoder_decoder
+from lora_jax.batches import causal, classification, encoder_decoder, iterator
 from lora_jax.formats import adapter, checkpoint, hf
 from lora_jax.inference import evaluate, generate
 from lora_jax.model import architecture, prompts
@@ -145,7 +145,7 @@ def computes(config: Config, arch: architecture.Config, members: int = 1) -> tup
 
 def batches(
   config: Config, model: models.Model, task: tasks.Task, soft: prompts.Soft | None = None, examples: Any = None
-) -> causal.TrainIterator:
+) -> iterator.TrainIterator:
   """Training batches as the model takes them; of the task's examples, or of `examples`."""
   if model.config.head == "classification":
     kind, own = classification, {}
@@ -325,7 +325,7 @@ def run(
   return summary
 
 
-def say_cut(config: Config, iterators: Iterable[causal.TrainIterator]) -> None:
+def say_cut(config: Config, iterators: Iterable[iterator.TrainIterator]) -> None:
   """Says how many training examples are too long, of each choice of them."""
   for examples, cut in sorted({(b.examples, b.truncated) for b in iterators if b.truncated}):
     progress.say(f"cut to config.data.seq_len={config.data.seq_len}: {cut:,} of {examples:,} training examples")
