@@ -30,7 +30,7 @@ def best(fn, repeat=3) -> float:
 def main(argv):
   logging.set_verbosity(logging.WARNING)
   from lora_jax import models
-  from lora_jax.batches import causal
+  from lora_jax.batches import rows
   from lora_jax.inference import decode
 
   model = models.load(MODEL.value, dtype=DTYPE.value)
@@ -43,7 +43,7 @@ def main(argv):
   for batch in map(int, BATCH.value):
     tokens = rng.integers(10, config.vocab_size, (batch, PROMPT.value)).astype(np.int32)
     lengths = np.full(batch, PROMPT.value, np.int32)
-    slots = causal.bucket(PROMPT.value + NEW.value, 1 << 30)
+    slots = rows.bucket(PROMPT.value + NEW.value, 1 << 30)
     ready = lambda: jax.block_until_ready(decode.run_prompts(config, params, tokens, lengths, slots=slots, start=None))
     run = lambda **how: list(decode.continuations(config, params, tokens, max_new_tokens=NEW.value, **how))
     prompt = best(ready)

@@ -10,7 +10,7 @@ import tokenizers
 from hypothesis import strategies as st
 
 from lora_jax import errors, tasks, tokenizer
-from lora_jax.batches import causal, classification
+from lora_jax.batches import classification, rows
 from tests.test_tokenizer import bytes_bpe, encoder_directory, template, wordpiece
 
 BUILDS = {"bert": wordpiece, "distilbert": template, "roberta": bytes_bpe}
@@ -129,7 +129,7 @@ def test_an_epoch_has_every_example_once_with_its_label(tok):
     for _ in range(13):
       batch = next(it)
       assert set(batch) == set("tokens token_types positions segment_ids lengths labels weights".split())
-      assert batch["tokens"].shape[1] == causal.bucket(batch["lengths"].max(), 24) and (batch["weights"] == 1).all()
+      assert batch["tokens"].shape[1] == rows.bucket(batch["lengths"].max(), 24) and (batch["weights"] == 1).all()
       found = list(numbers(tok, batch))
       assert batch["labels"].tolist() == [targets[i] for i in found] and batch["labels"].dtype == np.int32
       epochs[-1] += found
@@ -185,7 +185,7 @@ def test_what_cannot_be_learned_is_refused(tok):
     iterator(tok, [0, 1, -1, 0])
   with pytest.raises(errors.UserError, match="'toy' has no examples"):
     iterator(tok, [])
-  with pytest.raises(errors.UserError, match="no multiple of the number of processes, 3"):
+  with pytest.raises(errors.UserError, match="not a multiple of the number of processes, 3"):
     iterator(tok, [0, 1], process_count=3)
   text = tasks.get("jsonl", path="x")
   with pytest.raises(errors.UserError, match="'jsonl' has neither labels nor numbers"):

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import strategies as st
 
 from lora_jax import errors, methods, models, tasks, tree
-from lora_jax.batches import causal, classification, encoder_decoder
+from lora_jax.batches import causal, classification, encoder_decoder, rows as rows_lib
 from lora_jax.formats import adapter
 from lora_jax.inference import decode, evaluate, generate, sampling
 from lora_jax.methods import p_tuning, prefix_tuning, prompt_tuning
@@ -186,7 +186,7 @@ def test_packed_rows_and_rows_apart_have_the_same_loss(placement):
   segments = [
     (r, packed["segment_ids"][r] == s) for r in range(2) for s in range(1, packed["segment_ids"][r].max() + 1)
   ]
-  apart = causal.pad([{k: packed[k][r][real] for k in names} for r, real in segments], 40, 7)
+  apart = rows_lib.pad([{k: packed[k][r][real] for k in names} for r, real in segments], 40, 7)
   assert len(segments) > 2 and ((apart["tokens"] == -P).sum(1) == 1).all()
   losses = [terms.sums(train.Forward(c, packed=b is packed), params, b)[:2] for b in (packed, apart)]
   jax.tree.map(close, *losses)
@@ -219,8 +219,8 @@ def test_soft_tokens_put_into_a_batch_are_those_of_the_pipeline(placement):
   params = prompt_tuning.init(KEY, transformer.init(dataclasses.replace(CONFIGS["llama"]), KEY), length=P)[0]
   params["prompt"] = params["prompt"].replace(placement=placement)
   formatted, tok = [tasks.Formatted("^abc", "d"), tasks.Formatted("^a", "bcdef")], Bytes()
-  plain = causal.pad(causal.encode_all(tok, formatted, 30)[0], 12, 7)
-  want = causal.pad(causal.encode_all(tok, formatted, 30, soft=prompts.of(params))[0], 12 + P, 7)
+  plain = rows_lib.pad(causal.encode_all(tok, formatted, 30)[0], 12, 7)
+  want = rows_lib.pad(causal.encode_all(tok, formatted, 30, soft=prompts.of(params))[0], 12 + P, 7)
   got = prompts.insert_batch(params, plain)
   if placement == "prefix":  # a batch does not tell what predicting its first token counts
     want["weights"][:, P - 1] = 0

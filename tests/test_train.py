@@ -11,7 +11,7 @@ import optax
 import pytest
 
 from lora_jax import tree, weights
-from lora_jax.batches.causal import compact
+from lora_jax.batches.rows import compact
 from lora_jax.methods import full, lora
 from lora_jax.model import transformer
 from lora_jax.training import objectives, optim, train

@@ -1,11 +1,11 @@
-"""Texts to token ids, each with what it counts in the loss.
+"""Texts to token ids, each with its weight in the loss.
 
-A text is made of pieces: prompts, and responses to learn. It is encoded once, as a whole, and each token is of the
-piece that its characters are in. Pieces that are encoded apart give other tokens than those that the model reads and
-writes: SentencePiece begins every text with a blank of its own, and any vocabulary merges across a border.
+A text is made of pieces: prompts, and responses to learn. It is encoded once, as a whole, and each token belongs to the
+piece that its characters are in. Encoding the pieces apart would give tokens that the model never reads or writes:
+SentencePiece begins every text with a blank of its own, and any vocabulary merges across a border.
 
-What a chat template renders is the whole text of a conversation. Plain text begins with what the tokenizer puts before
-a text, such as BOS.
+A chat template renders the whole text of a conversation. Plain text begins with what the tokenizer puts before a text,
+such as BOS.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ Formatted = tasks.Formatted | tasks.Chat
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-  """A part of a text; `weight` is what its tokens count in the loss, None in a prompt."""
+  """A part of a text. `weight` is the weight of its tokens in the loss, None in a prompt."""
 
   text: str
   weight: float | None = None
@@ -35,10 +35,10 @@ class Text:
 
   Fields:
     ids: int32 [n].
-    weights: float32 [n], what predicting each counts; nan in prompts.
-    prompt: how many of them precede the last response.
-    first: how many of those begin the text, and stay where a long prompt is cut.
-    weight: of the last response.
+    weights: float32 [n], the weight of predicting each token; nan in prompts.
+    prompt: how many tokens precede the last response.
+    first: how many of these begin the text, and stay when a long prompt is cut.
+    weight: the weight of the last response.
   """
 
   ids: np.ndarray
@@ -49,13 +49,13 @@ class Text:
 
 
 class Notes:
-  """What a user has to know of how texts were read: a line for each kind, with how many there are and the first."""
+  """Remarks for the user on how texts were read: a line for each kind, with its number and its first example."""
 
   def __init__(self):
     self._found = {}
 
   def add(self, line: str, example: str = "") -> None:
-    """Counts one more of a kind."""
+    """Counts one more remark of a kind."""
     n, first = self._found.get(line, (0, example))
     self._found[line] = n + 1, first
 
@@ -73,11 +73,11 @@ PARTS = "some answers do not begin as the chat template's generation prompt ends
 
 
 def pieces(tokenizer: Any, formatted: Formatted, notes: Notes | None = None) -> list[list[Piece]]:
-  """The texts to learn of an example, in pieces of which the last is a response.
+  """The texts to learn from an example, each in pieces of which the last is a response.
 
   A conversation is one text, with each assistant message as a response. Where the chat template rewrites earlier turns,
-  as Qwen3's drops their thoughts, a new text begins: the prompt that the model is given for the next answer, and the
-  answer. So what precedes a response is always the very text that the model is given when it has to generate it.
+  as Qwen3's drops their thoughts, a new text begins: the prompt for the next answer, and the answer. So a response
+  always follows the very text that the model is given to generate it.
   """
   if isinstance(formatted, tasks.Formatted):
     return [[Piece(formatted.prompt), Piece(formatted.response, 1.0)]]
@@ -107,14 +107,14 @@ def pieces(tokenizer: Any, formatted: Formatted, notes: Notes | None = None) -> 
 
 
 def prompt(tokenizer: Any, formatted: Formatted) -> str:
-  """The text that the model is given for the (last) response."""
+  """The text that the model is given to write the (last) response."""
   if isinstance(formatted, tasks.Formatted):
     return formatted.prompt
   return render(tokenizer, formatted, -1, True)
 
 
 def answered(tokenizer: Any, formatted: Formatted, response: str | None = None) -> str:
-  """The text of the prompt and the response, or another in its place, in a conversation as its template writes it."""
+  """The text of the prompt with the example's own response, or `response`; a conversation as its template writes it."""
   if isinstance(formatted, tasks.Formatted):
     return formatted.prompt + (formatted.response if response is None else response)
   if response is not None:
@@ -124,13 +124,13 @@ def answered(tokenizer: Any, formatted: Formatted, response: str | None = None) 
 
 
 def render(tokenizer: Any, chat: tasks.Chat, n: int | None = None, add_generation_prompt: bool = False) -> str:
-  """The chat template's text of the first `n` messages."""
+  """The chat template's text for the first `n` messages."""
   messages = [{k: v for k, v in m.items() if k != "weight"} for m in chat.messages[:n]]
   return tokenizer.chat(messages, add_generation_prompt=add_generation_prompt, **chat.variables)
 
 
 def encode(tokenizer: Any, formatted: Sequence[Formatted], notes: Notes | None = None) -> Iterator[Text]:
-  """The texts to learn of all examples; see `pieces`. A text without a prompt begins with BOS, or the end token."""
+  """The texts to learn from all examples; see `pieces`. A text without a prompt begins with BOS or the end token."""
   notes = Notes() if notes is None else notes
   parts = [(text, isinstance(f, tasks.Chat)) for f in formatted for text in pieces(tokenizer, f, notes)]
   begin, ends = tokenizer.begin, tokenizer.end_ids
@@ -143,7 +143,7 @@ def encode(tokenizer: Any, formatted: Sequence[Formatted], notes: Notes | None =
       for i in range(1, len(text), 2):
         end = at[i] + turn_end(tokenizer, ids[at[i] : at[i + 1]].tolist(), ends)
         weights[end : at[i + 1]] = np.nan
-      ids, weights = ids[:end], weights[:end]  # the last turn's
+      ids, weights = ids[:end], weights[:end]  # `end` is the end of the last turn
     elif at[1] < len(ids) and offsets[at[1], 0] < len(text[0].text):
       notes.add(SPANS, f"{text[0].text[-20:]!r} + {text[1].text[:20]!r}")
     before = _before(tokenizer, () if chat else begin, not at[-2])
@@ -154,25 +154,25 @@ def encode(tokenizer: Any, formatted: Sequence[Formatted], notes: Notes | None =
 
 
 def _before(tokenizer: Any, begin: Sequence[int], empty: bool) -> list[int]:
-  """What precedes a text: its `begin`, or if there is no other prompt a token to predict the response from."""
+  """The tokens before a text: `begin`, or for an `empty` prompt one token to predict the response from."""
   start = tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id
   return list(begin) or ([start] if empty and start is not None else [])
 
 
 def _assigned(text: Sequence[Piece], offsets: np.ndarray) -> np.ndarray:
-  """Which piece each token is of: that of its last character, or a response that it has any character of."""
+  """The piece of each token, int [n]: the piece of its last character, or a response if it has any character of one."""
   borders = np.cumsum([len(p.text) for p in text])
-  piece = lambda at: np.minimum(np.searchsorted(borders, at, side="right"), len(text) - 1)
+
+  def piece(at):
+    return np.minimum(np.searchsorted(borders, at, side="right"), len(text) - 1)
+
   of, begins = piece(offsets[:, 1] - 1), piece(offsets[:, 0])
   prompts = np.array([p.weight is None for p in text])
   return np.where(prompts[of] & (begins < of), of - 1, of)
 
 
 def turn_end(tokenizer: Any, ids: Sequence[int], ends: Sequence[int]) -> int:
-  """How many tokens of an answer in a conversation are learned.
-
-  That is all but white space that the template writes after one of the tokens that end a text.
-  """
+  """How many tokens of a conversation's answer are learned: all but white space after a token that ends a text."""
   end = next((n for n in range(len(ids), 0, -1) if ids[n - 1] in ends), len(ids))
   return len(ids) if tokenizer.decode(ids[end:], skip_special_tokens=False).strip() else end
 
@@ -180,17 +180,18 @@ def turn_end(tokenizer: Any, ids: Sequence[int], ends: Sequence[int]) -> int:
 def questions(
   tokenizer: Any, formatted: Sequence[Formatted], labels: Sequence[str] = ()
 ) -> tuple[list[list[int]], list[int], list[list[list[int]]]]:
-  """Prompts to continue, as ids; how many of each begin the text; and ids of each label after each prompt.
+  """Prompts to continue, as ids; how many ids of each begin the text; and the ids of each label after each prompt.
 
-  A label's text, without a token that ends it, is encoded whole: a prompt loses the tokens at its end that are others
-  with one of the labels.
+  Prompt and label are encoded as one text. A prompt loses the tokens at its end that would be different with one of the
+  labels. Labels come without a token that ends the text.
   """
   asked = tokenizer.encode_batch([prompt(tokenizer, f) for f in formatted])
   whole = iter(tokenizer.encode_batch([answered(tokenizer, f, label) for f in formatted for label in labels]))
   begin, ends = tokenizer.begin, tokenizer.end_ids
   prompts, firsts, answers = [], [], []
   for f, ids in zip(formatted, asked, strict=True):
-    texts, chat = [next(whole) for _ in labels], isinstance(f, tasks.Chat)
+    texts = [next(whole) for _ in labels]
+    chat = isinstance(f, tasks.Chat)
     n = min([len(ids), *(common(ids, text) for text in texts)])
     answers.append([without_end(tokenizer, text[n:], ends if chat else ()) for text in texts])
     if empty := [label for label, text in zip(labels, answers[-1], strict=True) if not text]:
@@ -202,19 +203,19 @@ def questions(
 
 
 def without_end(tokenizer: Any, ids: Sequence[int], ends: Sequence[int]) -> list[int]:
-  """An answer's ids up to the one of `ends` that ends it."""
+  """An answer's ids without the token of `ends` that ends it."""
   ids = list(ids[: turn_end(tokenizer, ids, ends)])
   return ids[:-1] if ids and ids[-1] in ends else ids
 
 
 def common(a: Sequence, b: Sequence) -> int:
-  """Length of the longest common prefix."""
+  """The length of the longest common prefix."""
   n = min(len(a), len(b))
   return n if a[:n] == b[:n] else next(i for i in range(n) if a[i] != b[i])
 
 
 def note_unread(tokenizer: Any, chat: tasks.Chat, notes: Notes) -> None:
-  """Notes what a conversation has and its template does not ask for."""
+  """Notes the keys of a conversation that its template does not read."""
   keys = {k for m in chat.messages for k, v in m.items() if v is not None} - {"role", "content", "weight"}
   for key in sorted(keys | chat.variables.keys()):
     names = THOUGHTS if key in THOUGHTS else (key,)

@@ -14,7 +14,7 @@ import numpy as np
 from flax import struct
 
 from lora_jax import errors, memory
-from lora_jax.batches import causal
+from lora_jax.batches import rows as rows_lib
 from lora_jax.inference import beam, sampling as sampling_lib
 from lora_jax.model import prompts, transformer
 
@@ -160,9 +160,9 @@ def _fit(config, tokens, mask, new: int, prefix: int = 0, beams: int = 1) -> tup
       f"a prompt of {longest} tokens and {new} new ones exceed the {most} positions of the model; "
       "shorten the prompt or lower max_new_tokens"
     )
-  width = causal.bucket(longest, most)
+  width = rows_lib.bucket(longest, most)
   tokens = np.pad(tokens[:, :width], [(0, 0), (0, max(0, width - tokens.shape[1]))])
-  return tokens, lengths, causal.bucket(max(need, min(MIN_SLOTS, most)), most)
+  return tokens, lengths, rows_lib.bucket(max(need, min(MIN_SLOTS, most)), most)
 
 
 def check(

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax import errors, tasks
-from lora_jax.batches import causal, classification, encoder_decoder
+from lora_jax.batches import causal, classification, encoder_decoder, rows as rows_lib
 from lora_jax.inference import beam, decode, generate, members as members_lib
 from lora_jax.inference.members import Call, Evaluation, Members
 from lora_jax.model import prompts, transformer
@@ -202,14 +202,14 @@ def text_losses(
 
   def calls() -> Iterator[Call]:
     rows = _text_rows(tokenizer, texts, members.soft, seq_len)
-    for batch in causal.longest_first(rows, tokenizer, batch_size, seq_len, same_length):
+    for batch in rows_lib.longest_first(rows, tokenizer, batch_size, seq_len, same_length):
       del batch["lengths"], batch["index"]
       yield Call(_text_loss, config, (place(batch),), sums.append)
 
   return Evaluation(members, calls(), lambda: [float(x / n) for x, n in np.sum(np.array(sums, float), axis=0)])
 
 
-def _text_rows(tokenizer: Any, texts: Sequence[str], soft: prompts.Soft | None, seq_len: int) -> list[causal.Batch]:
+def _text_rows(tokenizer: Any, texts: Sequence[str], soft: prompts.Soft | None, seq_len: int) -> list[rows_lib.Batch]:
   """Texts of two tokens or more as rows of a batch."""
   rows = []
   for ids in tokenizer.encode_batch(texts, add_special_tokens=True):

@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Sequence
 
 from lora_jax import models
-from lora_jax.batches import causal
+from lora_jax.batches import rows
 from lora_jax.formats import adapter, hf
 
 CLASSES = {"lm": "AutoModelForCausalLM", "classification": "AutoModelForSequenceClassification"}
@@ -62,7 +62,7 @@ def _transformers(model: models.Model, source: str, name: str, *imports: str) ->
   if model.config.head == "classification" and name == "base":
     arguments.append(f"num_labels={model.config.n_labels}")
     if model.config.causal and model.hf_config.get("pad_token_id") is None:  # a batch is classified by its last tokens
-      arguments.append(f"pad_token_id={causal.padding_id(model.tokenizer)}")
+      arguments.append(f"pad_token_id={rows.padding_id(model.tokenizer)}")
   lines = [*imports, f"from transformers import {kind}", "", f"{name} = {kind}.from_pretrained({', '.join(arguments)})"]
   return "```python\n" + "\n".join(lines) + "\n```"
 

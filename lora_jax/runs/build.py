@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from lora_jax import errors, methods, models, sharding, tasks, weights
-from lora_jax.batches import causal
+from lora_jax.batches import iterator
 from lora_jax.inference import generate
 from lora_jax.model import architecture, prompts
 from lora_jax.runs import config as config_lib, warm_start
@@ -134,7 +134,7 @@ def auxiliary_tree(
 
 def batches(
   config: Config, model: models.Model, task: tasks.Task, soft: prompts.Soft | None = None, examples: Any = None
-) -> causal.TrainIterator:
+) -> iterator.TrainIterator:
   """Training batches as the model takes them; of the task's examples, or of `examples`."""
   kind, own = objectives.make(**config.objective).batches(model.config, task)
   settings = config_lib.for_batches(config, kind)
