@@ -15,6 +15,7 @@ import optax
 import pytest
 
 from lora_jax import errors, methods, sharding, tree, weights
+from lora_jax.batches import rows as rows_lib
 from lora_jax.model import prompts, transformer
 from lora_jax.runs import experiment, sweep
 from lora_jax.training import auxiliary, head, objectives, optim, population, train
@@ -200,7 +201,7 @@ def test_micro_batches_and_packed_rows_are_one_batch():
   for b in data:
     n = b["segment_ids"].sum(1)
     examples = [{k: b[k][i, : n[i]] for k in ("tokens", "targets", "weights")} for i in range(len(n))]
-    packed.append(rows.compact(examples, slice(0, len(n)), 16, 0, 4))
+    packed.append(rows_lib.compact(examples, slice(0, len(n)), 16, 0, 4))
   assert packed[0]["segment_ids"].max() > 2
   for got, after in (alone(params, mask, data, accumulate=2), alone(params, mask, packed)):
     same_rows(got, rows, rtol=1e-4, atol=1e-5)
