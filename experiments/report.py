@@ -18,7 +18,7 @@ def run(argv: Sequence[str]) -> None:
     "python -m experiments.report", "Joins the results of a sweep that several directories hold."
   )
   parser.add_argument(
-    "directories", nargs="+", metavar="DIR", help="directories of one sweep, such as those of its shards"
+    "directories", nargs="+", metavar="DIR", help="directories of one sweep, such as one for each shard"
   )
   parser.value("--out", values.Name, None, "where the summary, tables and plots are written; the first DIR")
   flags = parser.parse_args(argv)

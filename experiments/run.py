@@ -119,7 +119,7 @@ def array_task(environment: Mapping[str, str]) -> tuple[int, int]:
     return 0, 1
   found["MAX"] = environment.get("SLURM_ARRAY_TASK_MAX") or found["ID"]
   if wrong := {f"SLURM_ARRAY_TASK_{k}": v[:100] for k, v in found.items() if number(v) is None}:
-    raise errors.UserError(f"these variables are no numbers: {wrong}")
+    raise errors.UserError(f"these variables should be whole numbers: {wrong}")
   task, first, count, last = (number(found[k]) for k in ("ID", "MIN", "COUNT", "MAX"))
   last = max(task, last)
   if last - first >= count:  # with --array=0,2,5 or 0-6:2 the shares between would never run

@@ -135,7 +135,7 @@ def test_results_of_directories_are_joined(monkeypatch, tmp_path):
 
 def test_a_slurm_array_of_no_numbers_ends_in_one_message(slurm, tmp_path):
   slurm(ID="9" * 5000, MIN=0, MAX=1, COUNT=2)
-  with pytest.raises(SystemExit, match="error: these variables are no numbers: .*SLURM_ARRAY_TASK_ID"):
+  with pytest.raises(SystemExit, match="error: these variables should be whole numbers: .*SLURM_ARRAY_TASK_ID"):
     run.main(["--config", f"{ROOT}/configs/lora_table5.py:smol", "--workdir", str(tmp_path / "w")])
 
 

@@ -217,7 +217,7 @@ def test_what_cannot_be_analysed(base):
   for members, kw, message in (
     ({"full": base}, {}, "'full' has no LoRA"),
     ({"a": good, "b": trained(base, 1, rank=2, targets="v")}, {}, "no matrix is adapted in all of a, b"),
-    ({"a": good}, {"matrices": ("k",)}, "matrix .k. is none that all members adapt: layers.attn.q"),
+    ({"a": good}, {"matrices": ("k",)}, "matrix .k. is not adapted in all members, which share layers.attn.q"),
     ({"a": good}, {"layers": (4,)}, "layer 4 of layers/attn/q/kernel: there are 0 to 3"),
     ({"a": good, "b": elsewhere}, {}, "layer 2 .* not adapted in all"),
     ({"a": good}, {"pairs": [("a", "bb")]}, "unknown member 'bb'"),

@@ -9,7 +9,7 @@ from typing import Any
 from lora_jax import files
 from lora_jax.results import plots, point_labels, report
 
-# The colours of kinds of methods, as their files name them; further kinds take those of plots.PALETTE that are left.
+# Colours of the kinds that methods name in their files; other kinds take what is left of plots.PALETTE.
 COLOURS = {
   "low rank": "#08519c",
   "bottlenecks": "#238b45",
@@ -114,7 +114,7 @@ def write_report(workdir: str | pathlib.Path, summary: Mapping[str, Any], comman
 
 
 def colours(found: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-  """{kind: colour} of the kinds in rows: those of `COLOURS` in its order, then the others."""
+  """{kind: colour} of the kinds in rows: first the kinds in `COLOURS`, in its order, then the others."""
   there = dict.fromkeys(r["kind"] for r in found)
   spare = itertools.cycle([c for c in plots.PALETTE if c not in COLOURS.values()])
   known = {kind: colour for kind, colour in COLOURS.items() if kind in there}

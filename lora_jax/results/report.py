@@ -75,7 +75,7 @@ def summary(
 ) -> dict[str, Any]:
   """The content of `summary.json`; `more` are further top-level keys, such as `dtype`. `step_seconds` is the median.
 
-  Peak memory and versions are those of this process, now.
+  Peak memory and versions are read from this process, now.
   """
   return {
     "model": model,

@@ -176,7 +176,7 @@ def _chosen(names: Sequence[str], matrices: Sequence[str]) -> list[str]:
     pattern = tree.compile_pattern(rf"(^|/){m}(/|$)" if re.fullmatch(r"\w+", m) else m)
     hits = [k for k in names if pattern.search(k)]
     if not hits:
-      raise errors.UserError(f"matrix {m!r} is none that all members adapt: {', '.join(names)}")
+      raise errors.UserError(f"matrix {m!r} is not adapted in all members, which share {', '.join(names)}")
     found += hits
   return list(dict.fromkeys(found))
 

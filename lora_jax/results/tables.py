@@ -132,7 +132,7 @@ def pivot(summary: Mapping[str, Any]) -> Table:
 
 
 def _metrics(how: table_layout.Layout, row: str, members: Sequence[Mapping[str, Any]]) -> set[str]:
-  """The metrics that a failed member of a row would have: those of its other members, else the published, else all."""
+  """The metrics that a failed member of a row would have: as its other members, else as published, else all."""
   found = {k for k in how.metrics if any(table_layout.has(m, k) for m in members if "error" not in m)}
   published = {k for k in how.metrics if any(how.row(k, row) in rows for rows in how.published.values())}
   return found or published or set(how.metrics)

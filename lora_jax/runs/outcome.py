@@ -141,7 +141,7 @@ def join(workdirs: Sequence[str | os.PathLike], out: str | os.PathLike, command:
   missing = joined["missing"]
   if not missing:
     metrics.write_json(out / "config.json", configs[0])
-  # Where a run may go on it would take the summary for that of all.
+  # A sweep that goes on in that directory would take the summary for a complete one.
   if not missing or out.resolve() not in [p.resolve() for p in paths]:
     metrics.write_json(out / "summary.json", joined)
   with errors.parsing(damaged):

@@ -68,7 +68,7 @@ def groups(configs: Mapping[str, Config], most: int = 0) -> list[list[str]]:
   """Names of members that train together, each group of at most `most` (0: any number).
 
   In order, but groups over one pretrained model come one after the other, and last those that start from adapters,
-  which may be those of other members.
+  which other members may leave.
   """
   found: dict[tuple, dict[str, list[str]]] = {}
   for name, c in configs.items():
@@ -79,7 +79,7 @@ def groups(configs: Mapping[str, Config], most: int = 0) -> list[list[str]]:
 
 
 def _base(config: Config) -> tuple[bool, str]:
-  """(whether a member starts from an adapter, what its pretrained model is): that of a classifier has a head."""
+  """(whether a member starts from an adapter, its pretrained model as text); a classifier's model has a head."""
   classifies = objectives.make(**config.objective).head == "classification"
   outputs = tasks.get(**config.task).n_outputs if classifies else 0
   return bool(config.train.init_from), json.dumps([dataclasses.asdict(config.model), outputs], sort_keys=True)
@@ -150,7 +150,7 @@ def _check_metrics(table: Mapping, configs: Mapping[str, Config], mine: Sequence
   """Raises UserError for a metric of the table that no member will have, where that can be known before training.
 
   Args:
-    mine: members whose data are here. Where those of others would be scored in another way, nothing is known of them.
+    mine: members whose data are here. If other members are scored in another way, their metrics are not known.
   """
   scored = {n: _scored(c) for n, c in configs.items()}
   here = {scored[n]: configs[n] for n in mine}
@@ -193,7 +193,7 @@ def _finished(config: Mapping, found: Mapping, workdir: pathlib.Path) -> bool:
 
 
 def _clock(path: pathlib.Path) -> Callable[[], None]:
-  """A function that writes to `path` the seconds since now, added to those of earlier calls."""
+  """A function that writes to `path` the seconds since now, added to the seconds of earlier calls."""
   started = time.perf_counter()
   earlier = hf.read_json(path, seconds=numbers.Real)["seconds"] if path.exists() else 0.0
 

@@ -173,7 +173,7 @@ KINDS = {
 
 
 def _random(part: Mapping) -> Iterator[tuple[str, Overrides]]:
-  """Samples; those of a key do not depend on what other keys there are."""
+  """Samples; the values of a key do not depend on which other keys there are."""
   drawn = []
   own = ("n", "seed")
   how = values.keywords(draws, {k: v for k, v in part.items() if k in own}, "config.sweep.random")

@@ -18,7 +18,6 @@ All that reads an adapter takes the tensors that it knows out of `left` and adds
 `load` raises one error of all that, and of what is left.
 """
 
-import functools
 import importlib
 import numbers
 import os
@@ -69,16 +68,19 @@ class NoForm(errors.UserError):
   """What was trained has no place in PEFT's format."""
 
 
-@functools.cache
 def forms() -> dict[str, ModuleType]:
   """{method: the module here that is its form}."""
-  here = {m.name for m in pkgutil.iter_modules(__path__)}
-  return {n: importlib.import_module(f"{__name__}.{n}") for n in methods.names() if n in here}
+  return {name: form for name in methods.names() if (form := _form(name))}
 
 
 def form_of(method: ModuleType) -> ModuleType | None:
   """The form of a method: the module here of its name, or of the name that its `PEFT` is."""
-  return forms().get(getattr(method, "PEFT", methods.name_of(method)))
+  return _form(getattr(method, "PEFT", methods.name_of(method)))
+
+
+def _form(name: str) -> ModuleType | None:
+  here = {m.name for m in pkgutil.iter_modules(__path__)} & set(methods.names())
+  return importlib.import_module(f"{__name__}.{name}") if name in here else None
 
 
 def _of_config(config: Mapping, where: str) -> ModuleType:
