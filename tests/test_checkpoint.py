@@ -152,7 +152,7 @@ def test_restores_onto_another_mesh(tmp_path):
 
 
 def test_unknown_step_is_named(saved):
-  with checkpoint.Checkpoints(saved) as c, pytest.raises(errors.UserError, match="step 7; steps there: 1, 2"):
+  with checkpoint.Checkpoints(saved) as c, pytest.raises(errors.UserError, match="step 7; it has steps: 1, 2"):
     c.restore(7, make_state())
 
 

@@ -358,7 +358,7 @@ def test_end_tokens_of_a_model():
   assert ends(generation={"eos_token_id": 9}, tokenizer=byte_tokenizer(TEMPLATE)) == (9, EOS, TURN)
   assert ends(tokenizer=byte_tokenizer("{{ raise_exception('no') }}")) == (EOS,)
   assert ends(tokenizer=dataclasses.replace(byte_tokenizer(), eos_id=None)) == ()
-  with pytest.raises(errors.UserError, match="eos_token_id=.'x'. is no token"):
+  with pytest.raises(errors.UserError, match="eos_token_id=.'x'. is not a token"):
     ends(generation={"eos_token_id": ["x"]})
   turns = dataclasses.replace(writer("x", TURN), tokenizer=byte_tokenizer(TEMPLATE))
   assert generate.generate(turns, ["a"]) == ["x"]
@@ -401,10 +401,10 @@ def test_settings_out_of_range(kw, said):
     ("abc", "sequence of texts .* not 'abc'"),
     ("", "sequence of texts"),
     ([1, 2], "sequence of texts"),
-    (["a", [3, 259]], "prompt 1: 259 is no token of babbler, which has 259"),
-    ([[-1]], "prompt 0: -1 is no token"),
-    ([[2**40]], "is no token"),
-    ([[1.5]], "1.5 is no token"),
+    (["a", [3, 259]], "prompt 1: 259 is not a token of babbler, which has 259"),
+    ([[-1]], "prompt 0: -1 is not a token"),
+    ([[2**40]], "is not a token"),
+    ([[1.5]], "1.5 is not a token"),
   ],
 )
 def test_prompts_that_are_none(prompts, said):

@@ -218,7 +218,7 @@ def test_foreign_files(tmp_path):
   path = tmp_path / "x.gguf"
   refused(path, "does not exist")
   refused(tmp_path, "it is a directory, expected a file")
-  for content, word in ((b"", "empty"), (b"GG", "no GGUF"), (b"PK\x03\x04" + bytes(60), "no GGUF")):
+  for content, word in ((b"", "empty"), (b"GG", "not a GGUF"), (b"PK\x03\x04" + bytes(60), "not a GGUF")):
     path.write_bytes(content)
     refused(path, word)
   path.write_bytes(b"GGUF" + (1).to_bytes(4, "little") + bytes(60))

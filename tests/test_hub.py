@@ -547,14 +547,14 @@ def test_adapter(tiny, model_dir, adapter, monkeypatch):
 
 def test_repository_that_is_no_adapter(tiny):
   refuse = functools.partial(refused, download=hub.download_adapter)
-  refuse("org/tiny", "lacks adapter_config.json, adapter_model.safetensors", "it is a model, no adapter")
+  refuse("org/tiny", "lacks adapter_config.json, adapter_model.safetensors", "it is a model, not an adapter")
   tiny.add("org/pickled", {"adapter_config.json": b"{}", "adapter_model.bin": b"\x80"})
   refuse("org/pickled", "lacks adapter_model.safetensors", "pickled")
   refuse("org/nothing", "no such repository")
   refuse("org/pickled@v9", "no branch, tag or commit v9")
   assert not tiny.got(".bin") and not tiny.got("config.json", "HEAD")
   for name in ("", "org/name/x.gguf", "../x", "org/a/../b"):
-    with pytest.raises(errors.UserError, match="no name of an adapter"):
+    with pytest.raises(errors.UserError, match="not the name of an adapter"):
       hub.download_adapter(name)
 
 

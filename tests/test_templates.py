@@ -174,7 +174,7 @@ def test_whatever_multiplies_its_input_is_paid_for():
     ("{{ " + "9" * 5000 + " }}", "ValueError"),
     ("{% include 'x' %}", "TypeError: no loader"),
     ("{% for i in [1] %}" * 50 + "{% endfor %}" * 50, "SyntaxError"),
-    ("{% for %}", "is no Jinja template: line 1"),
+    ("{% for %}", "is not a Jinja template: line 1"),
     ("{{ raise_exception('no\nsystem \x1b[31m role') }}", r"refuses the messages: no system \\x1b\[31m role$"),
     ("{{ dict.update(messages[0], {'content': 1}) }}", "refuses the messages"),
     ("{{ messages.append(1) }}", "refuses the messages"),

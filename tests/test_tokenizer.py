@@ -448,7 +448,7 @@ def test_bad_directories(ours, tmp_path):
   refused(tokenizer.from_directory, tmp_path, match="no tokenizer.json")
   for content in ("", "{", "[1]", '{"model": 3}', '{"version": "1.0", "model": {"type": "BPE"}}'):
     (tmp_path / "tokenizer.json").write_text(content)
-    refused(tokenizer.from_directory, tmp_path, match="tokenizer.json is no tokenizer")
+    refused(tokenizer.from_directory, tmp_path, match="tokenizer.json is not a tokenizer")
   (tmp_path / "tokenizer.json").write_bytes(b"\xff\xfe{")
   refused(tokenizer.from_directory, tmp_path, match="cannot read .*tokenizer.json")
   ours.save(tmp_path)

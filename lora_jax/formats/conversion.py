@@ -1,6 +1,6 @@
-"""What to do with files that are not read: pickles, and names that other libraries put around a model's own.
+"""Advice on files that are refused: pickles, and tensors under names that other libraries have changed.
 
-Each message ends in a line of Python that makes a file which is read.
+Each message ends in a line of Python that converts the file.
 """
 
 import pathlib
@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from lora_jax import errors
 
 PICKLE = "is pickled, which can run code, and is never loaded. If you trust it, convert it in Python: "
-# Part of a tensor's name -> who puts it there; the last is in every name, or is a model's own.
+# Part of a tensor's name -> who puts it there. DDP puts the last one before every name; else it is the model's own.
 WRAPPERS = {
   r"_orig_mod\.": "torch.compile",
   r"_checkpoint_wrapped_module\.": "activation checkpointing",
@@ -23,7 +23,7 @@ ADAPTER = re.compile(rf"{PARTS}\.(?!weight$|bias$)(\w+)(?:\.weight|\.bias)?$")
 
 
 def of_pickle(path: str) -> str:
-  """What to add to the message that a safetensors file is missing, where there is a pickle of its name."""
+  """A clause for the message that a safetensors file is missing: how to convert the pickle beside it, if any."""
   pickle = pathlib.Path(path).with_suffix(".bin")
   if not pickle.exists():
     return ""
@@ -35,7 +35,7 @@ def of_pickle(path: str) -> str:
 
 
 def of_pickled_model(directory: pathlib.Path, found: Sequence[str], config: Mapping) -> str:
-  """What to add to the message that a directory has no safetensors, where it has a pickled model."""
+  """A clause for the message that a directory has no safetensors: how to convert its pickled model, if it has one."""
   pickles = [k for k in found if re.fullmatch(r"pytorch_model.*\.bin", k)]
   if not pickles:
     return ""
@@ -47,23 +47,23 @@ def of_pickled_model(directory: pathlib.Path, found: Sequence[str], config: Mapp
 
 
 def check_names(where: Mapping[str, Mapping]) -> None:
-  """Raises UserError for the tensors of a model that was saved with what was wrapped around it.
+  """Raises UserError for tensors of a model that was saved together with a wrapper around it.
 
   Args:
-    where: {name: {"filename": the file that has it}}.
+    where: {name of a tensor: {"filename": the file that has it}}.
   """
   names = {pattern: [k for k in where if re.search(pattern, k)] for pattern in WRAPPERS}
   names = {p: found for p, found in names.items() if found and (p[0] != "^" or len(found) == len(where))}
   if names:
-    said = ", ".join(f"{found[0]} is a name from {WRAPPERS[p]}" for p, found in names.items())
+    said = ", ".join(f"{found[0]} is a name given by {WRAPPERS[p]}" for p, found in names.items())
     raise errors.UserError(_renaming(where, said, "|".join(names), ""))
   found = next((m for k in where if (m := ADAPTER.search(k))), None)
   if found:
-    said = f"{found.string} is from a PeftModel's state_dict, where adapters have names, here {found[1]!r}; PEFT's "
+    said = f"{found.string} is from a PeftModel's state_dict, which has names of adapters, here {found[1]!r}; PEFT's "
     name = re.escape(found[1])
     pattern = rf"(\.modules_to_save)?\.{name}((?<=vector\.{name})\.weight)?(?=\.|$)"
     raise errors.UserError(
-      _renaming(where, f"{said}save_pretrained takes them out", pattern, f" if {'.' + found[1]!r} in k")
+      _renaming(where, f"{said}save_pretrained removes them", pattern, f" if {'.' + found[1]!r} in k")
     )
 
 
@@ -74,4 +74,4 @@ def _renaming(where: Mapping[str, Mapping], said: str, pattern: str, which: str)
     f"rename = lambda tensors: {{re.sub({pattern!r}, '', k): x for k, x in tensors.items(){which}}}; "
     f"[st.save_file(rename(st.load(open(path, 'rb').read())), path, {{'format': 'pt'}}) for path in {paths!r}]"
   )
-  return f"{paths[0]}: {said}. To take it out, in Python: {code}"
+  return f"{paths[0]}: {said}. To remove it, in Python: {code}"

@@ -27,10 +27,13 @@ DTYPES = {
 
 
 def read_json(path: str | os.PathLike, **kinds: type) -> dict:
-  """A JSON object from a file; UserError when it is missing or is none.
+  """The JSON object in a file.
 
   Args:
-    kinds: keys that it must have, and of which type their values are.
+    kinds: keys that it must have, and the types of their values.
+
+  Raises:
+    UserError: the file is missing or malformed, or holds something else.
   """
   value = files.parse_json(files.read(path), str(path))
   if not isinstance(value, dict):
@@ -42,14 +45,15 @@ def read_json(path: str | os.PathLike, **kinds: type) -> dict:
 
 
 def write_json(path: str | os.PathLike, value: dict) -> None:
-  """A JSON object to a file, whole or not at all."""
+  """Writes a JSON object to a file, whole or not at all."""
   files.write(pathlib.Path(path), json.dumps(value, indent=2, sort_keys=True).encode())
 
 
 class Tensors:
   """The tensors of one or more safetensors files, mapped one at a time.
 
-  Raises UserError, naming the file, for one that is missing, truncated or no safetensors.
+  Raises:
+    UserError: a file is missing, truncated or not safetensors; the message names it.
   """
 
   def __init__(self, paths: Iterable[str | os.PathLike]):
@@ -60,7 +64,7 @@ class Tensors:
       for stored, where in _header(path).items():
         k = stored.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
         if k in self._where:
-          raise errors.UserError(f"tensor {k} stands twice, last in {path}")
+          raise errors.UserError(f"tensor {k} occurs twice, last in {path}")
         self._where[k] = where
     conversion.check_names(self._where)
 
@@ -69,29 +73,29 @@ class Tensors:
     return list(self._where)
 
   def shape(self, k: str) -> tuple[int, ...]:
-    """Shape of a tensor, without reading it."""
+    """The shape of a tensor, without reading it."""
     return self._where[k]["shape"]
 
   def read(self, k: str) -> np.ndarray:
-    """The tensor in its stored dtype (bfloat16 through ml_dtypes): a view of the file, whose pages go with it."""
+    """The tensor in its stored dtype (bfloat16 of ml_dtypes). It is a view of the file; its pages are freed with it."""
     return np.memmap(mode="r", **self._where[k])
 
 
 def not_finite(tensors: Mapping[str, np.ndarray]) -> list[str]:
-  """A message for each tensor that has values which are not finite."""
+  """A message for each tensor that holds values that are not finite."""
   return [f"{k} has values that are not finite" for k, x in tensors.items() if not np.isfinite(x).all()]
 
 
 def _header(path: str) -> dict[str, dict]:
-  """What `np.memmap` needs for each tensor of a safetensors file, which the library has found to be whole."""
-  what = f"{path} is no complete safetensors file"
+  """The arguments of `np.memmap` for each tensor of a safetensors file, after the library has found it complete."""
+  what = f"{path} is not a complete safetensors file"
   with files.open(path) as f, errors.parsing(what), safetensors.safe_open(path, framework="numpy"):
     size = int.from_bytes(f.read(8), "little")
     header = files.parse_json(f.read(size), path)
   header.pop("__metadata__", None)
   unknown = sorted({v["dtype"] for v in header.values()} - DTYPES.keys())
   if unknown:
-    raise errors.UserError(f"{path} has tensors of a type that is not read: {', '.join(unknown)}")
+    raise errors.UserError(f"{path} has tensors of a type that cannot be read: {', '.join(unknown)}")
   return {
     k: dict(filename=path, dtype=DTYPES[v["dtype"]], shape=tuple(v["shape"]), offset=8 + size + v["data_offsets"][0])
     for k, v in header.items()
@@ -99,7 +103,7 @@ def _header(path: str) -> dict[str, dict]:
 
 
 def weight_files(directory: pathlib.Path) -> list[str]:
-  """Names of the safetensors that make up the model in a directory, whether or not they are there."""
+  """The names of the safetensors files that make up the model in a directory, whether or not they exist."""
   index = directory / "model.safetensors.index.json"
   if not index.exists():
     return ["model.safetensors"]
@@ -112,7 +116,7 @@ def weight_files(directory: pathlib.Path) -> list[str]:
 
 
 def open(directory: str | os.PathLike) -> tuple[dict, Tensors]:  # noqa: A001
-  """(config.json, tensors) of a model directory."""
+  """The contents of config.json and the tensors of a model directory."""
   directory = pathlib.Path(directory)
   config = read_json(directory / "config.json")
   names = weight_files(directory)
@@ -124,7 +128,7 @@ def open(directory: str | os.PathLike) -> tuple[dict, Tensors]:  # noqa: A001
 
 
 def save_tensors(path: str | os.PathLike, tensors: dict[str, np.ndarray]) -> None:
-  """A safetensors file, readable by whom the umask lets; the library makes it private."""
+  """Writes a safetensors file with the permissions of the umask; the library would make it private."""
   safetensors.numpy.save_file(tensors, path, metadata={"format": "pt"})
   umask = os.umask(0)
   os.umask(umask)
@@ -134,30 +138,33 @@ def save_tensors(path: str | os.PathLike, tensors: dict[str, np.ndarray]) -> Non
 def save(directory: str | os.PathLike, config: dict, tensors: Iterable[tuple[str, np.ndarray]]) -> None:
   """Writes config.json and (name, array) pairs as safetensors in shards of at most about 4 GiB.
 
-  Tensors are taken one at a time; index and config, which make the directory readable, are written last.
+  Tensors are taken one at a time. The index and the config, which make the directory readable, are written last.
   """
   directory = pathlib.Path(directory)
   directory.mkdir(parents=True, exist_ok=True)
-  weight_map, shard, size, parts = {}, {}, 0, []
+  weight_map, shard, parts = {}, {}, []
+  size = 0
 
   def flush():
-    nonlocal shard, size
+    nonlocal size
     parts.append(directory / f".shard-{len(parts)}.tmp")
     save_tensors(parts[-1], shard)
-    shard, size = {}, 0
+    shard.clear()
+    size = 0
 
   try:
     for k, x in tensors:
       if shard and size + x.nbytes > SHARD_BYTES:
         flush()
-      shard[k], weight_map[k] = np.ascontiguousarray(x), len(parts)
+      shard[k] = np.ascontiguousarray(x)
+      weight_map[k] = len(parts)
       size += x.nbytes
     flush()
   except BaseException:
     for temporary in parts:
       temporary.unlink(missing_ok=True)
     raise
-  # What makes the directory a model goes first, and shards of an earlier one must not outlive it.
+  # Remove an earlier model: first the files that make the directory one, then its shards.
   for name in ("config.json", "model.safetensors.index.json", "model*.safetensors"):
     for old in directory.glob(name):
       old.unlink()

@@ -1,6 +1,6 @@
 """Models and adapters of the Hugging Face hub, fetched by its own client into its own cache.
 
-What the client reads from the environment holds here too: HF_HOME or HF_HUB_CACHE (where the cache is), HF_TOKEN (or
+The client's environment variables hold here too: HF_HOME or HF_HUB_CACHE (where the cache is), HF_TOKEN (or
 `hf auth login`), HF_HUB_OFFLINE, HF_ENDPOINT (a mirror).
 """
 
@@ -23,49 +23,49 @@ ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 def download(name: str) -> pathlib.Path:
   """The local copy of a model: a directory with config.json and safetensors, or one GGUF file.
 
-  Of a directory come the JSON and template files at its top and the safetensors that `model.safetensors.index.json`
-  names (or `model.safetensors`); other copies of the weights stay where they are. A revision is resolved to a commit
-  first and every file is of that commit, whose hash is the directory's name. What the cache holds is not fetched
-  again. When the hub cannot be reached, the commit that the revision last stood for is used if it is there complete;
-  a copy that misses files never is.
+  From a directory it fetches the JSON and template files at the top and the safetensors that
+  `model.safetensors.index.json` names (or `model.safetensors`), but no other copies of the weights. A revision is
+  resolved to a commit first, and every file comes from that commit, whose hash names the directory. Files in the cache
+  are not fetched again. If the hub cannot be reached, the last known commit of the revision is used, provided that the
+  cache holds it complete.
 
   Args:
-    name: `org/name` or `org/name/file.gguf`, and `@revision` behind it for a branch, tag or commit other than `main`.
+    name: `org/name` or `org/name/file.gguf`, followed by `@revision` for a branch, tag or commit other than `main`.
 
   Raises:
-    UserError: a malformed name; what the hub does not have or not give to this user; a repository without
-      safetensors; no connection, no space; offline and not in the cache.
+    UserError: the name is malformed; the hub does not have the model or denies it to this user; the repository has no
+      safetensors; there is no connection, no space, or no copy in the cache while offline.
   """
   match = NAME.fullmatch(name)
   if match is None or ".." in name:
     raise errors.UserError(
-      f"hf:{name} is no name of a model on the Hugging Face hub; "
+      f"hf:{name} is not the name of a model on the Hugging Face hub; "
       "write hf:org/name, hf:org/name@revision or hf:org/name/file.gguf"
     )
   return _file(name, match) if match["file"] else _snapshot(name, match)
 
 
 def download_adapter(name: str) -> pathlib.Path:
-  """The local copy of an adapter: a directory with the files of `ADAPTER`, of one commit; see `download`.
+  """The local copy of an adapter: a directory with the `ADAPTER` files of one commit; see `download`.
 
   Args:
-    name: `org/name`, and `@revision` behind it for a branch, tag or commit other than `main`.
+    name: `org/name`, followed by `@revision` for a branch, tag or commit other than `main`.
 
   Raises:
-    UserError: as `download`, and for a repository that is no adapter.
+    UserError: as for `download`, or the repository is not an adapter.
   """
   import huggingface_hub
 
   match = NAME.fullmatch(name)
   if match is None or match["file"] or ".." in name:
     raise errors.UserError(
-      f"hf:{name} is no name of an adapter on the Hugging Face hub; write hf:org/name or hf:org/name@revision"
+      f"hf:{name} is not the name of an adapter on the Hugging Face hub; write hf:org/name or hf:org/name@revision"
     )
 
   def call(fn, **kw):
     return _call(fn, name, via="download_adapter", repo_id=match["repo"], **kw)
 
-  # The weights come second and of the commit that the config had, as in a model.
+  # The weights come second, from the same commit as the config, as in a model.
   fetch = huggingface_hub.snapshot_download
   root = pathlib.Path(call(fetch, revision=match["revision"], allow_patterns=[ADAPTER[0]]))
   if (root / ADAPTER[0]).exists():
@@ -88,7 +88,7 @@ def _snapshot(name: str, match: re.Match) -> pathlib.Path:
   def fetch(**kw):
     return _call(huggingface_hub.snapshot_download, name, repo_id=repo, **kw)
 
-  # The weights come last and by exact name: without them nothing here passes for a model.
+  # The weights come last and by exact name: without them the directory does not pass for a model.
   small = dict(allow_patterns=["*.json", "*.jinja"], ignore_patterns=["*/*"])
   root = pathlib.Path(fetch(revision=match["revision"], **small))
   if (root / "config.json").exists():
@@ -109,7 +109,7 @@ def _file(name: str, match: re.Match) -> pathlib.Path:
     return pathlib.Path(path)
   except errors.UserError as e:
     absent = isinstance(e.__cause__, hub.EntryNotFoundError)
-    if not absent or isinstance(e.__cause__, hub.LocalEntryNotFoundError):  # the latter: not in the cache
+    if not absent or isinstance(e.__cause__, hub.LocalEntryNotFoundError):  # the latter: missing from the cache
       raise
     listing = _call(huggingface_hub.list_repo_files, name, repo_id=repo, revision=revision)
     have = [f for f in listing if f.endswith(".gguf")]
@@ -117,28 +117,33 @@ def _file(name: str, match: re.Match) -> pathlib.Path:
 
 
 def _lacking(match: re.Match, missing: list[str], listing: list[str]) -> str:
-  """What to say of a repository that is no model which can be read."""
+  """The message about a repository that lacks files of a model or adapter."""
   repo, revision = match.group("repo", "revision")
   hint = ""
   if ADAPTER[0] in missing and "config.json" in listing:
-    hint = "; it is a model, no adapter"
+    hint = "; it is a model, not an adapter"
   elif gguf := [f for f in listing if f.endswith(".gguf")]:
     hint = f"; for one of its GGUF files write {_spell(f'{repo}/{gguf[0]}', revision)}"
   elif ADAPTER[0] in listing and ADAPTER[1] not in missing:
     hint = "; it is an adapter: load the model that its adapter_config.json names, then the adapter"
   elif any(f.endswith((".bin", ".pt", ".pth", ".ckpt")) for f in listing):
-    hint = "; pickled weights (.bin, .pt) are not read, as they can run code: look for a revision with safetensors"
+    hint = "; pickled weights (.bin, .pt) are refused, since they can run code: look for a revision with safetensors"
   shown = ", ".join(sorted(listing)[:15]) + (f" and {len(listing) - 15} more" if len(listing) > 15 else "")
   return f"{_spell(repo, revision)} lacks {', '.join(missing)}{hint}; it holds: {shown or 'nothing'}"
 
 
 def _call(fn: Callable, name: str, via: str = "download", **kw: Any) -> Any:
-  """`fn(**kw)`, a function of the hub's client, whose errors become UserError; `via` is our function that fetches."""
+  """The result of `fn(**kw)`, a function of the hub's client, whose errors become UserError.
+
+  Args:
+    name: name of the model or adapter, for messages.
+    via: the function of this module that would fetch it, for messages.
+  """
   from huggingface_hub import errors as hub
 
   try:
     return fn(**kw)
-  except Exception as e:  # its own errors, those of the HTTP library below, and the system's
+  except Exception as e:  # errors of the client, of its HTTP library, and of the system
     if isinstance(e, hub.LocalEntryNotFoundError) and isinstance(e.__cause__, hub.HfHubHTTPError):
       e = e.__cause__
     raise errors.UserError(f"hf:{name}: {_reason(e, name, via)}") from e
@@ -156,7 +161,7 @@ def _reason(e: Exception, name: str, via: str) -> str:
   token = huggingface_hub.get_token()
   log_in = "log in with `hf auth login` or set HF_TOKEN"
   if isinstance(e, hub.HFValidationError):
-    return f"no name of a repository ({first}); write hf:org/name"
+    return f"this is not the name of a repository ({first}); write hf:org/name"
   if constants.HF_HUB_OFFLINE and isinstance(e, hub.LocalEntryNotFoundError | hub.OfflineModeIsEnabled):
     return (
       f"HF_HUB_OFFLINE is set and {_cached(repo)}; unset it, or fetch it first where there is a network: "
@@ -194,10 +199,10 @@ def _reason(e: Exception, name: str, via: str) -> str:
 
 
 def _refs(repo: str) -> list[str]:
-  """Names of a repository's branches and tags, as far as the hub tells them."""
+  """The names of a repository's branches and tags; empty if the hub does not list them."""
   import huggingface_hub
 
-  with contextlib.suppress(Exception):  # not every mirror knows them; the error to report is another one
+  with contextlib.suppress(Exception):  # not every mirror lists them, and this is not the error to report
     refs = huggingface_hub.list_repo_refs(repo)
     return [r.name for r in refs.branches + refs.tags]
   return []
@@ -208,11 +213,11 @@ def _spell(repo: str, revision: str | None) -> str:
 
 
 def _cached(repo: str) -> str:
-  """A clause that says which commits of a repository the cache holds complete."""
+  """A clause that says which complete commits of a repository the cache holds."""
   from huggingface_hub import constants
 
   folder = pathlib.Path(constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}" / "snapshots"
-  whole = lambda p: not _missing(p) or all((p / f).exists() for f in ADAPTER)
-  complete = [p.name for p in sorted(folder.glob("*")) if whole(p)]
+  found = sorted(folder.glob("*"))
+  complete = [p.name for p in found if not _missing(p) or all((p / f).exists() for f in ADAPTER)]
   what = ", ".join(_spell(repo, c) for c in complete) if complete else "no complete copy of it"
   return f"the cache {constants.HF_HUB_CACHE} holds {'only ' if complete else ''}{what}"

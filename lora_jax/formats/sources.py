@@ -1,4 +1,4 @@
-"""Where the files of a model are: a directory or file, a package that ships weights, or the Hugging Face hub."""
+"""Finds the files of a model: a directory or file, a package that ships weights, or the Hugging Face hub."""
 
 import importlib.util
 import pathlib
@@ -24,18 +24,22 @@ PACKAGES = {
 
 
 def hub_name(name: str) -> str:
-  """What other libraries find a model by: its name on the Hugging Face hub where it has one, else the path."""
+  """The name by which other libraries find a model: its name on the Hugging Face hub, else its path."""
   if name.startswith("hf:"):
     return hub.NAME.fullmatch(name.removeprefix("hf:"))["repo"]
   return PACKAGES[name][3] if name in PACKAGES else name
 
 
 def find(name: str) -> pathlib.Path:
-  """The local path that a name stands for; downloads if it is `hf:...`. UserError says what was tried."""
+  """The local path of a named model; downloads `hf:...`.
+
+  Raises:
+    UserError: the model is not found; the message says what was tried.
+  """
   path = pathlib.Path(name).expanduser()
   if path.exists():
     if path.is_file() and path.suffix != ".gguf":
-      raise errors.UserError(f"model {name!r} is a file, but no .gguf; give the directory that holds config.json")
+      raise errors.UserError(f"model {name!r} is a file but not .gguf; give the directory that holds config.json")
     return path
   if name in PACKAGES:
     module, distribution, file, _ = PACKAGES[name]
@@ -50,6 +54,6 @@ def find(name: str) -> pathlib.Path:
   if name.startswith("hf:"):
     return hub.download(name.removeprefix("hf:"))
   raise errors.UserError(
-    f"unknown model {name!r}: no such file or directory here, and no packaged model ({', '.join(PACKAGES)}); "
+    f"unknown model {name!r}: it is neither a file or directory here nor a packaged model ({', '.join(PACKAGES)}); "
     f"for the Hugging Face hub write hf:org/name; {errors.nearest(name, PACKAGES)}"
   )

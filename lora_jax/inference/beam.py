@@ -1,7 +1,7 @@
 """Beam search with a key/value cache.
 
-Letters are those of model/transformer.py; W is the number of beams, and C that of candidates a step. Hypotheses,
-scores and the rules of stopping are those of `transformers`.
+Letters are as in model/transformer.py; W is the number of beams and C the number of candidates in a step. Hypotheses,
+scores and the rules for stopping equal those of `transformers`.
 """
 
 import functools
@@ -23,14 +23,16 @@ class Beams:
   """A beam search under way.
 
   Fields:
-    cache: of W rows for each of B.
-    logits: float32 [B, W, V] after the texts that go on.
-    ids, scores: int32 [B, W, S] and float32 [B, W], texts that go on, and the sums of their log-probabilities.
-    parent: int32 [B, W], the row of the cache, within its W, that each of them continues.
-    best_ids, best_scores, best_new: texts that have ended, best first, their scores with length penalty, and how many
-      tokens they have after the prompt; 0 where there is none yet.
+    cache: keys and values of B * W rows.
+    logits: float32 [B, W, V], after the texts that go on.
+    ids: int32 [B, W, S], the texts that go on.
+    scores: float32 [B, W], the sums of their log-probabilities.
+    parent: int32 [B, W], the row of the cache, among its W, that each of them continues.
+    best_ids: int32 [B, W, S], the texts that have ended, best first.
+    best_scores: float32 [B, W], their scores with length penalty.
+    best_new: int32 [B, W], the number of their tokens after the prompt; 0 while there is no such text.
     start: int32 [B], lengths of the prompts.
-    count: int32 [], tokens after the prompts.
+    count: int32 [], number of tokens after the prompts.
     open: bool [B], whether a text that goes on may still beat one that has ended.
   """
 
@@ -48,12 +50,12 @@ class Beams:
 
 
 def _take(x: jax.Array, index: jax.Array) -> jax.Array:
-  """Rows `index` [B, W] of `x` [B, C, ...]."""
+  """Rows `index` int [B, W] of `x` [B, C, ...]."""
   return jnp.take_along_axis(x, index.reshape(index.shape + (1,) * (x.ndim - 2)), axis=1)
 
 
 def _extend(s: Beams, end, limit, length_penalty, ngram, early) -> Beams:
-  """The search one token later; the model has not run it yet."""
+  """The search one token later. The model has not run that token yet."""
   (B, W, V), S = s.logits.shape, s.ids.shape[2]
   at = jnp.broadcast_to(s.start[:, None], (B, W)) + s.count
   allowed = sampling.ban_repeats(
@@ -78,7 +80,7 @@ def _extend(s: Beams, end, limit, length_penalty, ngram, early) -> Beams:
   best_scores, best = jax.lax.top_k(join(s.best_scores, final), W)
   best_new = _take(join(s.best_new, jnp.where(new, count, 0)), best)
 
-  # What the best text that goes on would score if it ended now, or at the limit where length is rewarded.
+  # The score of the best text that goes on if it ended now, or at the limit if length is rewarded.
   length = jnp.where(length_penalty > 0, limit, count) if early == "never" else count
   hope = kept_scores[:, 0] / length.astype(jnp.float32) ** length_penalty
   worst = jnp.where((best_new > 0).all(-1), best_scores[:, -1], NEVER)
@@ -95,10 +97,10 @@ def _extend(s: Beams, end, limit, length_penalty, ngram, early) -> Beams:
 
 
 def _forward(config, params, s: Beams) -> Beams:
-  """Reorders the cache by parents and runs the last tokens."""
+  """The search after the model has run the last tokens on the cache, reordered by parents."""
   B, W, S = s.ids.shape
   rows = (jnp.arange(B)[:, None] * W + s.parent).reshape(-1)
-  # The beams of a row share its source, so that what is attended to across needs no reordering.
+  # The beams of a row share its source, so the keys and values of cross-attention need no reordering.
   reordered = {k: x if k.startswith("cross") else x[:, rows] for k, x in s.cache["layers"].items()}
   at = jnp.repeat(s.start + s.count - 1, W)[:, None]
   token = jnp.take_along_axis(s.ids.reshape(B * W, S), at, axis=1)
@@ -107,14 +109,14 @@ def _forward(config, params, s: Beams) -> Beams:
 
 
 @functools.partial(jax.jit, static_argnames=("config", "beams", "ngram", "early"))
-def _search(config, params, cache, logits, ids, lengths, end, limit, length_penalty, *, beams, ngram, early):
+def _search(config, params, cache, logits, ids, lengths, *, end, limit, length_penalty, beams, ngram, early):
   B, W = len(ids), beams
   every = jnp.repeat(ids[:, None], W, axis=1)
   start = Beams(
     cache={k: jax.tree.map(lambda x: jnp.repeat(x, W, axis=int(k == "layers")), v) for k, v in cache.items()},
     logits=jnp.repeat(logits[:, None], W, axis=1),
     ids=every,
-    scores=jnp.full((B, W), NEVER).at[:, 0].set(0.0),  # all are the same text: only one counts
+    scores=jnp.full((B, W), NEVER).at[:, 0].set(0.0),  # all rows are the same text, so only one counts
     parent=jnp.zeros((B, W), jnp.int32),
     best_ids=every,
     best_scores=jnp.full((B, W), NEVER),
@@ -151,21 +153,29 @@ def search(
   """The `beams` best continuations of prompts that have been run.
 
   Args:
-    cache, logits: after the prompts `ids` int32 [B, S] of `lengths` [B]; the cache has S slots, at least
-      `max(lengths) + max_new_tokens`.
+    cache: keys and values of the prompts, with S slots, at least `max(lengths) + max_new_tokens`.
+    logits: float32 [B, V] after the prompts.
+    ids, lengths: the prompts int32 [B, S] and their lengths int32 [B].
     end: tokens that end a text.
-    length_penalty: the score is the sum of log-probabilities by the number of new tokens to this power.
-    no_repeat_ngram: no n-gram of this size occurs twice in prompt and continuation; 0 allows all.
-    early_stopping: True stops when `beams` texts have ended; False when none that goes on would score more if it
-      ended now; "never" when none can score more at all.
+    length_penalty: the sum of log-probabilities is divided by the number of new tokens to this power.
+    no_repeat_ngram: an n-gram of this size occurs at most once in prompt and continuation; 0 allows repeats.
+    early_stopping: True stops once `beams` texts have ended; False once no text that goes on would score more if it
+      ended now; "never" once no text that goes on can ever score more.
 
   Returns:
-    (int32 [B, beams, n], filled up with `end[0]`; float32 scores [B, beams]), best first; n is that of the longest.
+    ids int32 [B, beams, n], filled up with `end[0]`, and scores float32 [B, beams]; best first. n is the length of the
+    longest continuation.
   """
   end = jnp.asarray(end, jnp.int32)
-  limits = jnp.int32(max_new_tokens), jnp.float32(length_penalty)
-  how = dict(beams=beams, ngram=no_repeat_ngram, early=early_stopping)
-  ids, new, scores = map(np.asarray, _search(config, params, cache, logits, ids, lengths, end, *limits, **how))
+  how = dict(
+    end=end,
+    limit=jnp.int32(max_new_tokens),
+    length_penalty=jnp.float32(length_penalty),
+    beams=beams,
+    ngram=no_repeat_ngram,
+    early=early_stopping,
+  )
+  ids, new, scores = map(np.asarray, _search(config, params, cache, logits, ids, lengths, **how))
   at = np.arange(new.max())
   out = np.take_along_axis(ids, np.asarray(lengths)[:, None, None] + at, axis=2)
   return np.where(at < new[..., None], out, np.asarray(end)[0]), scores

@@ -1,7 +1,7 @@
-"""Continuing token ids with a key/value cache: greedy, by sampling, or by beam search (beam.py).
+"""Continues token ids with a key/value cache: greedily, by sampling, or by beam search (beam.py).
 
-Prompts are run once, right-padded to a bucket. One compiled program then adds tokens: its shapes are the batch and the
-slots of the cache, which are bucketed too, and how tokens are chosen is an input of it.
+Prompts are run once, right-padded to a bucket. One compiled program then adds tokens. Its shapes depend on the batch
+and on the slots of the cache, which are bucketed too; the way tokens are chosen is an input.
 """
 
 import functools
@@ -18,8 +18,8 @@ from lora_jax.batches import rows as rows_lib
 from lora_jax.inference import beam, sampling as sampling_lib
 from lora_jax.model import prompts, transformer
 
-NEVER = (-1,)  # as tokens that end a text: no model predicts it
-MIN_SLOTS = 256  # of a cache, so that short prompts of all lengths share one program
+NEVER = (-1,)  # as the tokens that end a text: no model predicts it
+MIN_SLOTS = 256  # the smallest cache, so that short prompts of all lengths share one program
 
 
 @struct.dataclass
@@ -27,12 +27,12 @@ class State:
   """A batch of texts under way.
 
   Fields:
-    cache: of `transformer.init_cache`.
-    logits: float32 [B, V] after the texts.
-    ids: int32 [B, S], prompts and what followed.
+    cache: keys and values, see `transformer.init_cache`.
+    logits: float32 [B, V], after the texts.
+    ids: int32 [B, S], prompts and continuations.
     start: int32 [B], lengths of the prompts.
-    count: int32 [], tokens after them.
-    done: bool [B], texts that have ended; the first end id follows them.
+    count: int32 [], number of tokens after the prompts.
+    done: bool [B], whether a text has ended; the first end id follows it.
   """
 
   cache: dict
@@ -44,10 +44,11 @@ class State:
 
 
 def prefill(config, params, tokens: jax.Array, lengths: jax.Array, slots: int) -> tuple[jax.Array, dict]:
-  """Runs prompts [B, T], right-padded, of `lengths` [B].
+  """Logits float32 [B, V] after each prompt's last token, and the cache with `slots` positions.
 
-  Returns:
-    (float32 logits [B, V] after each prompt's last token, cache of `slots` positions).
+  Args:
+    tokens: prompts int32 [B, T], padded on the right.
+    lengths: their lengths int32 [B].
   """
   cache = transformer.init_cache(config, tokens.shape[0], slots, prefix=prompts.prefix_length(params))
   x, cache = transformer.hidden(config, params, tokens, cache=cache, length=lengths.max())
@@ -57,9 +58,9 @@ def prefill(config, params, tokens: jax.Array, lengths: jax.Array, slots: int) -
 
 @functools.partial(jax.jit, static_argnames=("config", "slots", "start"))
 def run_prompts(config, params, tokens: jax.Array, lengths: jax.Array, *, slots: int, start: int | None) -> tuple:
-  """(logits [B, V], cache, ids [B, slots], lengths [B]) after prompts as in `prefill`.
+  """Logits float32 [B, V], cache, ids int32 [B, slots] and lengths int32 [B] after prompts as in `prefill`.
 
-  Those of an encoder-decoder are encoded; its text begins with the token `start`.
+  An encoder-decoder encodes the prompts, and its texts begin with the token `start`.
   """
   B, T = tokens.shape
   if config.encoder_layers:
@@ -75,7 +76,7 @@ def run_prompts(config, params, tokens: jax.Array, lengths: jax.Array, *, slots:
 
 
 def _finite(ran: tuple) -> tuple:
-  """What `run_prompts` gives; UserError where the model predicts nothing, as any token is as likely as another then."""
+  """The result of `run_prompts`; UserError if its logits are NaN, since every token is then as likely as any other."""
   if (wrong := np.asarray(jnp.isnan(ran[0]).any(1))).any():
     raise errors.UserError(
       f"the model gives NaN after prompt {int(wrong.argmax())}: its weights hold NaN or inf, or need another dtype"
@@ -84,7 +85,7 @@ def _finite(ran: tuple) -> tuple:
 
 
 def append(state: State, sampling: sampling_lib.Sampling | None, end: jax.Array, ngram: int = 0) -> State:
-  """The state with one more token, which the model has not run yet."""
+  """The state with one more token. The model has not run that token yet."""
   at = state.start + state.count
   logits = sampling_lib.ban_repeats(state.logits, state.ids, at, ngram)
   token = jnp.where(state.done, end[0], sampling_lib.choose(logits, sampling, state.count))
@@ -96,7 +97,7 @@ def append(state: State, sampling: sampling_lib.Sampling | None, end: jax.Array,
 
 
 def advance(config, params, state: State, sampling: sampling_lib.Sampling | None, end, limit, ngram: int = 0) -> State:
-  """Adds tokens until there are `limit` or every text has ended."""
+  """The state after `limit` tokens, or once every text has ended."""
 
   def step(s):
     s = append(s, sampling, end, ngram)
@@ -118,14 +119,13 @@ def _begin(logits: jax.Array, cache: dict, ids: jax.Array, lengths: jax.Array) -
 def greedy(
   config, params, cache: dict, logits: jax.Array, lengths: jax.Array, new: int, end: Sequence[int]
 ) -> jax.Array:
-  """Continues prompts by the most likely token, `new` times or until every row has ended.
+  """The most likely continuations of prompts, int32 [B, new], with `end[0]` after a row's end.
 
   Args:
-    cache, logits: of `prefill`, whose cache has at least `max(lengths) + new` slots.
+    cache, logits: the results of `prefill`; the cache has at least `max(lengths) + new` slots.
+    lengths: lengths of the prompts, int32 [B].
+    new: how many tokens to add, unless every row ends earlier.
     end: tokens that end a text.
-
-  Returns:
-    int32 [B, new]; `end[0]` after a row's end.
   """
   end = jnp.asarray(end, jnp.int32)
   ids = jnp.zeros((len(lengths), cache["layers"]["k"].shape[2]), jnp.int32)
@@ -135,21 +135,28 @@ def greedy(
 
 
 def align(tokens: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """Prompts [B, T] padded on either side, True in `mask` where real: (the same padded on the right, lengths [B])."""
+  """Prompts padded on the right, int32 [B, T], and their lengths int32 [B].
+
+  Args:
+    tokens: prompts [B, T], padded on either side.
+    mask: [B, T], True at real tokens.
+  """
   tokens, mask = np.asarray(tokens, np.int32), np.asarray(mask, bool)
   real_first = np.argsort(~mask, axis=1, kind="stable")
   return np.take_along_axis(tokens, real_first, axis=1), mask.sum(1, dtype=np.int32)
 
 
 def _fit(config, tokens, mask, new: int, prefix: int = 0, beams: int = 1) -> tuple[np.ndarray, np.ndarray, int]:
-  """Prompts padded on the right to a bucket, their lengths, and how many slots they and `new` tokens need.
+  """Prompts padded on the right to a bucket, their lengths, and the number of slots that they and `new` tokens need.
 
-  What has no room on the devices, even if it is spread over all of them, raises UserError.
+  Raises:
+    UserError: a prompt is empty or too long for the model, or keys and values do not fit on all devices together.
   """
   tokens, lengths = align(tokens, np.ones(np.shape(tokens), bool) if mask is None else mask)
   if lengths.min() < 1:
     raise errors.UserError("a prompt has no tokens")
-  longest, most = int(lengths.max()), config.max_seq_len - prefix if config.position == "learned" else 1 << 30
+  longest = int(lengths.max())
+  most = config.max_seq_len - prefix if config.position == "learned" else 1 << 30
   need = new + (1 if config.encoder_layers else longest)
   rows = len(tokens) * beams
   memory.check(
@@ -174,7 +181,7 @@ def check(
   beams: int = 1,
   early_stopping: bool | str = False,
 ) -> None:
-  """Raises UserError for settings out of their range, or that do not go together."""
+  """Raises UserError for settings that are out of range or contradict each other."""
   named = dict(max_new_tokens=max_new_tokens, top_k=top_k, no_repeat_ngram=no_repeat_ngram, beams=beams)
   least = dict(max_new_tokens=1, top_k=0, no_repeat_ngram=0, beams=1)
   wrong = [f"{k}={v} must be at least {least[k]}" for k, v in named.items() if v < least[k]]
@@ -207,16 +214,17 @@ def continuations(
   every: int | None = None,
   ended: Callable[[np.ndarray], np.ndarray] | None = None,
 ) -> Iterator[np.ndarray]:
-  """Continues prompts, and gives all new tokens so far, int32 [B, n], after each `every` of them and at the end.
+  """Yields all new tokens so far, int32 [B, n], after each `every` tokens and at the end.
 
   Args:
-    tokens, mask: prompts [B, T], padded on either side; the mask says which tokens are real, None that all are.
-    end: tokens that end a text; the first of them follows it.
+    tokens, mask: prompts [B, T], padded on either side. The mask is True at real tokens; None means all are real.
+    end: tokens that end a text. The first of them fills up a text that has ended.
     temperature, top_k, top_p: see `sampling.Sampling`.
-    no_repeat_ngram: no n-gram of this size occurs twice in prompt and continuation; 0 allows all.
-    seed: a row's tokens depend on it and the row's prompt, not on the other rows.
+    no_repeat_ngram: an n-gram of this size occurs at most once in prompt and continuation; 0 allows repeats.
+    seed: a row's tokens depend on the seed and the row's prompt, not on the other rows.
     start: the first token of an encoder-decoder's text.
-    ended: given the new tokens, which rows [B] to end besides.
+    every: None gives the tokens only at the end.
+    ended: maps the new tokens to bool [B], further rows to end.
   """
   check(max_new_tokens, temperature, top_k, top_p, no_repeat_ngram)
   params = prompts.bake(params)
@@ -228,7 +236,8 @@ def continuations(
   end = np.asarray(end, np.int32)
   state = _begin(*_finite(run_prompts(config, params, tokens, lengths, slots=slots, start=start)))
   params = prompts.without(params)
-  offsets, every = np.array(state.start)[:, None], every or max_new_tokens
+  offsets = np.array(state.start)[:, None]
+  every = every or max_new_tokens
   for limit in (*range(every, max_new_tokens, every), max_new_tokens):
     state = _advance(config, params, state, sampling, end, np.int32(limit), ngram=no_repeat_ngram)
     new = np.take_along_axis(np.asarray(state.ids), offsets + np.arange(int(state.count)), axis=1)
@@ -251,11 +260,11 @@ def beam_search(
   start: int | None = None,
   **how: Any,
 ) -> tuple[np.ndarray, np.ndarray]:
-  """The `beams` best continuations of each prompt, int32 [B, beams, n], and their scores; see `beam.search`.
+  """The `beams` best continuations of each prompt, int32 [B, beams, n], and their scores float32 [B, beams].
 
   Args:
     tokens, mask, end, start: as in `continuations`.
-    **how: `length_penalty`, `no_repeat_ngram` and `early_stopping` of `beam.search`.
+    **how: `length_penalty`, `no_repeat_ngram` and `early_stopping`, see `beam.search`.
   """
   rest = {k: how[k] for k in ("no_repeat_ngram", "early_stopping") if k in how}
   check(max_new_tokens, beams=beams, **rest)

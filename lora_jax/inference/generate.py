@@ -1,4 +1,4 @@
-"""Text from text: `generate` for a batch of prompts, `stream` for one as it is written."""
+"""Generates text: `generate` continues a batch of prompts, `stream` one prompt, piece by piece as it is written."""
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
@@ -9,23 +9,25 @@ from lora_jax import errors, models, tokenizer as tokenizer_lib
 from lora_jax.inference import decode
 from lora_jax.model import prompts as prompts_lib
 
-STOP_EVERY = 8  # tokens between looks for stop strings
+STOP_EVERY = 8  # tokens between searches for stop strings
 
 
 def until_end(ids: np.ndarray, ends: Collection[int]) -> list[int]:
-  """The tokens before the first that ends the text."""
+  """The tokens before the first one that ends the text."""
   ids = list(map(int, ids))
   return ids[: next((i for i, token in enumerate(ids) if token in ends), len(ids))]
 
 
 def start_id(model: models.Model) -> int | None:
-  """The first token of an encoder-decoder's text, by generation_config.json or config.json; None for other models."""
+  """The first token of an encoder-decoder's text, from generation_config.json or config.json; None for other models."""
   if not model.config.encoder_layers:
     return None
   names = ("decoder_start_token_id", "bos_token_id", "pad_token_id")
   known = [t[k] for k in names for t in (model.generation, model.hf_config) if t.get(k) is not None]
   if not known:
-    raise errors.UserError(f"config.json of {model.name} has none of {', '.join(names)}: what begins a text?")
+    raise errors.UserError(
+      f"config.json of {model.name} must say what begins a text: it has none of {', '.join(names)}"
+    )
   start = int(known[0])
   if start >= (rows := model.config.vocab_size):
     raise errors.UserError(f"{model.name} begins a text with token {start}, but the embedding has {rows} rows")
@@ -33,7 +35,7 @@ def start_id(model: models.Model) -> int | None:
 
 
 def complete(tokenizer: tokenizer_lib.Tokenizer, ids: Sequence[int]) -> str:
-  """Text of ids, without a character at the end of which bytes are missing; more ids only add to it."""
+  """The text of ids, without an incomplete character at its end. With more ids the text only grows."""
   for n in range(len(ids), max(len(ids) - 4, -1), -1):
     if not (text := tokenizer.decode(ids[:n])).endswith("\ufffd"):
       return text
@@ -42,27 +44,27 @@ def complete(tokenizer: tokenizer_lib.Tokenizer, ids: Sequence[int]) -> str:
 
 
 def before(text: str, stop: Sequence[str]) -> tuple[str, bool]:
-  """The text before the stop string that is complete first, and whether there is one."""
+  """The text before the stop string that ends first, and whether there is one."""
   found = [(i + len(s), i) for s in stop if (i := text.find(s)) >= 0]
   return (text[: min(found)[1]], True) if found else (text, False)
 
 
 def _held(text: str, stop: Sequence[str]) -> int:
-  """How many characters at the end may be the beginning of a stop string."""
+  """The number of characters at the end that may begin a stop string."""
   return max((n for s in stop for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
 
 
 def _batch(model: models.Model, params: dict, prompts: Sequence[str | Sequence[int]], stop: Sequence[str]) -> dict:
-  """What `decode.continuations` needs of a model and texts: tokens, soft ones among them, mask, end and start."""
+  """The arguments `tokens` (soft ones included), `mask`, `end` and `start` of `decode.continuations`."""
   if model.tokenizer is None:
     raise errors.UserError(f"{model.name} has no tokenizer")
   if model.config.head != "lm" or not model.config.causal:
-    raise errors.UserError(f"{model.name} writes no text: it has the head {model.config.head!r}")
+    raise errors.UserError(f"{model.name} cannot write text: it has the head {model.config.head!r}")
   if isinstance(stop, str) or not all(stop):
     raise errors.UserError(f"stop={stop!r} must be a sequence of strings that are not empty")
   tok = model.tokenizer
   first = tok.bos_id if tok.bos_id is not None else tok.eos_id
-  # What the tokenizer puts after a text is for an encoder: a decoder goes on with the text.
+  # The tokens that end a text are for an encoder only: a decoder continues the text.
   begin, framed = tok.begin, bool(model.config.encoder_layers)
   ids = lambda text: tok.encode(text, True) if framed else [*begin, *tok.encode(text)]
   rows = [ids(p) if isinstance(p, str) else np.asarray(p).tolist() for p in prompts]
@@ -70,7 +72,7 @@ def _batch(model: models.Model, params: dict, prompts: Sequence[str | Sequence[i
   vocabulary = range(model.config.vocab_size)
   for i, row in enumerate(rows):
     if wrong := [t for t in row if t not in vocabulary]:
-      raise errors.UserError(f"prompt {i}: {wrong[0]!r} is no token of {model.name}, which has {len(vocabulary)}")
+      raise errors.UserError(f"prompt {i}: {wrong[0]!r} is not a token of {model.name}, which has {len(vocabulary)}")
   rows = [prompts_lib.insert(prompts_lib.of(params), row, row[:1] == [tok.bos_id]) for row in rows]
   mask = np.arange(max(map(len, rows))) < np.array([len(row) for row in rows])[:, None]
   tokens = np.zeros(mask.shape, np.int32)
@@ -94,21 +96,22 @@ def generate(
   seed: int = 0,
   params: dict | None = None,
 ) -> list[str]:
-  """The continuation of each prompt, without special tokens; all run as one batch.
+  """The continuation of each prompt, without special tokens. All prompts run as one batch.
 
   Args:
-    prompts: texts, or ids that are taken as they are, such as those of a chat.
+    prompts: texts, or ids that are taken as they are, such as the ids of a chat.
     temperature, top_k, top_p, no_repeat_ngram, seed: as in `decode.continuations`; greedy by default.
     beams, length_penalty, early_stopping: as in `beam.search`, if `beams` is more than one.
     stop: a text ends before the first of these strings.
-    params: in place of the model's own, such as with an adapter.
+    params: parameters to use in place of the model's own, such as parameters with an adapter.
   """
   if isinstance(prompts, str) or not all(isinstance(p, str) or np.ndim(p) == 1 for p in prompts):
-    raise errors.UserError(f"prompts must be a sequence of texts or of token ids each, not {prompts!r:.80}")
+    raise errors.UserError(f"prompts must be a sequence of texts or of lists of token ids, not {prompts!r:.80}")
   if not len(prompts):
     return []
   decode.check(max_new_tokens, temperature, top_k, top_p, no_repeat_ngram, beams, early_stopping)
-  params, tok = model.params if params is None else params, model.tokenizer
+  params = model.params if params is None else params
+  tok = model.tokenizer
   batch = _batch(model, params, prompts, stop)
   batch |= dict(max_new_tokens=max_new_tokens, no_repeat_ngram=no_repeat_ngram)
 
@@ -136,16 +139,17 @@ def stream(
   progress: Callable[[int], None] = lambda n: None,
   **how: Any,
 ) -> Iterator[str]:
-  """The text that `generate` gives for one prompt, in pieces as they are known.
+  """Yields the text that `generate` gives for one prompt, in pieces as it is written.
 
-  A piece ends with a whole character, and holds nothing that may yet become a stop string.
+  A piece ends with a whole character and with nothing that may begin a stop string.
 
   Args:
-    progress: called with the number of tokens after each.
+    progress: called after each token with the number of tokens so far.
     **how: `temperature`, `top_k`, `top_p`, `no_repeat_ngram`, `seed`.
   """
   params = model.params if params is None else params
-  batch, given, text = _batch(model, params, [prompt], stop), "", ""
+  batch = _batch(model, params, [prompt], stop)
+  given = text = ""
   for rows in decode.continuations(model.config, params, **batch, max_new_tokens=max_new_tokens, every=1, **how):
     progress(rows.shape[1])
     text, stopped = before(complete(model.tokenizer, until_end(rows[0], batch["end"])), stop)

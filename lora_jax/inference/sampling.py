@@ -1,4 +1,4 @@
-"""How the next token is chosen: temperature, top-k, top-p, a ban on repeated n-grams; and its random keys."""
+"""Chooses the next token: temperature, top-k, top-p, a ban on repeated n-grams; and the random keys of sampling."""
 
 import collections
 import zlib
@@ -12,13 +12,13 @@ from flax import struct
 
 @struct.dataclass
 class Sampling:
-  """How tokens are chosen; all are arrays, so that other values do not compile anew.
+  """Settings of sampling. All are arrays, so other values do not recompile the program.
 
   Fields:
-    temperature: float32 [], what logits are divided by; 0 takes the most likely token.
-    top_k: int32 [], only so many of the most likely tokens; 0 is all.
-    top_p: float32 [], only the most likely tokens whose probabilities reach this sum (Holtzman et al. 2019,
-      https://arxiv.org/abs/1904.09751, section 3.1); the one that crosses it is kept.
+    temperature: float32 [], divides the logits; 0 takes the most likely token.
+    top_k: int32 [], number of most likely tokens to choose from; 0 is all.
+    top_p: float32 [], choose from the most likely tokens whose probabilities reach this sum (Holtzman et al. 2019,
+      https://arxiv.org/abs/1904.09751, section 3.1). The token that crosses it is kept.
     keys: random keys [B].
   """
 
@@ -29,7 +29,7 @@ class Sampling:
 
 
 def filter_logits(logits: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
-  """Logits [B, V] with -inf outside the top k, and of those outside the top p."""
+  """The logits float32 [B, V], with -inf outside the top k, and outside the top p of these."""
   V = logits.shape[-1]
   order = jnp.argsort(logits, axis=-1)
   rising = jnp.take_along_axis(logits, order, axis=-1)
@@ -40,7 +40,12 @@ def filter_logits(logits: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.
 
 
 def choose(logits: jax.Array, sampling: Sampling | None, count: jax.Array) -> jax.Array:
-  """The next tokens int32 [B], after `count` others, for logits [B, V]; None takes the most likely ones."""
+  """The next tokens int32 [B] for logits float32 [B, V].
+
+  Args:
+    sampling: None takes the most likely tokens.
+    count: int32 [], number of tokens chosen before; each count draws its own noise.
+  """
 
   def sample(x):
     x = x / sampling.temperature
@@ -55,11 +60,12 @@ def choose(logits: jax.Array, sampling: Sampling | None, count: jax.Array) -> ja
 
 
 def ban_repeats(logits: jax.Array, ids: jax.Array, lengths: jax.Array, n: int) -> jax.Array:
-  """Logits [B, V] without the tokens that would repeat an n-gram (Paulus et al. 2017, section 2.5).
+  """The logits float32 [B, V], with -inf for tokens that would repeat an n-gram (Paulus et al. 2017, section 2.5).
 
   Args:
-    ids: int [B, S], texts so far, of `lengths` [B]; negative ones are soft tokens.
-    n: 0 bans nothing; static.
+    ids: int32 [B, S], the texts so far; negative ids are soft tokens.
+    lengths: int32 [B], their lengths.
+    n: static; 0 bans nothing.
   """
   if n == 0 or n > ids.shape[1]:
     return logits
@@ -73,8 +79,12 @@ def ban_repeats(logits: jax.Array, ids: jax.Array, lengths: jax.Array, n: int) -
 
 
 def keys(seed: int, rows: Sequence[np.ndarray]) -> jax.Array:
-  """A random key for each prompt's ids: it depends on them and the seed alone; that of a copy on its number too."""
-  copies, found = collections.Counter(), []
+  """Random keys [B], one for each prompt's ids.
+
+  A key depends only on the seed, the ids, and how many earlier rows have the same ids.
+  """
+  copies = collections.Counter()
+  found = []
   for row in rows:
     name = zlib.crc32(np.asarray(row, np.int32).tobytes())
     found.append((name, copies[name]))

@@ -1,8 +1,8 @@
-"""What a transformer is made of: the choices of a `Config`, and the tree of parameters that follows from them.
+"""The architecture of a transformer: the choices in a `Config`, and the tree of parameters that follows from them.
 
 Letters: B batch, T query length, S key length, D model, N heads, K kv heads, M = N + 2K, H head size, F feed-forward,
-V vocabulary, L layers, E experts, R rank, C whatever else. Parameters are nested dicts; layers are stacked, with a
-leading L. A `linear` is {kernel, bias?}, a `norm` is {scale, bias?}; what a config does not ask for is absent:
+V vocabulary, L layers, E experts, R rank, C any other size. Parameters are nested dicts. Layers are stacked, with a
+leading L. A `linear` is {kernel, bias?}, a `norm` is {scale, bias?}. Entries that a config does not use are absent:
 
   embed/kernel [V, D]   embed/positions [P, D]   embed/types [C, D]   embed/norm   embed/project [C, D]
   layers/attn_norm   layers/attn/{q,k,v} [L, D, N or K, H] or attn/qkv [L, D, M, H]   layers/attn/o [L, N, H, D]
@@ -11,7 +11,7 @@ leading L. A `linear` is {kernel, bias?}, a `norm` is {scale, bias?}; what a con
   layers/moe/router [L, D, E]   layers/moe/{gate,up} [L, E, D, F]   layers/moe/down [L, E, F, D]
   layers/cross_norm   layers/cross/{q,k,v,o}   relative_bias [C, N]   norm   project [D, C]
   encoder/{layers/..., relative_bias, norm}: the encoder of an encoder-decoder
-  head [D, V]; its kernel is absent when it is tied to the embedding   head/{transform [D, D], norm}
+  head [D, V], without a kernel if it is tied to the embedding   head/{transform [D, D], norm}
   pooler [D, D]   classifier [D, C]
 """
 
@@ -29,32 +29,33 @@ ATTENTION = ("auto", "xla", "cudnn")
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-  """Choices that define a model, and how it is run.
+  """Choices that define a model and how it is run.
 
   Fields:
     norm: "rms" or "layer"; `norm_plus_one` multiplies by 1 + scale.
     norm_order: "pre", "post" (after the residual sum), or "sandwich" (before and after each sublayer).
-    parallel: attention and feed-forward read the same input and are summed.
+    parallel: whether attention and feed-forward read the same input and are summed.
     gated: whether the feed-forward layer has a gate.
     fused: whether q, k and v are one matrix, and gate and up another.
-    attn_bias: "none", "qkv" or "all"; `mlp_bias` and `head_bias` likewise.
-    qk_norm: RMS norm of each head's q and k.
-    attn_scale: of attention logits; None is 1/sqrt(head_dim). `attn_softcap`, `logit_softcap`: see layers.attention.
-    window: how many tokens a query of a local layer sees; `local` says which layers are, () that all are.
-    causal: whether a token sees only those before it.
-    position: "rope", "learned", "relative" (T5) or "none"; `rope_dim` is how much of a head is rotated, None all.
-    rope_scaling: None or the items of the scaling dict as a tuple, see `layers.rope_frequencies`.
-    local_rope_theta: None, or theta of local layers, which have no scaling then.
-    position_offset: row of the table of position 0.
-    n_types: number of token types. `embed_norm`: a norm after the embedding. `embed_scale`: what it is multiplied by.
-    embed_dim: width of the table where it is not `d_model`: a matrix follows it, and another one the last layer.
-    n_experts: 0 is a dense feed-forward layer; `norm_topk` makes a token's expert weights sum to one.
-    encoder_layers: of an encoder-decoder; `n_layers` are those of the decoder.
+    attn_bias: "none", "qkv" or "all". `mlp_bias`, `head_bias`: whether these layers have a bias.
+    qk_norm: whether q and k of each head have an RMS norm.
+    attn_scale: multiplies attention logits; None is 1/sqrt(head_dim). `attn_softcap`, `logit_softcap`: see
+      layers.attention.
+    window: number of tokens that a query of a local layer sees. `local`: which layers are local; () means all.
+    causal: whether a token sees only the tokens before it.
+    position: "rope", "learned", "relative" (T5) or "none". `rope_dim`: dimensions of a head to rotate; None means all.
+    rope_scaling: None, or the items of the scaling dict as a tuple, see `layers.rope_frequencies`.
+    local_rope_theta: theta of local layers, which then have no scaling; None means as in other layers.
+    position_offset: row of position 0 in the table of positions.
+    n_types: number of token types. `embed_norm`: a norm after the embedding. `embed_scale`: multiplies the embedding.
+    embed_dim: width of the embedding if it is not `d_model`; a matrix follows it, and another one the last layer.
+    n_experts: 0 means a dense feed-forward layer. `norm_topk`: whether a token's expert weights sum to one.
+    encoder_layers: layers of the encoder in an encoder-decoder; `n_layers` counts the decoder's.
     head: "lm", "mlm" (BERT's: dense, norm, tied), "classification" or "none".
-    tied: whether the head is the transposed embedding. `head_scale`: what the states are multiplied by before it.
-    n_labels: outputs of a classifier.
-    pooler: the activation of a dense layer on the pooled state, "" for none. `pool`: "first" or "last" token.
-    dtype: of activations and frozen matrices; norms, biases, softmax and loss are float32 whatever it is.
+    tied: whether the head is the transposed embedding. `head_scale`: multiplies the states before the head.
+    n_labels: number of outputs of a classifier.
+    pooler: activation of a dense layer on the pooled state, "" for none. `pool`: "first" or "last" token.
+    dtype: dtype of activations and frozen matrices; norms, biases, softmax and loss are always float32.
     scan: whether layers run as one scanned body (compiles fast) or unrolled (runs faster, needs less memory).
     remat: whether activations of a layer are recomputed in the backward pass instead of kept.
     attention: "auto", "xla" or "cudnn", see layers.attention.
@@ -118,7 +119,7 @@ class Config:
 
   @property
   def encoder(self) -> "Config":
-    """The config of the encoder's layers."""
+    """The config of the encoder."""
     return dataclasses.replace(self, n_layers=self.encoder_layers, encoder_layers=0, causal=False, head="none")
 
 
@@ -126,7 +127,7 @@ RUNTIME = ("scan", "remat", "attention")  # fields that do not change what is co
 
 
 def shapes(config: Config) -> dict:
-  """The parameter tree as `jax.ShapeDtypeStruct`s: matrices in `config.dtype`, norms and biases float32."""
+  """The tree of parameters as `jax.ShapeDtypeStruct`s: matrices in `config.dtype`, norms and biases in float32."""
   c = config
   D, V = c.d_model, c.vocab_size
   table = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.dtype(c.dtype))
@@ -208,9 +209,9 @@ def _stack_shapes(c: Config) -> dict:
 
 
 def in_axes(name: str) -> int:
-  """How many axes of a matrix are contracted with its input, after those of `stack_axes`; 0 where `name` is no matrix.
+  """The number of axes of a matrix that contract with its input, after its `stack_axes`; 0 for other leaves.
 
-  A part of a fused matrix, such as `layers/attn/qkv/kernel/q`, is one too. Embedding tables count as none.
+  A part of a fused matrix, such as `layers/attn/qkv/kernel/q`, is a matrix. An embedding table is not.
   """
   if not re.search(r"/kernel(/(q|k|v|gate|up))?$", name) or name == "embed/kernel":
     return 0
@@ -218,7 +219,7 @@ def in_axes(name: str) -> int:
 
 
 def stack_axes(name: str) -> int:
-  """How many leading axes a leaf has before its own: one of layers, and one of experts where those have their own."""
+  """The number of leading axes of a leaf: one for layers, and one for experts if each has its own."""
   return stacked(name) + bool(re.search(r"/moe/(gate|up|down)/", name))
 
 
@@ -228,9 +229,9 @@ def stacked(name: str) -> bool:
 
 
 def init(config: Config, key: jax.Array) -> dict:
-  """Random parameters: normal with standard deviation 0.02, norms the identity, biases zero.
+  """Random parameters: matrices are normal with standard deviation 0.02, norms are the identity, biases are zero.
 
-  Each leaf's key follows from its name.
+  The random key of a leaf depends on its name.
   """
   return tree.map_named(lambda k, s: init_leaf(config, key, k, s), shapes(config))
 

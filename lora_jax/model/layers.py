@@ -1,6 +1,6 @@
 """Layers as free functions of arrays: normalisation, positions, attention, feed-forward.
 
-Letters are those of model/transformer.py.
+Letters are as in model/architecture.py.
 """
 
 import functools
@@ -28,7 +28,7 @@ ACTIVATIONS = {
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
-  """`x / rms(x) * scale` over the last axis, computed in float32 (Zhang & Sennrich 2019, equation 4)."""
+  """`x / rms(x) * scale` over the last axis, computed in float32 (Zhang and Sennrich 2019, equation 4)."""
   y = x.astype(jnp.float32)
   y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
   return (y * scale.astype(jnp.float32)).astype(x.dtype)
@@ -43,9 +43,9 @@ def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float) -> j
 
 
 def linear(spec: str, x: jax.Array, params: Mapping) -> jax.Array:
-  """`dot(spec, x, kernel)`, plus `bias` where there is one.
+  """`dot(spec, x, kernel)`, plus `bias` if there is one.
 
-  An `adapter` that a method has put into the dict is a function of the sum, and is added to it (Houlsby).
+  A method may add an `adapter`: a function of the sum, whose result is added to it (Houlsby).
   """
   y = affine(spec, x, params["kernel"], params.get("bias"))
   return y + params["adapter"](y) if "adapter" in params else y
@@ -57,21 +57,23 @@ ROPE_SCALINGS = ("default", "linear", "llama3", "yarn", "longrope", "factors")
 def rope_frequencies(
   rope_dim: int, theta: float, scaling: Mapping | None = None, length: jax.Array | int = 0
 ) -> tuple[jax.Array | np.ndarray, float]:
-  """Angular frequency of each rotated pair, float32 [rope_dim / 2], and what sine and cosine are multiplied with.
+  """The angular frequency of each rotated pair, float32 [rope_dim / 2], and the amplitude of sine and cosine.
 
   Su et al. 2021, https://arxiv.org/abs/2104.09864.
 
   Args:
-    scaling: has a `rope_type`. "linear": all divided by `factor` (Chen et al. 2023, https://arxiv.org/abs/2306.15595).
-      "llama3": wavelengths shorter than `original_max_position_embeddings / high_freq_factor` kept, those longer than
-      `.../low_freq_factor` divided by `factor`, interpolated between. "yarn": the same with a ramp over the dimensions,
-      and attention sharpened (Peng et al. 2023, https://arxiv.org/abs/2309.00071, section 3). "longrope": divided by
-      `short_factor`, or by `long_factor` beyond `original_max_position_embeddings` (Ding et al. 2024,
-      https://arxiv.org/abs/2402.13753). "factors": each divided by its own of `factors`, as GGUF files store them.
-    length: tokens of the longest sequence; "longrope" alone depends on it.
+    scaling: a dict with a `rope_type`. "linear" divides all frequencies by `factor` (Chen et al. 2023,
+      https://arxiv.org/abs/2306.15595). "llama3" keeps wavelengths shorter than `original_max_position_embeddings /
+      high_freq_factor`, divides the frequency of those longer than `.../low_freq_factor` by `factor`, and interpolates
+      between. "yarn" does the same with a ramp over the dimensions, and sharpens attention (Peng et al. 2023,
+      https://arxiv.org/abs/2309.00071, section 3). "longrope" divides by `short_factor`, or by `long_factor` beyond
+      `original_max_position_embeddings` (Ding et al. 2024, https://arxiv.org/abs/2402.13753). "factors" divides each
+      frequency by its entry of `factors`, as GGUF files store them.
+    length: number of tokens in the longest sequence; only "longrope" depends on it.
   """
   f = 1.0 / theta ** (np.arange(0, rope_dim, 2, dtype=np.float64) / rope_dim)
-  kind, amplitude = scaling["rope_type"] if scaling else "default", 1.0
+  kind = scaling["rope_type"] if scaling else "default"
+  amplitude = 1.0
   if kind == "linear":
     f = f / scaling["factor"]
   elif kind == "factors":
@@ -98,7 +100,7 @@ def rope_frequencies(
 def _yarn(f: np.ndarray, rope_dim: int, theta: float, scaling: Mapping) -> tuple[np.ndarray, float]:
   factor, original = scaling["factor"], scaling["original_max_position_embeddings"]
 
-  def dimension(turns):  # in which a position of `original` makes that many turns
+  def dimension(turns):  # the dimension that turns this often within `original` positions
     return rope_dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
 
   low, high = dimension(scaling.get("beta_fast") or 32), dimension(scaling.get("beta_slow") or 1)
@@ -118,9 +120,14 @@ def _yarn(f: np.ndarray, rope_dim: int, theta: float, scaling: Mapping) -> tuple
 
 
 def rope(x: jax.Array, positions: jax.Array, frequencies: jax.Array, amplitude: float = 1.0) -> jax.Array:
-  """Rotates pairs (i, i + C/2) of the first C of `x` [B, T, N, H] by `positions` [B, T] times `frequencies` [C/2].
+  """`x` [B, T, N, H] with pairs (i, i + C/2) of its first C dimensions rotated; the other dimensions stay.
 
-  Computed in float32; what is beyond C stays.
+  Computed in float32.
+
+  Args:
+    positions: int [B, T]; the angle of a pair is its position times its frequency.
+    frequencies: float32 [C/2], see `rope_frequencies`.
+    amplitude: multiplies sine and cosine.
   """
   angle = positions[..., None, None].astype(jnp.float32) * frequencies
   sin, cos = amplitude * jnp.sin(angle), amplitude * jnp.cos(angle)
@@ -130,10 +137,13 @@ def rope(x: jax.Array, positions: jax.Array, frequencies: jax.Array, amplitude: 
 
 
 def relative_buckets(distance: jax.Array, buckets: int, furthest: int, causal: bool) -> jax.Array:
-  """T5's bucket of `key - query` positions, int32 (Raffel et al. 2020, https://arxiv.org/abs/1910.10683, section 2.1).
+  """T5's bucket of each distance, int32 (Raffel et al. 2020, https://arxiv.org/abs/1910.10683, section 2.1).
 
-  Half of the buckets are one distance each, the others grow logarithmically up to `furthest`; without `causal` half
-  of all are for keys to the right.
+  Half of the buckets hold one distance each. The other half grows logarithmically up to `furthest`.
+
+  Args:
+    distance: position of the key minus position of the query, int.
+    causal: False reserves half of all buckets for keys to the right.
   """
   offset = 0
   if causal:
@@ -149,7 +159,7 @@ def relative_buckets(distance: jax.Array, buckets: int, furthest: int, causal: b
 
 @functools.cache
 def _fused_head_size() -> int:
-  """The largest head that cuDNN's attention takes on this machine; 0 without a GPU that has it."""
+  """The largest head size that cuDNN's attention takes on this machine; 0 without a GPU that supports it."""
   device = jax.devices()[0]
   if device.platform != "gpu" or not hasattr(device, "compute_capability"):
     return 0
@@ -171,29 +181,32 @@ def attention(
   implementation: str = "auto",
   members: bool = False,
 ) -> jax.Array:
-  """Softmax attention of `q` [B, T, N, H] over `k`, `v` [B, S, K, H]; N is a multiple of K.
+  """Softmax attention of `q` [B, T, N, H] over `k` and `v` [B, S, K, H], in the shape and dtype of `q`.
+
+  N is a multiple of K.
 
   Args:
-    causal: query t sees keys 0..t; a `mask` says itself what is seen.
-    mask: [B, T, S], True where a query sees a key.
+    causal: query t sees keys 0..t. Ignored if there is a `mask`.
+    mask: bool [B, T, S], True where a query sees a key.
     bias: added to the logits, [1 or B, N, T, S].
-    window: without a mask, how many keys a causal query sees, itself included.
-    scale: of the logits; 1/sqrt(H) if None.
+    window: number of keys that a causal query sees, itself included. Ignored if there is a `mask`.
+    scale: multiplies the logits; None is 1/sqrt(H).
     softcap: logits become `softcap * tanh(logits / softcap)` (Gemma 2, https://arxiv.org/abs/2408.00118, section 2).
-    implementation: "xla", "cudnn", or "auto": cuDNN's fused kernel where it can run (GPU, 16 bit) on whole texts.
-    members: whether `jax.vmap` runs over it, under which cuDNN's kernel takes a mask for each head.
+    implementation: "xla", "cudnn", or "auto", which is cuDNN's fused kernel where it can run (GPU, 16 bit) and the
+      texts are whole.
+    members: whether `jax.vmap` runs over it; cuDNN's kernel then takes a mask for each head.
   """
   if implementation == "auto":
-    whole = mask is None or q.shape[1] == k.shape[1]  # no cache, most of which is empty
+    whole = mask is None or q.shape[1] == k.shape[1]  # else it is a cache, and most of that is empty
     plain = whole and bias is None and softcap is None and q.dtype.itemsize == 2
     even = q.shape[1] % 2 == 0 and k.shape[1] % 2 == 0 and q.shape[-1] % 8 == 0
     implementation = "cudnn" if plain and even and q.shape[-1] <= _fused_head_size() else "xla"
-  if q.dtype == jnp.float16 and jax.default_backend() == "cpu":  # whose matmuls do not sum float16 in float32
+  if q.dtype == jnp.float16 and jax.default_backend() == "cpu":  # CPU matmuls do not sum float16 in float32
     q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
     how = dict(causal=causal, mask=mask, bias=bias, window=window, scale=scale, softcap=softcap)
     return attention(q, k, v, **how, implementation="xla").astype(jnp.float16)
   if softcap is not None:
-    return _capped(q, k, v, causal, mask, bias, window, scale, softcap)
+    return _capped(q, k, v, causal=causal, mask=mask, bias=bias, window=window, scale=scale, softcap=softcap)
   local = (window - 1, 0) if window is not None and mask is None else None
   if mask is not None:
     mask = mask[:, None]
@@ -212,8 +225,9 @@ def attention(
   )
 
 
-def _capped(q, k, v, causal, mask, bias, window, scale, softcap):
-  (B, T, N, H), (S, K) = q.shape, k.shape[1:3]
+def _capped(q, k, v, *, causal, mask, bias, window, scale, softcap):
+  B, T, N, H = q.shape
+  S, K = k.shape[1:3]
   q = q.reshape(B, T, K, N // K, H)
   logits = jnp.einsum("BTKGH,BSKH->BKGTS", q, k, preferred_element_type=jnp.float32)
   logits = softcap * jnp.tanh(logits * (H**-0.5 if scale is None else scale) / softcap)
@@ -230,11 +244,10 @@ def _capped(q, k, v, causal, mask, bias, window, scale, softcap):
 
 
 def mlp(x: jax.Array, params: Mapping, activation: str) -> jax.Array:
-  """The feed-forward layer on [B, T, D].
+  """The feed-forward layer, [B, T, D] to [B, T, D]: `down(act(up(x)))`.
 
-  `down(act(up(x)))`, or `down(act(gate(x)) * up(x))` where there is a gate (Shazeer 2020,
-  https://arxiv.org/abs/2002.05202), also with gate and up as one matrix [D, 2, F]. An `adapter` that a method has
-  added runs beside it.
+  With a gate it is `down(act(gate(x)) * up(x))` (Shazeer 2020, https://arxiv.org/abs/2002.05202). Gate and up may be
+  one matrix [D, 2, F]. An `adapter` that a method has added runs beside the layer.
   """
   act = ACTIVATIONS[activation]
   if "gate_up" in params:

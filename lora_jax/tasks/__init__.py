@@ -6,21 +6,21 @@ A task module has three functions and two constants:
   format(example, **kw) -> Formatted | Chat  the text of one example
   score(example, text, **kw) -> dict         metrics of a generated `text`; each is averaged over examples
   LABELS                                     all responses of a classification task, in label order, or None
-  PROMPT_LOSS_WEIGHT                         what suits the task, or None for the objective's own default
+  PROMPT_LOSS_WEIGHT                         the weight that suits the task, or None for the objective's default
 
-Where the labels depend on keywords the module has a function `labels(**kw)` instead of LABELS. It may have
+A module whose labels depend on keywords has a function `labels(**kw)` instead of LABELS. A module may also have
 
-  texts(example, **kw) -> tuple[str, ...]    the sentence, or two, for a model with a head; by default the prompt
-  target(example, **kw) -> int | float       what the head learns; by default the index of the response in the labels,
-                                             -1 where it is none of them. Without labels it is a number: regression
-  metrics(predictions, references, **kw)     {name: value} of all examples at once, from label indices, or from floats
-                                             in a regression, where nan is a generated text without a number; by
-                                             default the `accuracy` of a task with labels
-  corpus(texts, examples, **kw)              {name: value} of all examples at once, from the generated texts
+  texts(example, **kw) -> tuple[str, ...]    one or two sentences for a model with a head; by default the prompt
+  target(example, **kw) -> int | float       what the head learns: by default the index of the response in the labels,
+                                             or -1 if it is not a label; without labels a number, for regression
+  metrics(predictions, references, **kw)     {name: value} over all examples, from label indices, or from floats in a
+                                             regression, where nan is a generated text without a number; by default
+                                             `accuracy` for a task with labels
+  corpus(texts, examples, **kw)              {name: value} over all examples, from the generated texts
 
-The first metric is the one that the task is judged by: of `metrics`, else of `corpus`, else of `score`.
+A task is judged by its first metric: the first of `metrics`, else of `corpus`, else of `score`.
 
-Keywords are keyword-only parameters; one that several functions take is given to each of them.
+Keywords are keyword-only parameters. A keyword that several functions take is given to each of them.
 """
 
 import dataclasses
@@ -42,25 +42,25 @@ FUNCTIONS = ("load", "format", "score", "labels", "texts", "target", "metrics", 
 
 @dataclasses.dataclass(frozen=True)
 class Formatted:
-  """A prompt and the response to learn; a response that continues a line starts with a space."""
+  """A prompt and the response to learn. A response that continues a line starts with a space."""
 
   prompt: str
   response: str
 
   @property
   def weight(self) -> float:
-    """What the response counts in the loss."""
+    """The weight of the response in the loss."""
     return 1.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Chat:
-  """A conversation, ending with the assistant's message: the response.
+  """A conversation that ends with the assistant's message: the response.
 
   Fields:
-    messages: `{"role", "content"}` and whatever else the chat template reads of one, such as `tool_calls`. In the loss
-      an assistant message counts its `weight`, by default 1.
-    tools: that the assistant may call, as JSON schemas.
+    messages: `{"role", "content"}` and whatever else the chat template reads from a message, such as `tool_calls`. The
+      `weight` of an assistant message is its weight in the loss, 1 by default.
+    tools: JSON schemas of the tools that the assistant may call.
     template_kwargs: further variables of the chat template.
   """
 
@@ -70,28 +70,28 @@ class Chat:
 
   @property
   def prompt(self) -> str:
-    """What is said before the response, a message a line."""
+    """The messages before the response, one a line."""
     return "\n".join(m.get("content") or "" for m in self.messages[:-1])
 
   @property
   def response(self) -> str:
-    """What the assistant says last; "" where it only calls tools."""
+    """What the assistant says last; "" if it only calls tools."""
     return self.messages[-1].get("content") or ""
 
   @property
   def weight(self) -> float:
-    """What the response counts in the loss."""
+    """The weight of the response in the loss."""
     return self.messages[-1].get("weight", 1.0)
 
   @property
   def variables(self) -> dict[str, Any]:
-    """What the chat template is given beside the messages."""
+    """The variables of the chat template other than the messages."""
     return ({"tools": list(self.tools)} if self.tools else {}) | dict(self.template_kwargs)
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-  """A task module's functions with the user's keywords bound; see the module docstring."""
+  """A task: the functions of its module with the user's keywords bound. See the module docstring."""
 
   name: str
   load: Callable[[str], Sequence[dict]]
@@ -106,7 +106,7 @@ class Task:
 
   @property
   def n_outputs(self) -> int:
-    """What a head has to give: a score for each label, one number in a regression, or 0 where the task is text."""
+    """Number of outputs of a head: one for each label, 1 for a regression, 0 for a task of free text."""
     return len(self.labels) if self.labels else int(self.target is not None)
 
 
@@ -117,7 +117,11 @@ def names() -> list[str]:
 
 
 def get(name: str, **keywords: Any) -> Task:
-  """The task `name`; UserError for an unknown name, an unknown keyword or a missing one."""
+  """The task `name`.
+
+  Raises:
+    UserError: the name or a keyword is unknown, or a keyword is missing.
+  """
   keywords = values.resolve(fields(name), keywords, "config.task")
   module, functions = _module(name)
   bound = {k: _bind(f, keywords) for k, f in functions.items()}
@@ -141,30 +145,30 @@ def fields(name: str) -> dict[str, values.Field]:
 
 
 def _module(name: str) -> tuple[ModuleType, dict[str, Callable]]:
-  """The module of a task, and those of `FUNCTIONS` that it has."""
+  """The module of a task, and which of `FUNCTIONS` it has."""
   module = importlib.import_module(f"{__name__}.{errors.choose(name, {k: k for k in names()}, 'task')}")
   return module, {k: getattr(module, k) for k in FUNCTIONS if hasattr(module, k)}
 
 
 def accuracy(predictions: Sequence[int], references: Sequence[int]) -> dict[str, float]:
-  """How often a prediction is the reference."""
+  """`accuracy`: the share of predictions that equal their reference."""
   right = sum(int(p) == int(r) for p, r in zip(predictions, references, strict=True))
   return {"accuracy": right / len(references)}
 
 
 def number(text: str) -> float:
-  """The first decimal number in a text; nan where there is none."""
+  """The first decimal number in a text, or nan."""
   found = re.search(r"-?[0-9]*\.?[0-9]+", text)
   return float(found[0]) if found else math.nan
 
 
 def exact_match(example_response: str, text: str) -> dict[str, float]:
-  """Whether `text` is the response, white space around them aside."""
+  """`exact_match`: 1 if `text` is the response up to white space around it, else 0."""
   return {"exact_match": float(text.strip() == example_response.strip())}
 
 
 def _defaults(format: Callable, labels: tuple[str, ...] | None) -> dict[str, Callable | None]:
-  """What a module without `texts`, `target` or `metrics` does."""
+  """The functions that stand in for `texts`, `target` and `metrics` where a module lacks them."""
 
   def index(example):
     response = format(example).response

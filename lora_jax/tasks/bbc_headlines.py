@@ -1,7 +1,7 @@
-"""BBC headlines: the first line of an article from the rest of it.
+"""BBC headlines: write the first line of an article from the rest of it.
 
-The articles of bbc_news.py. Some are there twice, under one headline or two, and some headlines are: the first of each
-is kept, so that nothing in one split is in another.
+The articles come from bbc_news.py. Some articles and some headlines occur twice. Only the first of each is kept, so
+splits have nothing in common.
 """
 
 from collections.abc import Iterator, Sequence
@@ -32,19 +32,19 @@ def format(example: dict, *, max_words: Count | None = 100) -> tasks.Formatted:
   """`Article: <the first words>`, then the headline.
 
   Args:
-    max_words: how many words; None keeps all.
+    max_words: number of words to keep; None keeps all.
   """
   article = " ".join(example["article"].split()[:max_words])
   return tasks.Formatted(f"Article: {article}\nHeadline:", f" {example['headline']}")
 
 
 def score(example: dict, text: str) -> dict[str, float]:
-  """Nothing of a single text."""
+  """No metrics: `corpus` scores all texts at once."""
   return {}
 
 
 def corpus(texts: Sequence[str], examples: Sequence[dict]) -> dict[str, float]:
-  """`bleu`, `nist`, `meteor`, `rouge_l` and `cider` of the first lines of generated texts, see `nlg.scores`."""
+  """`bleu`, `nist`, `meteor`, `rouge_l` and `cider` of the first lines of texts, see `text_metrics.scores`."""
   return text_metrics.scores([text.strip().partition("\n")[0] for text in texts], [[e["headline"]] for e in examples])
 
 

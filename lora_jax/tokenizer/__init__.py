@@ -1,7 +1,7 @@
 """Text to token ids and back, and chat templates.
 
-A tokenizer comes from a Hugging Face directory (tokenizer.json) or from the metadata of a GGUF file; its ids
-are those of `transformers.AutoTokenizer` on the same files, without importing transformers.
+A tokenizer comes from a Hugging Face directory (tokenizer.json) or from the metadata of a GGUF file. It gives the same
+ids as `transformers.AutoTokenizer` on the same files, without importing transformers.
 """
 
 import dataclasses
@@ -21,10 +21,10 @@ from lora_jax.formats import hf
 from lora_jax.formats.gguf import tokenizer
 from lora_jax.tokenizer import templates
 
-CHUNK = 4096  # texts that are encoded at once, as what `tokenizers` gives takes much memory
+CHUNK = 4096  # texts that are encoded at once, since the encodings of `tokenizers` take much memory
 SPECIAL = ("bos", "eos", "pad", "cls", "sep", "mask")
-THOUGHTS = ("reasoning_content", "thinking", "reasoning")  # templates read the first, or the second
-# Names that a directory may leave to its tokenizer_class, in lower case, or to the model_type of its config.json.
+THOUGHTS = ("reasoning_content", "thinking", "reasoning")  # templates read the first or the second
+# Special tokens of a directory that does not list them, by its tokenizer_class in lower case or its model_type.
 BERT = {"pad": "[PAD]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
 ROBERTA = {"bos": "<s>", "eos": "</s>", "pad": "<pad>", "cls": "<s>", "sep": "</s>", "mask": "<mask>"}
 GPT2 = {"bos": "<|endoftext|>", "eos": "<|endoftext|>"}
@@ -34,14 +34,14 @@ DEFAULTS = {"bert": BERT, "distilbert": BERT, "roberta": ROBERTA, "gpt2": GPT2, 
 
 @dataclasses.dataclass(frozen=True)
 class Tokenizer:
-  """A tokenizer and what a chat needs of it.
+  """A tokenizer and its chat template.
 
   Fields:
     backend: the `tokenizers.Tokenizer`, without truncation or padding.
     chat_template: Jinja source, or None.
-    bos_id, eos_id, pad_id, cls_id, sep_id, mask_id: ids, or None where the model has no such token.
-    ends: ids at which the model ends a text besides `eos_id`, such as those of generation_config.json.
-    rows: how many rows the model's embedding has; None where that is not known.
+    bos_id, eos_id, pad_id, cls_id, sep_id, mask_id: ids of special tokens, None if the model has no such token.
+    ends: further ids at which the model ends a text, such as those in generation_config.json.
+    rows: number of rows of the model's embedding, None if it is not known.
     source: where it was read from, for messages.
   """
 
@@ -59,19 +59,19 @@ class Tokenizer:
 
   @property
   def vocab_size(self) -> int:
-    """Number of tokens, added ones included; an embedding may have more rows."""
+    """Number of tokens, including added ones. The embedding may have more rows."""
     return self.backend.get_vocab_size()
 
   @property
   def begin(self) -> tuple[int, ...]:
-    """What `add_special_tokens` puts before a text, such as BOS."""
+    """The ids that `add_special_tokens` puts before a text, such as BOS."""
     probe = self._run(self.backend.encode, "a")
     rows = zip(probe.ids, probe.sequence_ids, strict=True)
     return tuple(i for i, _ in itertools.takewhile(lambda row: row[1] is None, rows))
 
   @functools.cached_property
   def end_ids(self) -> tuple[int, ...]:
-    """All tokens that end a text: `ends`, `eos_id`, and what the chat template puts after an answer."""
+    """All tokens that end a text: `ends`, `eos_id`, and the token that the chat template puts after an answer."""
     known = (*self.ends, self.eos_id, self._turn_end())
     return tuple(dict.fromkeys(i for i in known if i is not None))
 
@@ -79,14 +79,17 @@ class Tokenizer:
     mark = "answer#1"
     try:
       text = self.chat([{"role": "user", "content": "question"}, {"role": "assistant", "content": mark}])
-    except errors.UserError:  # no template, or one that wants other messages
+    except errors.UserError:  # there is no template, or it requires other messages
       return None
     ids = self._run(self.backend.encode, text.rpartition(mark)[2], add_special_tokens=False).ids
     added = self.backend.get_added_tokens_decoder()
     return ids[0] if ids and ids[0] in added and added[ids[0]].special else None
 
   def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
-    """Ids of a text, in which special tokens count as such; True adds those that frame the model's inputs.
+    """The ids of a text. Special tokens that are spelled out in it become their own ids.
+
+    Args:
+      add_special_tokens: add the tokens that frame the model's inputs.
 
     Raises:
       UserError: see `check`.
@@ -96,14 +99,14 @@ class Tokenizer:
     return ids
 
   def encode_batch(self, texts: Iterable[str], add_special_tokens: bool = False) -> list[list[int]]:
-    """`encode` of each text, on all cores."""
+    """The ids of each text, as of `encode`, on all cores."""
     encode = functools.partial(self._run, self.backend.encode_batch_fast, add_special_tokens=add_special_tokens)
     found = [x.ids for chunk in _chunks(list(texts)) for x in encode(chunk)]
     self.check(found)
     return found
 
   def check(self, rows: Iterable[Sequence[int]]) -> None:
-    """Raises UserError if one of the ids in `rows` is beyond the model's embedding: JAX would read its last row."""
+    """Raises UserError if an id in `rows` is beyond the model's embedding, where JAX would read the last row."""
     most = max((row.max() if isinstance(row, np.ndarray) else max(row) for row in rows if len(row)), default=0)
     if self.rows is not None and most >= self.rows:
       raise errors.UserError(
@@ -112,10 +115,10 @@ class Tokenizer:
       )
 
   def encode_offsets(self, texts: Sequence[str]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """`encode` of each text, on all cores: ids int32 [n] and offsets int32 [n, 2].
+    """The ids int32 [n] and offsets int32 [n, 2] of each text, on all cores.
 
-    Offsets are the first character of each token and the one after its last. A character may be of several tokens.
-    Blanks that are of none, as tokenizers may drop them or not count them, go to the token that follows.
+    Offsets are the first character of each token and the one after its last. Several tokens may share a character.
+    Blanks that a tokenizer drops or does not count go to the token that follows.
     """
     greedy = {i: t.content for i, t in self.backend.get_added_tokens_decoder().items() if t.lstrip or t.rstrip}
     for chunk in _chunks(texts):
@@ -125,29 +128,30 @@ class Tokenizer:
         ends = np.maximum.accumulate(offsets[:, 1])
         offsets = np.stack([np.minimum(offsets[:, 0], np.append(0, ends[:-1])), ends], axis=1)
         for k in np.flatnonzero(np.isin(ids, list(greedy))) if greedy else ():
-          # Such a token swallows the blanks around it, which may be of another piece of the text.
+          # Such a token swallows the blanks around it, which may belong to another piece of the text.
           a, b = offsets[k]
           if (at := text.find(content := greedy[int(ids[k])], a, b)) >= 0:
             offsets[k] = at, at + len(content)
         yield ids, offsets
 
   def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-    """Text of ids; bytes that are no UTF-8 become U+FFFD."""
+    """The text of ids. Bytes that are not UTF-8 become U+FFFD."""
     return self._run(self.backend.decode, [int(i) for i in ids], skip_special_tokens=skip_special_tokens)
 
   def _run(self, fn: Callable, *args: Any, **kw: Any) -> Any:
-    """`fn(*args, **kw)` of the backend, which fails where a regex of the tokenizer takes too long."""
+    """The result of `fn(*args, **kw)`, a method of the backend; it fails if a regex of the tokenizer takes too long."""
     with errors.parsing(f"the tokenizer of {self.source or 'this model'} fails"):
       return fn(*args, **kw)
 
   def chat(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = False, **variables: Any) -> str:
     """The chat template's text for messages such as {"role": "user", "content": "..."}.
 
-    As in transformers, what is None in a message is as if it were not there, and an assistant's thoughts may have any
-    of the names `THOUGHTS`.
+    As in transformers, a value of None in a message counts as absent, and an assistant's thoughts may have any of the
+    names `THOUGHTS`.
 
     Args:
-      variables: others that the template reads, such as `tools`.
+      add_generation_prompt: end with what precedes the assistant's next message.
+      variables: further variables of the template, such as `tools`.
 
     Raises:
       UserError: the model has no template, or its template refuses the messages.
@@ -175,10 +179,10 @@ class Tokenizer:
 
 
 def from_directory(directory: str | os.PathLike) -> Tokenizer:
-  """The tokenizer of a Hugging Face directory: tokenizer.json, and what the files beside it say of its use.
+  """The tokenizer of a Hugging Face directory.
 
-  Reads tokenizer_config.json, special_tokens_map.json and chat_template.jinja where they exist. What frames a text
-  is the post-processor of tokenizer.json; `add_bos_token` beside it is ignored, as in transformers.
+  Reads tokenizer.json and, where they exist, tokenizer_config.json, special_tokens_map.json and chat_template.jinja.
+  The post-processor of tokenizer.json frames a text; `add_bos_token` is ignored, as in transformers.
 
   Raises:
     UserError: a file is missing or malformed, or names a token that the vocabulary lacks.
@@ -188,7 +192,7 @@ def from_directory(directory: str | os.PathLike) -> Tokenizer:
   if not file.exists():
     raise errors.UserError(f"{directory} has no tokenizer.json; transformers' `save_pretrained` writes one")
   text = files.read(file)
-  with errors.parsing(f"{file} is no tokenizer"):
+  with errors.parsing(f"{file} is not a tokenizer"):
     backend = tokenizers.Tokenizer.from_str(text)
     backend.no_truncation()
     backend.no_padding()
@@ -202,7 +206,7 @@ def from_directory(directory: str | os.PathLike) -> Tokenizer:
   tokens |= {k: v for k, v in _defaults(directory, config).items() if backend.token_to_id(v) is not None}
   if missing := {k: v for k, v in tokens.items() if v is not None and backend.token_to_id(v) is None}:
     raise errors.UserError(f"{directory}: tokens that tokenizer.json does not have: {missing}")
-  with errors.parsing(f"{file} is no tokenizer"):
+  with errors.parsing(f"{file} is not a tokenizer"):
     known = {t.content for t in backend.get_added_tokens_decoder().values() if t.special}
     backend.add_special_tokens([v for v in tokens.values() if v is not None and v not in known])
   ids = {f"{k}_id": None if v is None else backend.token_to_id(v) for k, v in tokens.items()}
@@ -212,14 +216,15 @@ def from_directory(directory: str | os.PathLike) -> Tokenizer:
 def from_gguf(metadata: Mapping[str, Any], source: str = "") -> Tokenizer:
   """The tokenizer that a GGUF file describes in its metadata (`tokenizer.ggml.*`, `tokenizer.chat_template`).
 
-  Byte-level BPE ("gpt2"), SentencePiece BPE with byte fallback ("llama"), WordPiece ("bert") and Unigram ("t5").
-  Control tokens and those that have a role, such as bos, become special tokens, user-defined ones plain added tokens.
+  It is byte-level BPE ("gpt2"), SentencePiece BPE with byte fallback ("llama"), WordPiece ("bert") or Unigram ("t5").
+  Control tokens and tokens with a role, such as bos, become special tokens. User-defined tokens become plain added
+  tokens.
 
   Args:
     source: the file, for messages.
 
   Raises:
-    UserError: another kind of tokenizer, or fields that are missing or inconsistent.
+    UserError: the tokenizer is of another kind, or fields are missing or inconsistent.
   """
   backend, ids = tokenizer.build(metadata)
   template = _text_or_none(metadata.get("tokenizer.chat_template"), f"chat template of {source or 'the GGUF file'}:")
@@ -227,7 +232,7 @@ def from_gguf(metadata: Mapping[str, Any], source: str = "") -> Tokenizer:
 
 
 def _defaults(directory: pathlib.Path, config: Mapping[str, Any]) -> dict[str, str]:
-  """Special tokens that the files beside tokenizer.json do not speak of."""
+  """The usual special tokens of a kind of model, except those that the files mention."""
   file = directory / "config.json"
   model_type = hf.read_json(file).get("model_type") if file.exists() else None
   kind = str(config.get("tokenizer_class") or model_type).lower().removesuffix("fast").removesuffix("tokenizer")
@@ -252,7 +257,7 @@ def _text_or_none(value: Any, what: str) -> str | None:
 
 
 def _message(message: Mapping[str, Any]) -> dict[str, Any]:
-  """A message as templates read it."""
+  """A message as templates read it: without None, and with thoughts under the names that templates use."""
   message = {k: v for k, v in message.items() if v is not None}
   thoughts = next((message[k] for k in THOUGHTS if k in message), None)
   return message if thoughts is None else {"thinking": thoughts} | message | {"reasoning_content": thoughts}

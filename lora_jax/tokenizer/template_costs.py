@@ -1,4 +1,4 @@
-"""What the operations of a chat template cost, and where in its program they are paid for; see templates.py."""
+"""The cost of each operation in a chat template, and the places in its program that pay for them; see templates.py."""
 
 import itertools
 import re
@@ -9,35 +9,35 @@ import jinja2
 from jinja2 import nodes, visitor
 
 PER_STEP = 4  # characters that are read or copied in one step
-BITS = 2**17  # of an integer
-DEPTH = 200  # of lists in lists: C code that walks them checks no stack
+BITS = 2**17  # the largest integer
+DEPTH = 200  # the deepest nesting of lists: C code that walks them does not check its stack
 
 
 class Costly(Exception):
-  """A template takes more steps than it has, or makes a value that is too large."""
+  """A template takes more steps than its budget, or makes a value that is too large."""
 
 
-# How filters, tests and methods are paid for, by their names: those of one name do the same, whatever they belong to.
-# What is not listed may multiply its input by its largest argument, as `center` and `indent` do.
+# How filters, tests and methods are paid for, by name: those with the same name do the same.
+# Names that are not listed may multiply their input by their largest argument, as `center` and `indent` do.
 FREE = frozenset("length count first last items keys values default d attr".split())
-EACH = frozenset("map select selectattr reject rejectattr".split())  # run what pays for itself, for each item
-OUTER = frozenset("list reverse copy".split())  # copy the outermost level alone
-LINEAR = frozenset(  # read their input and arguments a few times, and make no more than that
+EACH = frozenset("map select selectattr reject rejectattr".split())  # run something that pays for itself on each item
+OUTER = frozenset("list reverse copy".split())  # copy only the outermost level
+LINEAR = frozenset(  # read their input and arguments a few times, and make at most as much
   "trim upper lower capitalize title string safe int float abs e escape forceescape truncate wordcount tojson "
   "startswith endswith find index split splitlines partition removeprefix removesuffix "
   "isdigit isalpha isalnum isspace isupper islower isnumeric isdecimal istitle isidentifier isprintable isascii "
   "casefold swapcase encode decode == eq equalto != ne > gt greaterthan >= ge < lt lessthan <= le in".split()
 )
 TESTS = "in == eq equalto != ne > gt greaterthan >= ge < lt lessthan <= le lower upper".split()  # others cost nothing
-MACHINERY = (jinja2.runtime.Macro, jinja2.runtime.LoopContext, jinja2.runtime.BlockReference, type)  # pay as they go
+MACHINERY = (jinja2.runtime.Macro, jinja2.runtime.LoopContext, jinja2.runtime.BlockReference, type)  # pay as they run
 SCALARS = frozenset((bool, int, float, type(None)))
 VIEWS = frozenset((type({}.keys()), type({}.values()), type({}.items())))
 CONTAINERS = frozenset((list, tuple, dict, range)) | VIEWS
-ITEM = 16  # what a number, or the place of an item, counts for in characters
+ITEM = 16  # characters that a number, or the place of an item, counts for
 
 
 def size(x: Any) -> int:
-  """Characters of a value; what is shared counts as often as it is reached."""
+  """The size of a value in characters. A shared part counts each time it is reached."""
   kind = type(x)
   if kind is str:
     return len(x)
@@ -57,12 +57,12 @@ def _deep(x, known, depth):
   for v in itertools.chain(x, x.values()) if type(x) is dict else x:
     kind = type(v)
     total += len(v) if kind is str else _deep(v, known, depth + 1) if kind in CONTAINERS else size(v)
-  known[id(x)] = total, x  # which keeps it, and so its id
+  known[id(x)] = total, x  # keeping `x` keeps its id unique
   return total
 
 
 def outer(x: Any) -> int:
-  """Characters of the outermost level of a value."""
+  """The size of a value's outermost level in characters."""
   kind = type(x)
   if kind in CONTAINERS:
     return ITEM * len(x)
@@ -98,7 +98,7 @@ def bound(name: str, value: Any, args: tuple, kw: Mapping[str, Any]) -> int:
 
 
 def formatted(text: str, args: Any) -> int:
-  """The most characters of a string with fields, `%5d` or `{:5}`, once they are filled in."""
+  """The most characters that a string with fields, `%5d` or `{:5}`, has once they are filled in."""
   fields = text.count("%") + text.count("{")
   widths = sum(int(n[:20]) for n in re.findall(r"\d+", text))
   if "*" in text or "{" in text:  # widths that are arguments
@@ -111,15 +111,17 @@ def _flat(args: Any) -> list:
 
 
 class Stream:
-  """What a lazy filter gives: at most `size` characters of items.
+  """The output of a lazy filter: items of at most `size` characters together.
 
-  It knows how many stand behind one another, as C code that frees a long chain of them overflows its stack.
+  `depth` counts the filters in a chain, since C code that frees a long chain overflows its stack.
   """
 
   def __init__(self, items, size, depth):
     if depth > DEPTH:
       raise Costly(f"chains filters deeper than {DEPTH}")
-    self._items, self.size, self.depth = items, size, depth
+    self._items = items
+    self.size = size
+    self.depth = depth
 
   def __iter__(self):
     return self._items
@@ -129,18 +131,18 @@ class Stream:
 
 
 def check_integer(x: Any) -> Any:
-  """A value itself; Costly for an integer that takes long to multiply or print."""
+  """The value itself. Raises Costly for an integer that takes long to multiply or print."""
   if type(x) is int and x.bit_length() > BITS:
     raise Costly(f"makes an integer of more than {BITS} bits")
   return x
 
 
-# Filters that no template can spell.
+# Names of filters that a template cannot spell.
 STEP, ADD, PAID, COPIED = "(step)", "(add)", "(paid)", "(copied)"
 
 
 class Payments(visitor.NodeTransformer):
-  """Puts payments into a template."""
+  """Puts payments into the syntax tree of a template."""
 
   def _body(self, node):
     node = self.generic_visit(node)
@@ -201,7 +203,7 @@ def _is_constant(node: nodes.Expr) -> bool:
 
 
 def _is_small(node: nodes.Expr) -> bool:
-  """Whether a value is a constant, a number or a truth value."""
+  """Whether a value is a constant, a number or a boolean."""
   numbers = (nodes.Compare, nodes.Not, nodes.Test, nodes.Sub, nodes.Div, nodes.FloorDiv)
   length = isinstance(node, nodes.Filter) and node.name in ("length", "count")
   return length or isinstance(node, numbers) or _is_constant(node)

@@ -1,9 +1,9 @@
 """Chat templates: Jinja programs that come with a model, run in a sandbox that meters them.
 
-A template is a stranger's program, and Jinja's sandbox leaves it all the time and memory that there is. Here everything
-that can take long or grow is paid for in steps before it is done: each run of a loop's, macro's or block's body by the
-nodes in it, each operator, filter, test and call by a bound on what it reads and makes. The budget is the same on every
-machine, so that a template either always renders a conversation or never does.
+A template is a stranger's program, and Jinja's sandbox limits neither its time nor its memory. Here everything that can
+take long or grow is paid for in steps before it runs. Each run of the body of a loop, macro or block costs the nodes in
+it; each operator, filter, test and call costs a bound on what it reads and makes. The budget is the same on every
+machine, so a template either always renders a conversation or never does.
 """
 
 import datetime
@@ -25,29 +25,29 @@ from lora_jax import errors
 from lora_jax.tokenizer import template_costs as costs
 
 LONGEST = 2**18  # characters of a template
-STEPS = 2**23  # of every rendering; no template has been found that takes ten seconds with them
-STEPS_A_CHARACTER = 64  # of the conversation, so that long ones have their share
-STEPS_A_PAIR = 64  # of messages, as Gemma 4's template looks back from each to those before it
-A_CALL = 8  # steps of calling anything
+STEPS = 2**23  # for each rendering; no known template takes ten seconds to spend them
+STEPS_A_CHARACTER = 64  # more steps for each character of a long conversation
+STEPS_A_PAIR = 64  # more steps for each pair of messages: Gemma 4's template looks back from each to all before it
+A_CALL = 8  # steps that any call costs
 
 
 def render(source: str, variables: Mapping[str, Any], where: str) -> str:
-  """The text that a template makes of `variables`, as transformers' `apply_chat_template` would.
+  """The text that a template makes from `variables`, the same as transformers' `apply_chat_template` gives.
 
   Args:
-    where: what messages call the template, such as the directory of its model.
+    where: the source of the template for messages, such as the directory of its model.
 
   Raises:
-    UserError: whatever goes wrong in it, or that it needs too many steps.
+    UserError: the template fails in any way, or needs too many steps.
   """
   what = f"the chat template of {where}" if where else "the chat template"
   try:
     text = _meter().render(source, variables)
-    text.encode()  # lone surrogates
+    text.encode()  # fails on lone surrogates
   except costs.Costly as e:
     raise errors.UserError(f"{what} {e}") from e
   except jinja2.TemplateSyntaxError as e:
-    raise errors.UserError(f"{what} is no Jinja template: line {e.lineno}: {errors.line(e)}") from e
+    raise errors.UserError(f"{what} is not a Jinja template: line {e.lineno}: {errors.line(e)}") from e
   except jinja2.TemplateError as e:
     raise errors.UserError(f"{what} refuses the messages: {errors.line(e)}") from e
   except Exception as e:  # a program can raise anything
@@ -56,7 +56,7 @@ def render(source: str, variables: Mapping[str, Any], where: str) -> str:
 
 
 class _Namespace(jinja2.utils.Namespace):
-  def __repr__(self):  # those that hold others often would take for ever to print
+  def __repr__(self):  # namespaces that hold each other many times would take forever to print
     return "<Namespace>"
 
 
@@ -71,7 +71,7 @@ class _Generation(jinja2.ext.Extension):
 
 
 class _Meter(jinja2.sandbox.ImmutableSandboxedEnvironment):
-  """The environment of templates; a thread has one, which counts the steps of what it renders."""
+  """The environment that renders templates and counts their steps. Each thread has one."""
 
   intercepted_binops = frozenset(("*", "**", "%"))
 
@@ -79,7 +79,8 @@ class _Meter(jinja2.sandbox.ImmutableSandboxedEnvironment):
     super().__init__(
       trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols], finalize=self._paid
     )
-    self.left, self._given = 0, None
+    self.left = 0
+    self._given = None
     self._template = functools.lru_cache(maxsize=8)(self._built)
     self.filters = {k: self._metered(k, f) for k, f in self.filters.items()}
     self.filters["tojson"] = self._metered("tojson", self._tojson)
@@ -89,15 +90,16 @@ class _Meter(jinja2.sandbox.ImmutableSandboxedEnvironment):
     self.tests["divisibleby"] = lambda x, n: self.call_binop(None, "%", x, n) == 0
     del self.globals["lipsum"]
     self.globals |= {
-      "dict": lambda *args, **kw: dict(*args, **kw),  # whose methods would change the messages
+      "dict": lambda *args, **kw: dict(*args, **kw),  # the type's own methods could change the messages
       "namespace": _Namespace,
       "raise_exception": _refuse,
       "strftime_now": lambda fmt: datetime.datetime.now().strftime(fmt),
     }
 
   def render(self, source: str, variables: Mapping[str, Any]) -> str:
-    """What a template makes of variables, or what it raises."""
-    self.left, self._given = STEPS, variables
+    """The text that a template makes from variables. Raises whatever the template raises."""
+    self.left = STEPS
+    self._given = variables
     try:
       return self._template(source).render(variables)
     finally:
@@ -107,17 +109,17 @@ class _Meter(jinja2.sandbox.ImmutableSandboxedEnvironment):
     if len(source) > LONGEST:
       raise costs.Costly(f"has {len(source):,} characters, more than {LONGEST:,}")
     with warnings.catch_warnings():
-      warnings.simplefilter("ignore", SyntaxWarning)  # of the Python that Jinja makes
+      warnings.simplefilter("ignore", SyntaxWarning)  # about the Python code that Jinja generates
       return self.from_string(costs.Payments().visit(self.parse(source)).set_environment(self))
 
   def spend(self, characters: int) -> None:
-    """Pays for what reads or makes so many characters."""
+    """Pays for reading or making this many characters."""
     self.left -= A_CALL + characters // costs.PER_STEP
     if self.left < 0:
       self.borrow()
 
   def borrow(self) -> None:
-    """Adds, once, what the size of the conversation allows; `Costly` when that is not enough."""
+    """Adds, once, the steps that the size of the conversation allows. Raises `Costly` if they are not enough."""
     if self._given is not None:
       longest = max((len(x) for x in self._given.values() if isinstance(x, list | tuple)), default=0)
       self.left += STEPS_A_CHARACTER * costs.size(dict(self._given)) + STEPS_A_PAIR * longest**2
@@ -126,18 +128,18 @@ class _Meter(jinja2.sandbox.ImmutableSandboxedEnvironment):
       raise costs.Costly("takes too many steps, or makes too much text")
 
   def is_safe_attribute(self, obj, attr, value):
-    if type(obj) in (str, jinja2.runtime.LoopContext):  # nearly always, and Jinja's answer takes long
+    if type(obj) in (str, jinja2.runtime.LoopContext):  # the usual case, for which Jinja's own check is slow
       return not attr.startswith("_")
     return super().is_safe_attribute(obj, attr, value)
 
   def call(self, context, obj, /, *args, **kw):
-    own = {k: v for k, v in kw.items() if k not in ("_loop_vars", "_block_vars")} if kw else kw  # Jinja adds those
+    own = {k: v for k, v in kw.items() if k not in ("_loop_vars", "_block_vars")} if kw else kw  # Jinja adds these two
     if type(obj) is types.BuiltinMethodType:
       self.spend(costs.bound(obj.__name__, obj.__self__, args, own))
       return costs.check_integer(obj(*args, **own))
     if isinstance(obj, costs.MACHINERY):
       self.spend(sum(map(costs.outer, args)))
-    elif (method := getattr(obj, "__wrapped__", None)) is not None:  # the sandbox's own `str.format`
+    elif (method := getattr(obj, "__wrapped__", None)) is not None:  # the sandbox replaces `str.format`
       self.spend(costs.bound(method.__name__, method.__self__, args, own))
     else:
       self.spend(costs.size(args) + costs.size(own))
@@ -159,7 +161,7 @@ class _Meter(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
   def _metered(self, name: str, fn: Callable) -> Callable:
     """A filter or test that pays first."""
-    skip = int(hasattr(fn, "jinja_pass_arg"))  # its first argument is Jinja's
+    skip = int(hasattr(fn, "jinja_pass_arg"))  # Jinja passes the first argument
 
     @functools.wraps(fn)
     def call(*args, **kw):
@@ -177,7 +179,7 @@ class _Meter(jinja2.sandbox.ImmutableSandboxedEnvironment):
     return call
 
   def _paid(self, x: Any) -> Any:
-    """A value that is printed, compared or looked up."""
+    """Pays for a value that is printed, compared or looked up, and returns it."""
     kind = type(x)
     if kind is str:
       self.left -= 1 + len(x) // costs.PER_STEP
@@ -187,8 +189,8 @@ class _Meter(jinja2.sandbox.ImmutableSandboxedEnvironment):
       self.borrow()
     return x
 
-  # Filters that `costs.Payments` puts into templates. As they ask for the context Jinja does not work them out when it
-  # compiles; they are short, since they run for every turn of a loop and every sum.
+  # Filters that `costs.Payments` puts into templates. They ask for the context so that Jinja does not evaluate them at
+  # compile time. They are short, since they run for every turn of a loop and every sum.
 
   def _step(self):
     @jinja2.pass_context
@@ -202,7 +204,12 @@ class _Meter(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
   def _payment(self):
     paid = self._paid
-    return jinja2.pass_context(lambda context, x: paid(x))
+
+    @jinja2.pass_context
+    def payment(context, x):
+      return paid(x)
+
+    return payment
 
   def _copied(self):
     @jinja2.pass_context
@@ -237,7 +244,7 @@ class _Meter(jinja2.sandbox.ImmutableSandboxedEnvironment):
       return json.dumps(x, **kw)
     self.spend(costs.outer(indent) if isinstance(indent, str) else abs(int(indent or 0)))
     chunks = []
-    for chunk in json.JSONEncoder(**kw).iterencode(x):  # `dumps` does the same, but does not say how far it is
+    for chunk in json.JSONEncoder(**kw).iterencode(x):  # like `dumps`, but in steps that can be paid for
       self.spend(len(chunk))
       chunks.append(chunk)
     return "".join(chunks)

@@ -1,8 +1,8 @@
-"""GGUF files (llama.cpp): the configuration and the tensors, under Hugging Face's names and layouts.
+"""GGUF files (llama.cpp): the config and the tensors, under Hugging Face's names and layouts.
 
-Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, versions 2 and 3, little-endian. The header
-is parsed here, since `gguf.GGUFReader` makes arrays of each word of a vocabulary and takes seconds; the block
-formats are decoded by `gguf.quants`.
+Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, versions 2 and 3, little-endian. The header is parsed
+here, since `gguf.GGUFReader` makes an array of each word in the vocabulary, which takes seconds. `gguf.quants` decodes
+the block formats.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from lora_jax.formats.gguf import hf_config, tables as tables
 
 MAGIC = b"GGUF"
 STRING, ARRAY = 8, 9
-ROW = 2**15  # numbers in about half of a row as `gguf` is given them
+ROW = 2**15  # numbers in a row that `gguf` decodes at once, up to a factor of two
 SCALARS = dict(zip((*range(8), 10, 11, 12), "BbHhIif?Qqd", strict=True))  # value type -> struct format
 
 STEM = re.compile(r"((?:enc\.|dec\.)?)(?:(blk)\.(0|[1-9]\d*)\.)?(\w+)\.(weight|bias)")
@@ -29,9 +29,9 @@ STEM = re.compile(r"((?:enc\.|dec\.)?)(?:(blk)\.(0|[1-9]\d*)\.)?(\w+)\.(weight|b
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-  """Where one tensor lies: its name in the file, shape, block format, and bytes [start, start + nbytes).
+  """One tensor in a file: its name there, shape, block format, and bytes [start, start + nbytes).
 
-  `change` is how it differs from Hugging Face's, see `_gguf_tables.Architecture`.
+  `change` says how it differs from Hugging Face's tensor, see `tables.Architecture`.
   """
 
   name: str
@@ -44,15 +44,15 @@ class Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-  """An open GGUF file: nothing is decoded before `read`.
+  """An open GGUF file. Nothing is decoded before `read`.
 
   Fields:
     path: the file.
     metadata: its key/value fields.
-    config: what Hugging Face's config.json would say. Numbers that divide the frequencies of RoPE and do not follow
-      Llama 3's formula are rope_scaling {"rope_type": "factors", "factors": [head_dim / 2 floats]}.
-    tensors: where each tensor lies, by its Hugging Face name; experts, which the file stacks, one by one.
-    data: the mapped bytes of the whole file.
+    config: the contents of Hugging Face's config.json for the model. Divisors of RoPE's frequencies that do not follow
+      Llama 3's formula become rope_scaling {"rope_type": "factors", "factors": [head_dim / 2 floats]}.
+    tensors: each tensor by its Hugging Face name. Experts, which the file stacks, are separate tensors.
+    data: uint8 [n], the mapped bytes of the whole file.
   """
 
   path: str
@@ -62,16 +62,16 @@ class Checkpoint:
   data: np.ndarray
 
   def names(self) -> list[str]:
-    """Hugging Face tensor names, in file order."""
+    """The Hugging Face names of all tensors, in file order."""
     return list(self.tensors)
 
   def shape(self, name: str) -> tuple[int, ...]:
-    """The shape of `read(name)`: (out, in) for a projection."""
+    """The shape of `read(name)`, such as (out, in) for a projection."""
     t = errors.choose(name, self.tensors, f"tensor of {self.path}")
     return t.shape[::-1] if t.change == "transpose" else t.shape
 
   def read(self, name: str) -> np.ndarray:
-    """One tensor as float32, in Hugging Face's layout; a copy, not a view of the file."""
+    """One tensor as float32 in Hugging Face's layout. It is a copy, not a view of the file."""
     t = errors.choose(name, self.tensors, f"tensor of {self.path}")
     w = _decode(self.path, self.data, t)
     match t.change:
@@ -89,10 +89,10 @@ class Checkpoint:
 
 
 def open(path: str | os.PathLike) -> Checkpoint:
-  """Opens a GGUF file and checks its header, tensor names and extent.
+  """Opens a GGUF file and checks its header, tensor names and size.
 
   Raises:
-    UserError: no readable, whole GGUF file; an architecture, metadata key or tensor that is not known.
+    UserError: the file is unreadable, damaged or not GGUF, or an architecture, metadata key or tensor is unknown.
   """
   path = os.fspath(path)
   with errors.parsing(f"{path} is damaged or of an unknown kind"):
@@ -121,12 +121,12 @@ def _open(path: str) -> Checkpoint:
 
 
 def metadata(path: str | os.PathLike) -> dict[str, Any]:
-  """The key/value fields of a GGUF file as Python values: what `tokenizer.from_gguf` takes."""
+  """The key/value fields of a GGUF file as Python values, which `tokenizer.from_gguf` takes."""
   return _load(os.fspath(path))[1]
 
 
 def _rename(t: Tensor, architecture: tables.Architecture) -> dict[str, Tensor] | None:
-  """The tensors that one of the file stands for, by their Hugging Face names; None if it is not understood."""
+  """The tensors that one tensor of the file stands for, by their Hugging Face names; None if it is unknown."""
   m = STEM.fullmatch(t.name)
   if not m:
     return None
@@ -170,7 +170,7 @@ def _unpermute(w: np.ndarray, heads: int) -> np.ndarray:
 def _decode(path: str, data: np.ndarray, tensor: Tensor) -> np.ndarray:
   raw = np.array(data[tensor.start : tensor.start + tensor.nbytes])
   *rows, columns = gguf.quant_shape_to_byte_shape(tensor.shape, tensor.type)
-  # `gguf` decodes 16 rows at a time, which longer ones make fewer times: blocks do not know where a row ends.
+  # `gguf` decodes 16 rows at a time. Longer rows take fewer steps, and blocks do not depend on where a row ends.
   longer = columns * math.gcd(math.prod(rows), 1 << (ROW // tensor.shape[-1]).bit_length())
   try:
     return gguf.dequantize(raw.reshape(-1, longer), tensor.type).reshape(tensor.shape)
@@ -183,13 +183,13 @@ def _load(path: str) -> tuple[np.ndarray, dict[str, Any], dict[str, Tensor]]:
     data = np.memmap(f, mode="r").view(np.ndarray) if os.path.getsize(path) else np.empty(0, np.uint8)
   start = bytes(data[:4])
   if start != MAGIC:
-    raise errors.UserError(f"{path} is no GGUF file: it {f'starts with {start!r}' if start else 'is empty'}")
+    raise errors.UserError(f"{path} is not a GGUF file: it {f'starts with {start!r}' if start else 'is empty'}")
   at = _Cursor(memoryview(data))
   try:
     metadata, tensors = _header(at)
   except EOFError as e:
     raise errors.UserError(f"{path} is truncated: the header is longer than its {len(data)} bytes") from e
-  except Exception as e:  # numbers that are not what they seem can lead anywhere
+  except Exception as e:  # damaged numbers can lead to any error
     raise errors.UserError(f"{path} is damaged or of an unknown kind, near byte {at.position}: {errors.line(e)}") from e
   end = max((t.start + t.nbytes for t in tensors.values()), default=0)
   if end > len(data):
@@ -198,7 +198,7 @@ def _load(path: str) -> tuple[np.ndarray, dict[str, Any], dict[str, Tensor]]:
 
 
 def _header(at: "_Cursor") -> tuple[dict[str, Any], dict[str, Tensor]]:
-  """Metadata and tensors of a file; EOFError where it ends too early, ValueError where it makes no sense."""
+  """The metadata and tensors of a file. Raises EOFError if it ends too early, ValueError if it makes no sense."""
   at.bytes(len(MAGIC))
   version = at.scalar("I")
   if version not in (2, 3):
@@ -208,7 +208,7 @@ def _header(at: "_Cursor") -> tuple[dict[str, Any], dict[str, Tensor]]:
   for _ in range(n_fields):
     k = at.string()
     if k in metadata:
-      raise ValueError(f"{k} stands twice")
+      raise ValueError(f"{k} occurs twice")
     metadata[k] = at.value(at.scalar("I"))
   alignment = metadata.get("general.alignment", 32)
   if not isinstance(alignment, int) or alignment < 1:
@@ -217,7 +217,7 @@ def _header(at: "_Cursor") -> tuple[dict[str, Any], dict[str, Tensor]]:
   for _ in range(n_tensors):
     t = _tensor(at)
     if t.name in tensors:
-      raise ValueError(f"tensor {t.name} stands twice")
+      raise ValueError(f"tensor {t.name} occurs twice")
     tensors[t.name] = t
   start = -(-at.position // alignment) * alignment
   return metadata, {k: dataclasses.replace(t, start=start + t.start) for k, t in tensors.items()}
@@ -239,7 +239,8 @@ class _Cursor:
   """Reads values from `view`, one after another."""
 
   def __init__(self, view: memoryview):
-    self.view, self.position = view, 0
+    self.view = view
+    self.position = 0
 
   def bytes(self, n: int) -> memoryview:
     start, end = self.position, self.position + n

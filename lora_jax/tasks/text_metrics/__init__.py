@@ -1,8 +1,9 @@
 """Scores of texts against several references each, as the E2E challenge measures them.
 
-Its script (https://github.com/tuetschek/e2e-metrics) takes BLEU and NIST from mteval-v13a, without case, and METEOR,
-ROUGE-L and CIDEr from the evaluation of MS-COCO captions (Chen et al. 2015, https://arxiv.org/abs/1504.00325), on
-words of Stanford's PTB tokenizer in lower case and without punctuation. Tokenizer and METEOR are Java programs.
+Its script (https://github.com/tuetschek/e2e-metrics) computes BLEU and NIST as mteval-v13a does, ignoring case. It
+computes METEOR, ROUGE-L and CIDEr as the evaluation of MS-COCO captions does (Chen et al. 2015,
+https://arxiv.org/abs/1504.00325), on words of Stanford's PTB tokenizer in lower case and without punctuation. The
+tokenizer and METEOR are Java programs.
 """
 
 import collections
@@ -25,9 +26,9 @@ References = Sequence[Sequence[str]]
 
 
 def check() -> None:
-  """Raises UserError where a package is missing, and says so where there is no Java."""
+  """Raises UserError if a package is missing. Prints a note if Java is missing."""
   if missing := [p for p in PACKAGES if importlib.util.find_spec(p) is None]:
-    raise errors.UserError(f"BLEU and the like need {' and '.join(missing)}; pip install {' '.join(missing)}")
+    raise errors.UserError(f"metrics of texts need {' and '.join(missing)}; pip install {' '.join(missing)}")
   if not has_java():
     progress.say("no `java` on the PATH: METEOR, ROUGE-L and CIDEr are left out; apt install default-jre-headless")
 
@@ -41,7 +42,7 @@ def scores(predictions: Texts, references: References) -> dict[str, float]:
   """All scores of a corpus.
 
   Args:
-    references: one or more of each prediction; their number may differ.
+    references: one or more for each prediction.
 
   Returns:
     `bleu` in percent and `nist`; with Java also `meteor` and `rouge_l` from 0 to 1 and `cider` from 0 to 10.
@@ -57,37 +58,41 @@ def scores(predictions: Texts, references: References) -> dict[str, float]:
 
 
 def check_lengths(predictions: Texts, references: References) -> None:
-  """Raises UserError unless there is something to score, and a reference of each."""
+  """Raises UserError unless there are texts to score and each has a reference."""
   if not predictions or len(predictions) != len(references) or not all(references):
     raise errors.UserError(
       f"{len(predictions)} texts to score and {len(references)} lists of references, {sum(map(bool, references))} of "
-      "them with any; expected as many, one or more, none of them empty"
+      "them with any; expected one or more texts, and one or more references for each"
     )
 
 
 def bleu(predictions: Texts, references: References) -> float:
-  """Corpus BLEU in percent, without case (Papineni et al. 2002, https://aclanthology.org/P02-1040).
+  """Corpus BLEU in percent, ignoring case (Papineni et al. 2002, https://aclanthology.org/P02-1040).
 
-  The length that counts is that of the reference closest to a text, the shorter of two.
+  The brevity penalty uses the reference closest in length to a text, the shorter one of two that are as close.
   """
   import sacrebleu
 
-  # `force` only says that tokenised text is known to be such.
+  # `force` silences a warning about tokenised text.
   scorer = sacrebleu.BLEU(lowercase=True, tokenize="13a", force=True)
   return scorer.corpus_score(list(predictions), list(itertools.zip_longest(*references))).score
 
 
 def nist(predictions: Texts, references: References, order: int = 5) -> float:
-  """Corpus NIST, without case (Doddington 2002, equations 2 and 3).
+  """Corpus NIST, ignoring case (Doddington 2002, equations 2 and 3).
 
-  As in mteval, an n-gram is found as often as the reference that has it most, and the length to reach is the mean of
-  an example's references. `nltk` takes one reference for each n instead, and differs where there are several.
+  As in mteval, an n-gram counts at most as often as it occurs in any one reference, and the length to reach is the mean
+  over the references. `nltk` takes one reference for each n instead, and differs where there are several.
   """
   from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
 
-  tokenize = lambda text: Tokenizer13a()(text.lower()).split()
-  texts, refs = [tokenize(t) for t in predictions], [[tokenize(r) for r in rs] for rs in references]
-  length, wanted = sum(map(len, texts)), sum(sum(map(len, rs)) / len(rs) for rs in refs)
+  def tokenize(text):
+    return Tokenizer13a()(text.lower()).split()
+
+  texts = [tokenize(t) for t in predictions]
+  refs = [[tokenize(r) for r in rs] for rs in references]
+  length = sum(map(len, texts))
+  wanted = sum(sum(map(len, rs)) / len(rs) for rs in refs)
   if not length or not wanted:
     return 0.0
   seen = collections.Counter({(): sum(len(r) for r in itertools.chain(*refs))})
@@ -102,7 +107,7 @@ def nist(predictions: Texts, references: References, order: int = 5) -> float:
       information += sum(k * math.log2(seen[g[:-1]] / seen[g]) for g, k in found.items())
       count += have.total()
     total += information / max(count, 1)
-  # A text of two thirds of the length gets half.
+  # Texts of two thirds of the length get half.
   return total * 0.5 ** ((math.log(min(length / wanted, 1)) / math.log(1.5)) ** 2)
 
 
@@ -111,7 +116,7 @@ def _ngrams(words: Sequence[str], n: int) -> collections.Counter:
 
 
 def ptb_words(texts: Texts) -> list[str]:
-  """Words in lower case without punctuation, joined by spaces; needs Java."""
+  """The words of each text in lower case, without punctuation, joined by spaces. Needs Java."""
   from pycocoevalcap.tokenizer.ptbtokenizer import PUNCTUATIONS
 
   lines = "".join(" ".join(t.split()) + "\n" for t in texts)
@@ -124,9 +129,9 @@ def ptb_words(texts: Texts) -> list[str]:
 
 
 def meteor(predictions: Texts, references: References) -> float:
-  """Corpus METEOR 1.5 of texts of `ptb_words` (Denkowski and Lavie 2014, https://aclanthology.org/W14-3348).
+  """Corpus METEOR 1.5, from 0 to 1, of texts from `ptb_words`; needs Java and 2 GB of memory.
 
-  Needs Java and 2 GB of memory.
+  Denkowski and Lavie 2014, https://aclanthology.org/W14-3348.
   """
   command = [*_java("meteor", "meteor-1.5.jar", "-Xmx2G"), "Meteor", "-", "-", "-stdio", "-l", "en", "-norm"]
   field = lambda text: text.replace("|||", "")
@@ -144,14 +149,14 @@ def meteor(predictions: Texts, references: References) -> float:
       return read()
 
     stats = [ask("SCORE", *map(field, rs), field(p)) for p, rs in zip(predictions, references, strict=True)]
-    ask("EVAL", *stats)  # scores of each text, then that of all
+    ask("EVAL", *stats)  # gives the score of each text, then the score of all
     return [float(read()) for _ in stats][-1]
 
 
 def rouge_l(predictions: Texts, references: References) -> float:
-  """Mean ROUGE-L of texts of `ptb_words`, F with beta 1.2 of the best precision and the best recall.
+  """Mean ROUGE-L, from 0 to 1, of texts from `ptb_words` (Lin 2004, https://aclanthology.org/W04-1013, section 3).
 
-  Lin 2004, https://aclanthology.org/W04-1013, section 3.
+  It is the F measure with beta 1.2 of the best precision and the best recall over the references.
   """
   from pycocoevalcap.rouge.rouge import Rouge
 
@@ -159,9 +164,10 @@ def rouge_l(predictions: Texts, references: References) -> float:
 
 
 def cider(predictions: Texts, references: References) -> float:
-  """Mean CIDEr-D of texts of `ptb_words` (Vedantam et al. 2015, https://arxiv.org/abs/1411.5726, section 7).
+  """Mean CIDEr-D, from 0 to 10, of texts from `ptb_words`.
 
-  Rare n-grams weigh more: rare among the examples' references, so that one example alone scores 0.
+  Vedantam et al. 2015, https://arxiv.org/abs/1411.5726, section 7. N-grams that are rare in the references of all
+  examples weigh more, so one example alone scores 0.
   """
   from pycocoevalcap.cider.cider import Cider
 
@@ -173,7 +179,7 @@ def _coco(predictions: Texts, references: References) -> tuple[dict, dict]:
 
 
 def _java(directory: str, jar: str, *options: str) -> list[str]:
-  """The beginning of a command that runs a class of a jar of pycocoevalcap."""
+  """The beginning of a command that runs a class in a jar of pycocoevalcap."""
   package = importlib.util.find_spec("pycocoevalcap").submodule_search_locations[0]
   return ["java", *options, "-Dfile.encoding=UTF-8", "-cp", str(pathlib.Path(package, directory, jar))]
 
