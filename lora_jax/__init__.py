@@ -1,6 +1,6 @@
-"""Adapt pretrained transformers in JAX.
+"""Adapts pretrained transformers in JAX.
 
-The names that users type; modules are imported when they are first used, so that this one is light.
+Offers the names that users type. Modules are imported when they are first used, so importing this one is cheap.
 """
 
 import importlib
@@ -8,7 +8,7 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-# What `lora_jax.NAME` is, beside the rooms themselves: a module, or a name in one.
+# What `lora_jax.NAME` stands for: a module, or a name in a module.
 NAMES = {
   "UserError": "errors.UserError",
   "adapt": "bridges.adapt",

@@ -1,4 +1,4 @@
-"""Files: read if they are files, and written whole or not at all, in one step or once into a cache."""
+"""Reads regular files, and writes files and cached directories whole or not at all."""
 
 import builtins
 import json
@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 from lora_jax import errors
 
 LEFTOVER_SECONDS = 24 * 3600
-LARGEST = 2**28  # bytes of a text that is read whole; the tokenizers of large vocabularies have 2**25
+LARGEST = 2**28  # bytes of a text that is read whole; tokenizers with large vocabularies have 2**25
 KINDS = {
   stat.S_IFDIR: "a directory",
   stat.S_IFIFO: "a named pipe",
@@ -25,10 +25,10 @@ KINDS = {
 
 
 def open(path: str | os.PathLike) -> BinaryIO:  # noqa: A001
-  """A file that is there, for reading bytes.
+  """An existing regular file, opened for reading bytes.
 
   Raises:
-    UserError: it is missing or cannot be read, or is no regular file: a pipe or a device may never answer.
+    UserError: it is missing, unreadable, or not a regular file; a pipe or a device may never answer.
   """
   path = os.fspath(path)
   try:
@@ -43,44 +43,49 @@ def open(path: str | os.PathLike) -> BinaryIO:  # noqa: A001
 
 
 def read(path: str | os.PathLike, largest: float = LARGEST) -> str:
-  """The text of a file in UTF-8; UserError as `open`, and where it is longer than `largest` bytes or no such text."""
+  """The text of a file in UTF-8.
+
+  Raises:
+    UserError: as for `open`, or the file is longer than `largest` bytes or not UTF-8.
+  """
   try:
     with open(path) as f:
       if (size := os.fstat(f.fileno()).st_size) > largest:
         raise errors.UserError(f"cannot read {path}: it has {size:,} bytes, expected at most {largest:,}")
       return f.read().decode()
   except UnicodeDecodeError as e:
-    raise errors.UserError(f"cannot read {path}: it is no UTF-8: {e}") from e
+    raise errors.UserError(f"cannot read {path}: it is not UTF-8: {e}") from e
   except OSError as e:
     raise errors.UserError(f"cannot read {path}: {e.strerror}") from e
 
 
 def parse_json(text: str | bytes, where: str) -> Any:
-  """A JSON value; UserError, "`where`: no JSON: the reason", for what is none or cannot be worked with.
+  """The value of a JSON text.
 
-  The latter is what is nested too deeply for Python, integers that are too long for it, and lone surrogates, which
-  no text in UTF-8 has.
+  Raises:
+    UserError: "`where`: not JSON: the reason". Nesting that is too deep for Python, integers that are too long for it,
+      and lone surrogates, which UTF-8 cannot encode, count as faults too.
   """
   try:
     value = json.loads(text)
     if (b"\\u" if isinstance(text, bytes) else "\\u") in text:
       json.dumps(value, ensure_ascii=False).encode()
   except RecursionError as e:
-    raise errors.UserError(f"{where}: no JSON: it is nested too deeply") from e
+    raise errors.UserError(f"{where}: not JSON: it is nested too deeply") from e
   except ValueError as e:
-    raise errors.UserError(f"{where}: no JSON: {errors.line(e)}") from e
+    raise errors.UserError(f"{where}: not JSON: {errors.line(e)}") from e
   return value
 
 
 def cache(kind: str) -> pathlib.Path:
-  """Where files of a kind live: `$LORA_JAX_CACHE/kind`, by default `~/.cache/lora_jax/kind`."""
+  """The cache directory for files of a kind: `$LORA_JAX_CACHE/kind`, by default `~/.cache/lora_jax/kind`."""
   return pathlib.Path(os.environ.get("LORA_JAX_CACHE") or pathlib.Path.home() / ".cache" / "lora_jax", kind)
 
 
 def publish(path: pathlib.Path, build: Callable[[pathlib.Path], None]) -> None:
-  """Fills a fresh directory by `build(directory)` and renames it to `path`.
+  """Fills a fresh directory with `build(directory)` and renames it to `path`.
 
-  `path` is complete or absent at any moment, whoever is killed. Of several processes that do this at once the
+  `path` is complete or absent at any moment, even if a process is killed. If several processes do this at once, the
   first to finish wins and the others use its result.
   """
   try:
@@ -100,19 +105,19 @@ def publish(path: pathlib.Path, build: Callable[[pathlib.Path], None]) -> None:
 
 
 def _remove_leftovers(directory: pathlib.Path) -> None:
-  """Removes what processes killed long ago left behind."""
+  """Removes the leftovers of processes that were killed long ago."""
   for old in directory.glob("incomplete.*"):
     if time.time() - old.stat().st_mtime > LEFTOVER_SECONDS:
       shutil.rmtree(old, ignore_errors=True)
 
 
-WRITER = ""  # which of several processes that write into one directory this is, such as ".0-of-4"
+WRITER = ""  # distinguishes several processes that write into one directory, such as ".0-of-4"
 
 
 def write(path: pathlib.Path, content: bytes) -> None:
-  """Writes a file that is whole or absent, whatever happens meanwhile; of several `WRITER`s the last one's stays."""
+  """Writes a file that is whole or absent, whatever happens meanwhile. Of several `WRITER`s the last one wins."""
   path.parent.mkdir(parents=True, exist_ok=True)
-  # The same each time, so that what a killed process has left is written over.
+  # Always the same name, so that the leftover of a killed process is overwritten.
   part = path.with_name(f"{path.name}{WRITER}.tmp")
   try:
     with builtins.open(part, "wb") as f:

@@ -1,6 +1,6 @@
-"""Regular expressions that come with a file: whether they are any, and whether they end.
+"""Checks regular expressions that come with a file: whether they are valid, and whether they search in bounded time.
 
-Python's `re` backtracks without a limit, and nothing can interrupt it.
+Python's `re` backtracks without a limit, and nothing in the same process can interrupt it.
 """
 
 import itertools
@@ -13,7 +13,7 @@ from typing import Any
 
 from lora_jax import errors
 
-SECONDS = 10  # that all searches together may take
+SECONDS = 10  # limit for all searches together
 TRY = """
 import json, re, sys
 patterns, names = json.load(sys.stdin)
@@ -26,19 +26,20 @@ for i, pattern in enumerate(patterns):
 
 
 def check(patterns: Collection[str], names: Collection[str], where: str, form: str = "{}") -> None:
-  """Raises UserError, which `where` begins, for a pattern that is no regex or takes too long to search the names.
+  """Raises UserError for a pattern that is not a regex or takes too long to search the names.
 
-  Those that may are tried in a process that can be ended.
+  Patterns that may take long are tried in a process of their own, which can be killed.
 
   Args:
-    form: what a pattern, at `{}`, is a part of when it is searched with.
+    where: the beginning of the message.
+    form: the regex that is searched with, in which `{}` stands for a pattern.
   """
   whole = {p: form.replace("{}", p) for p in patterns}
   for p, regex in whole.items():
     try:
       re.compile(regex)
     except (re.error, RecursionError, OverflowError) as e:
-      raise errors.UserError(f"{where}: {p!r:.200} is no regular expression: {errors.line(e)}") from e
+      raise errors.UserError(f"{where}: {p!r:.200} is not a regular expression: {errors.line(e)}") from e
   if not (doubtful := [p for p in whole if _may_take_long(p)]):
     return
   given = json.dumps([[whole[p] for p in doubtful], [*names]]).encode()
@@ -52,7 +53,7 @@ def check(patterns: Collection[str], names: Collection[str], where: str, form: s
 
 
 def texts(x: Any) -> Iterator[str]:
-  """All strings in a value, keys too: what may be a regex."""
+  """Yields all strings in a value, including keys: any of them may be a regex."""
   if isinstance(x, Mapping | list | tuple):
     for v in itertools.chain(x, x.values()) if isinstance(x, Mapping) else x:
       yield from texts(v)
@@ -61,7 +62,7 @@ def texts(x: Any) -> Iterator[str]:
 
 
 def is_regex(text: str) -> bool:
-  """Whether a text is a regular expression, as many that are meant as others are too."""
+  """Whether a text is a valid regular expression; many texts that are not meant as one are valid too."""
   try:
     re.compile(text)
   except (re.error, RecursionError, OverflowError):
@@ -70,6 +71,7 @@ def is_regex(text: str) -> bool:
 
 
 def _may_take_long(pattern: str) -> bool:
-  """Whether there is more than one place in a regex where a search can go on in several ways."""
-  repeats, groups = len(re.findall(r"[*+?{]", pattern)), pattern.count("(")
+  """Whether a regex has more than one place where a search can continue in several ways."""
+  repeats = len(re.findall(r"[*+?{]", pattern))
+  groups = pattern.count("(")
   return repeats > 1 or groups > 1 or bool(re.search(r"\)[*+?{]|\\\d", pattern))

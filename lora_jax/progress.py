@@ -1,4 +1,4 @@
-"""What long work says on standard error: status lines and how far it is."""
+"""Status lines and progress bars on standard error."""
 
 import sys
 import time
@@ -12,11 +12,13 @@ def say(text: str) -> None:
 
 
 class Progress:
-  """How far some long work is: a bar on a terminal, plain lines elsewhere, both on standard error."""
+  """Shows the progress of long work on standard error: a bar on a terminal, plain lines elsewhere."""
 
   def __init__(self, total: int, label: str = "step", start: int = 0):
-    self.total, self.label = total, label
-    self._first, self._last_line = None, time.monotonic()
+    self.total = total
+    self.label = label
+    self._first = None
+    self._last_line = time.monotonic()
     self._bar = None
     if sys.stderr.isatty():
       layout = "{desc} {n_fmt}/{total_fmt} |{bar}| time left {remaining}{postfix}"
@@ -25,9 +27,9 @@ class Progress:
       )
 
   def update(self, done: int, text: str = "") -> None:
-    """Shows that `done` of `total` is done.
+    """Shows that `done` of `total` steps are done.
 
-    Without a terminal this prints a line when there is `text` and otherwise every 10 seconds.
+    Without a terminal this prints a line whenever there is `text`, and otherwise every 10 seconds.
     """
     now = time.monotonic()
     self._first = self._first or (done, now)
@@ -44,6 +46,6 @@ class Progress:
       say("  ".join(filter(None, parts)))
 
   def close(self) -> None:
-    """Leaves the bar as it is."""
+    """Ends the bar, which stays on the terminal."""
     if self._bar is not None:
       self._bar.close()

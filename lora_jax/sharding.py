@@ -1,6 +1,6 @@
-"""Where arrays live: one mesh with the axes population, data, fsdp and tensor, and rules from names to partition specs.
+"""Places arrays on devices: one mesh with the axes population, data, fsdp and tensor, and rules from names to specs.
 
-One device is the trivial mesh; the code is the same.
+A single device is a trivial mesh and needs no other code.
 """
 
 import math
@@ -16,7 +16,7 @@ from lora_jax import errors, tree
 from lora_jax.values import Count
 
 AXES = ("data", "fsdp", "tensor")
-MESH = ("population", *AXES)  # the first spreads members that are trained together, who tell each other nothing
+MESH = ("population", *AXES)  # `population` spreads members that train together without communication
 BATCH = P(("data", "fsdp"))
 Axis = Literal[-1] | Count
 
@@ -37,31 +37,31 @@ RULES = (
 
 
 def make_mesh(data: Axis = -1, fsdp: Axis = 1, tensor: Axis = 1, population: Axis = 1) -> jax.sharding.Mesh:
-  """A mesh of `population * data * fsdp * tensor` devices; one of them may be -1: all that remain.
+  """A mesh of `population * data * fsdp * tensor` devices. One size may be -1: all remaining devices.
 
   Args:
-    data: copies of the model, which share out the rows of a batch.
-    fsdp: devices that the weights are spread over; they share out rows too.
-    tensor: devices that heads and hidden units are spread over.
-    population: devices that the members of a sweep are spread over.
+    data: number of copies of the model, which share the rows of a batch.
+    fsdp: number of devices that the weights are spread over; they share the rows too.
+    tensor: number of devices that heads and hidden units are spread over.
+    population: number of devices that the members of a sweep are spread over.
   """
-  sizes, n = dict(zip(MESH, (population, data, fsdp, tensor), strict=True)), jax.device_count()
+  sizes = dict(zip(MESH, (population, data, fsdp, tensor), strict=True))
+  n = jax.device_count()
   known = math.prod(s for s in sizes.values() if s > 0)
   if list(sizes.values()).count(-1) > 1 or any(s == 0 or s < -1 for s in sizes.values()):
     raise errors.UserError(f"config.mesh: sizes are positive, at most one is -1; got {sizes}")
   if -1 in sizes.values() and known <= n and n % known:
-    raise errors.UserError(f"config.mesh: {known} does not divide the {n} devices that -1 shares out")
+    raise errors.UserError(f"config.mesh: {known} does not divide the {n} devices, of which -1 takes the rest")
   shape = tuple(n // known if s == -1 else s for s in sizes.values())
   if math.prod(shape) > n or 0 in shape:
-    raise errors.UserError(f"config.mesh asks for {known} devices at least, there are {n} ({jax.default_backend()})")
+    raise errors.UserError(f"config.mesh asks for at least {known} devices, there are {n} ({jax.default_backend()})")
   return jax.make_mesh(shape, MESH, axis_types=(AxisType.Auto,) * len(MESH), devices=jax.devices()[: math.prod(shape)])
 
 
 class Placer:
   """A function from a weight's name and shape to its sharding.
 
-  A mesh axis that does not divide its dimension (3 kv heads over 2 devices) is dropped there: that dimension is
-  replicated.
+  Where a mesh axis does not divide a dimension (3 kv heads over 2 devices), that dimension is replicated.
   """
 
   def __init__(self, mesh: jax.sharding.Mesh, rules: Sequence[tuple[str, P]] = RULES):
@@ -83,7 +83,7 @@ def fit(mesh: jax.sharding.Mesh, spec: P, shape: tuple[int, ...]) -> NamedShardi
 
 
 def stacked(place: Callable[[str, tuple], NamedSharding]) -> Callable[[str, tuple], NamedSharding]:
-  """`place` for leaves [P, ...] of a population; P has to be a multiple of the mesh's population axis."""
+  """`place` for leaves [P, ...] of a population. P must be a multiple of the mesh's population axis."""
 
   def each(name, shape):
     sharding = place(name, shape[1:])
@@ -102,28 +102,28 @@ def shardings(params: Any, place: Callable[[str, tuple], NamedSharding]) -> Any:
 
 
 def put(params: Any, place: Callable[[str, tuple], NamedSharding]) -> Any:
-  """The tree with every leaf where `place` says; of what each process has for itself all have the same."""
+  """The tree with every leaf placed by `place`. Leaves that each process holds for itself must be equal."""
   return jax.tree.map(put_leaf, params, shardings(params, place))
 
 
 def put_leaf(x: jax.Array | np.ndarray, where: jax.sharding.Sharding) -> jax.Array:
-  """An array on the devices of a sharding; if each process has one for itself, all have the same."""
+  """The array on the devices of a sharding. If each process holds its own array, all must be equal."""
   if where.is_fully_addressable or not _is_here(x):
     return jax.device_put(x, where)
-  # From an array of one process alone to all of them device_put returns one that cannot be read.
+  # From a single process's array to all processes, device_put returns an array that cannot be read.
   if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
     return jax.random.wrap_key_data(put_leaf(jax.random.key_data(x), where), impl=jax.random.key_impl(x))
   return jax.make_array_from_callback(x.shape, where, np.asarray(x).__getitem__)
 
 
 def put_batch(batch: dict[str, np.ndarray], mesh: jax.sharding.Mesh, stack: int = 0) -> dict[str, jax.Array]:
-  """This process's rows of a global batch, split over data and fsdp; `stack` axes may precede that of the rows."""
+  """The global batch, split over data and fsdp, from this process's rows; `stack` axes precede the axis of rows."""
   s = NamedSharding(mesh, P(*(None,) * stack, *BATCH))
   return {k: jax.make_array_from_process_local_data(s, x) for k, x in batch.items()}
 
 
 def replicate(batch: dict[str, np.ndarray], mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
-  """A batch that every process has whole, split over data and fsdp where its rows divide, else on all devices."""
+  """A batch that every process holds whole: split over data and fsdp if they divide its rows, else on all devices."""
 
   def put(x):
     spec = BATCH if x.shape[0] % batch_divisor(mesh) == 0 else P()
@@ -133,7 +133,7 @@ def replicate(batch: dict[str, np.ndarray], mesh: jax.sharding.Mesh) -> dict[str
 
 
 def to_host(params: Any) -> Any:
-  """The tree as arrays that this process can read whole; gathers what is spread over processes."""
+  """The tree with arrays that this process can read whole. Gathers arrays that are spread over processes."""
   if all(map(_is_here, jax.tree.leaves(params))):
     return params
   from jax.experimental import multihost_utils
@@ -143,21 +143,21 @@ def to_host(params: Any) -> Any:
 
 
 def _is_here(x) -> bool:
-  """Whether this process has all of an array; what each has for itself would be gathered n times."""
+  """Whether this process can read all of an array. Gathering such an array would give n copies."""
   return getattr(x, "is_fully_addressable", True)
 
 
 def batch_divisor(mesh: jax.sharding.Mesh) -> int:
-  """What the batch size has to be a multiple of."""
+  """The number that must divide the batch size."""
   return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def splits(x: jax.Array) -> bool:
-  """Whether a mesh of ours is set whose data and fsdp axes divide the rows of `x` [B, ...]."""
+  """Whether the current mesh is one of ours and its data and fsdp axes divide the rows of `x` [B, ...]."""
   mesh = jax.sharding.get_abstract_mesh()
   return not mesh.empty and all(a in mesh.shape for a in AXES) and x.shape[0] % batch_divisor(mesh) == 0
 
 
 def constrain(x: jax.Array) -> jax.Array:
-  """Keeps activations [B, ...] split over data and fsdp; nothing where no mesh is set."""
+  """The activations [B, ...], kept split over data and fsdp; unchanged without a mesh."""
   return jax.lax.with_sharding_constraint(x, BATCH) if splits(x) else x

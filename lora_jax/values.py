@@ -1,8 +1,8 @@
-"""The values of keywords: what a function's annotations allow, checked where a user's values come in.
+"""Checks a user's values for keywords against the annotations of a function.
 
-A signature is the one place that says of a keyword what type and range it has and what its default is. Annotations are
-those of `typing` and the ones below; pydantic checks them strictly: True is no number, 2.5 and "8" are no whole ones,
-and nan and inf are no values at all.
+A signature is the only place that states the type, range and default of a keyword. Annotations come from `typing` or
+from this module. Pydantic checks them strictly: True is not a number, 2.5 and "8" are not whole numbers, and nan and
+inf are not allowed.
 """
 
 import ast
@@ -34,27 +34,27 @@ LIMITS = {Ge: ("ge", "at least"), Gt: ("gt", "more than"), Le: ("le", "at most")
 
 @dataclasses.dataclass(frozen=True)
 class Field:
-  """What a keyword may be: its annotation, and its default or REQUIRED."""
+  """A keyword: its annotation, and its default or REQUIRED."""
 
   hint: Any
   default: Any = REQUIRED
 
 
 def fields(fn: Callable, only: Collection[str] = (), without: Collection[str] = ()) -> dict[str, Field]:
-  """{keyword: Field} of a function or a dataclass; those of `only`, or all but `without` and `**kw`."""
+  """The keywords of a function or dataclass, {keyword: Field}: those in `only`, or all except `without` and `**kw`."""
   named = [p for p in inspect.signature(fn).parameters.values() if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)]
   chosen = [p for p in named if p.name not in without and (not only or p.name in only)]
   return {p.name: Field(_plain(p.annotation), _frozen(p.default)) for p in chosen}
 
 
 def resolve(table: Mapping[str, Field], given: Mapping[str, Any], where: str) -> dict[str, Any]:
-  """Every keyword of `table` with the value that is given or its default; sequences become tuples.
+  """Every keyword of `table` with its given value or its default. Sequences become tuples.
 
   Args:
-    where: what messages call the place, such as "config.method".
+    where: name of the section in messages, such as "config.method".
 
   Raises:
-    UserError: lists the keys that there are not, those that are missing, and every value of a wrong type or range.
+    UserError: lists unknown keys, missing keys, and every value of a wrong type or out of range.
   """
   if not isinstance(given, Mapping):
     raise errors.UserError(f"{where} is a section with keys, not {shown(given)}")
@@ -74,12 +74,16 @@ def resolve(table: Mapping[str, Field], given: Mapping[str, Any], where: str) ->
 
 
 def keywords(fn: Callable, given: Mapping[str, Any], where: str, without: Collection[str] = ()) -> dict[str, Any]:
-  """`resolve` of what `fn` takes, but for parameters that its caller fills in itself: `without`."""
+  """The keywords of `fn`, see `resolve`, except those that its caller fills in itself: `without`."""
   return resolve(fields(fn, without=without), given, where)
 
 
 def check(hint: Any, value: Any, where: str) -> Any:
-  """`value` as the annotation has it, numbers of a float as floats and sequences as tuples; UserError for others."""
+  """`value` as its annotation wants it: whole numbers as floats if it is a float, sequences as tuples.
+
+  Raises:
+    UserError: the value does not fit the annotation.
+  """
   try:
     return _frozen(_adapter(hint).validate_python(_frozen(value)))
   except pydantic.ValidationError:
@@ -91,7 +95,7 @@ def check(hint: Any, value: Any, where: str) -> Any:
 
 
 def parse(hint: Any, text: str, where: str) -> Any:
-  """The value that `text`, as on a command line, stands for: a Python literal, or itself where that is no value."""
+  """The value of `text` from a command line: the Python literal that it is, or the text itself if that does not fit."""
   candidates = [literal(text), text]
   if text.lower() in ("true", "false"):
     candidates.append(text.lower() == "true")
@@ -102,7 +106,7 @@ def parse(hint: Any, text: str, where: str) -> Any:
 
 
 def literal(text: str) -> Any:
-  """The Python literal that `text` is, or `text`."""
+  """The value of `text` as a Python literal, or `text` itself."""
   try:
     return ast.literal_eval(text)
   except (ValueError, SyntaxError, MemoryError, RecursionError, TypeError):
@@ -113,7 +117,7 @@ def shown(value: Any) -> str:
   """A value in a message, shortened."""
   try:
     text = repr(value)
-  except Exception as e:  # a whole number of too many digits, an object of somebody's
+  except Exception as e:  # an integer with too many digits, or an object whose repr fails
     text = f"a {type(value).__name__} that cannot be shown ({type(e).__name__})"
   return text if len(text) <= 100 else f"{text[:100]}..."
 
@@ -154,12 +158,12 @@ def _limit(limit: Any) -> str:
 
 
 def _options(hint: Any) -> list[Any]:
-  """The annotations of a union, or the one."""
+  """The annotations of a union, or the single annotation."""
   return list(get_args(hint)) if get_origin(hint) in (Union, types.UnionType) else [hint]
 
 
 def _plain(hint: Any) -> Any:
-  """An annotation without what no config can hold, such as the arrays that a number may be inside a program."""
+  """An annotation without types that a config cannot hold, such as arrays, which stand for numbers inside a program."""
   if get_origin(hint) not in (Union, types.UnionType):
     return hint
   kept = [h for h in get_args(hint) if not getattr(h, "__module__", "").startswith("jax")]
@@ -172,7 +176,7 @@ def _adapter(hint: Any) -> pydantic.TypeAdapter:
 
 
 def _frozen(value: Any) -> Any:
-  """A value whose sequences are tuples."""
+  """The value with all sequences as tuples."""
   if isinstance(value, Mapping):
     return {k: _frozen(v) for k, v in value.items()}
   if isinstance(value, Sequence) and not isinstance(value, str | bytes):

@@ -167,7 +167,7 @@ def test_experts_and_norms_without_biases_get_none():
     (bitfit, LLAMA, {"targets": "norm"}, "'norm' matches nothing; valid: all, down, gate"),
     (bitfit, LLAMA, {"targets": "w_q"}, "'w_q' matches nothing; "),
     (bitfit, FUSED, {"targets": "w"}, "'w' matches nothing; .*qkv"),
-    (bitfit, LLAMA, {"targets": "q("}, "no regular expression"),
+    (bitfit, LLAMA, {"targets": "q("}, "not a regular expression"),
     (norms, LLAMA, {"targets": "att_norm"}, "did you mean 'attn_norm'"),
     (norms, LLAMA, {"targets": "layers/1/"}, "matches nothing"),
   ],

@@ -395,7 +395,7 @@ BAD = {
   "method init": (dict(method__init="peff"), r"config\.method\.init='peff'.*did you mean 'peft'"),
   "target": (dict(method__targets="querry"), r"config\.method\.targets 'querry' matches nothing"),
   "target regex": (dict(method__targets="mlp/gait/.*"), r"config\.method\.targets 'mlp/gait/\.\*' matches nothing"),
-  "no regex": (dict(method__targets="attn/(q"), r"'attn/\(q' is no regular expression"),
+  "no regex": (dict(method__targets="attn/(q"), r"'attn/\(q' is not a regular expression"),
   "task": (dict(task={"name": "jsonnl"}), r"unknown task 'jsonnl'.*'jsonl'"),
   "task key": (dict(task__paths="x"), r"config\.task\.paths.*'path'"),
   "task without path": (dict(task={"name": "jsonl"}), r"config\.task needs path"),
@@ -410,7 +410,7 @@ BAD = {
   "steps": (dict(train__steps=0), r"config\.train\.steps=0: expected a whole number, at least 1"),
   "eval key": (dict(eval__example=1), r"config\.eval\.example;.*'examples'"),
   "mesh key": (dict(mesh__tensors=1), r"config\.mesh\.tensors.*'tensor'"),
-  "mesh": (dict(mesh__data=16), r"config\.mesh asks for 16 devices.*there are 8"),
+  "mesh": (dict(mesh__data=16), r"config\.mesh asks for at least 16 devices.*there are 8"),
   "batch and accumulate": (dict(train__accumulate=3), r"config\.data\.batch_size=8 is no multiple of 3"),
   "batch and mesh": (
     dict(mesh__data=4, train__accumulate=4),
@@ -444,7 +444,7 @@ def test_bad_config_is_refused_before_anything_is_written(config, tmp_path, name
 @pytest.mark.parametrize(
   "line, message",
   [
-    ("{", "no JSON"),
+    ("{", "not JSON"),
     ('{"prompt": "x"}', "no 'response'"),
     ('{"prompt": 1, "response": "x"}', "'prompt' must be a string"),
     ('["x"]', "found list"),

@@ -1,4 +1,4 @@
-"""Reading files: what is no file, no text or no JSON is one message, at once."""
+"""Reading files: what is no file, no text or not JSON is one message, at once."""
 
 import os
 import socket
@@ -68,7 +68,7 @@ def test_large_texts_are_not_read(tmp_path):
   ],
 )
 def test_json_that_cannot_be_worked_with(text, match):
-  with pytest.raises(errors.UserError, match=f"^x.json: no JSON: .*{match}"):
+  with pytest.raises(errors.UserError, match=f"^x.json: not JSON: .*{match}"):
     files.parse_json(text, "x.json")
   with pytest.raises(errors.UserError, match=match):
     files.parse_json(text.encode(), "x.json")
@@ -79,7 +79,7 @@ def test_json_is_a_value_or_a_message(content):
   try:
     files.parse_json(content, "x")
   except errors.UserError as e:
-    assert str(e).startswith("x: no JSON") and "\n" not in str(e)
+    assert str(e).startswith("x: not JSON") and "\n" not in str(e)
 
 
 def test_regexes_that_do_not_end(monkeypatch):
@@ -90,7 +90,7 @@ def test_regexes_that_do_not_end(monkeypatch):
     with pytest.raises(errors.UserError, match="^x: the regular expression '.*' takes more than 0.5 seconds"):
       patterns.check(["q_proj", p], names, "x")
   for p in ("(", "a{99999999999}", "(" * 5000 + ")" * 5000, "[z-a]", "(?P<1>a)"):
-    with pytest.raises(errors.UserError, match="^x: .* is no regular expression"):
+    with pytest.raises(errors.UserError, match="^x: .* is not a regular expression"):
       patterns.check([p], names, "x")
 
 

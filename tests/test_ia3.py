@@ -242,7 +242,7 @@ def test_single_layers_of_a_peft_adapter(tmp_path):
   "config, tensors, message",
   [
     ({"feedforward_modules": 3}, None, "feedforward_modules is 3"),
-    ({"feedforward_modules": "("}, None, "no regular expression"),
+    ({"feedforward_modules": "("}, None, "not a regular expression"),
     ({"feedforward_modules": None}, None, r"down_proj.ia3_l is \(1, 24\), expected \(16, 1\)"),
     ({"modules_to_save": ["x"]}, None, "modules_to_save"),
     ({}, lambda t: {k.replace("k_proj", "w_proj"): x for k, x in t.items()}, "no place .*0.*w_proj.*2.*w_proj"),

@@ -176,8 +176,8 @@ def test_layers_without_change(base):
 @pytest.mark.parametrize(
   "kw, message",
   [
-    ({}, "one of both"),
-    ({"rank": 2, "variance": 0.5}, "one of both"),
+    ({}, "either a rank or a variance"),
+    ({"rank": 2, "variance": 0.5}, "either a rank or a variance"),
     ({"rank": 0}, "rank=0"),
     ({"variance": 90}, "90"),
   ],

@@ -178,7 +178,7 @@ def test_sizes_that_mean_nothing_are_refused(sizes):
 
 @pytest.mark.parametrize("sizes", [(16, 1, 1), (4, 4, 1), (-1, 16, 1)])
 def test_more_devices_than_there_are_is_refused(sizes):
-  with pytest.raises(errors.UserError, match=r"config.mesh asks for 16 devices at least, there are 8 \(cpu\)"):
+  with pytest.raises(errors.UserError, match=r"config.mesh asks for at least 16 devices, there are 8 \(cpu\)"):
     sharding.make_mesh(*sizes)
 
 

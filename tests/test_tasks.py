@@ -503,7 +503,7 @@ USER, ASSISTANT = {"role": "user", "content": "a"}, {"role": "assistant", "conte
 @pytest.mark.parametrize(
   "line, message",
   [
-    ('{"prompt": "a", ', "no JSON"),
+    ('{"prompt": "a", ', "not JSON"),
     ([1], "found list"),
     ({"prompt": "a"}, "no 'response'.*found keys \\['prompt'\\]"),
     ({"prompt": "a", "response": 3}, "'response' must be a string, found int"),
@@ -526,7 +526,7 @@ USER, ASSISTANT = {"role": "user", "content": "a"}, {"role": "assistant", "conte
     ({"messages": [USER | {"content": None, "tool_calls": [CALL]}, ASSISTANT]}, r"messages\[0\] needs a string"),
     ({"messages": [USER | {"content": [{"type": "image_url"}]}, ASSISTANT]}, "a content that is not text: .*image_url"),
     ({"messages": [USER, ASSISTANT | {"tool_calls": "f"}]}, "'tool_calls' must be a list of objects, found f"),
-    ({"messages": [USER, ASSISTANT], "tools": "[{"}, "'tools' is a string: no JSON"),
+    ({"messages": [USER, ASSISTANT], "tools": "[{"}, "'tools' is a string: not JSON"),
     ({"messages": [USER, ASSISTANT], "tools": {"f": 1}}, "'tools' must be a list of objects"),
     ({"messages": [USER, ASSISTANT], "documents": ["x"]}, "'documents' must be a list of objects"),
     ({"messages": [USER, ASSISTANT], "chat_template_kwargs": 1}, "'chat_template_kwargs' must be an object"),

@@ -86,7 +86,7 @@ def test_a_pattern_that_matches_nothing_names_the_nearest():
   with pytest.raises(errors.UserError, match="pattern 'zzz' matches nothing; valid: a/x, b"):
     tree.mask({"a": {"x": 1}, "b": 3}, ["zzz"])
   for call in (lambda p: tree.first_match([(p, 1)]), lambda p: tree.mask({"a": 1}, [p])):
-    with pytest.raises(errors.UserError, match=r"'\(a' is no regular expression"):
+    with pytest.raises(errors.UserError, match=r"'\(a' is not a regular expression"):
       call("(a")
 
 

@@ -1,8 +1,9 @@
-"""Flax models with the layers' own inputs at hand: adapters run beside the layers and are not merged into weights.
+"""Adapts Flax models without merging: adapters run beside the layers, on the layers' own inputs.
 
-Adapters are those of `bridges.adapt` for the same parameters and rules, and so are the results up to rounding. What
-has no faster form here (other layers and subclasses, layers with a product or convolution of their own, grouped
-convolutions, methods other than LoRA on convolutions and embeddings, weights stacked by nnx.vmap) is merged on the fly.
+Adapters equal those of `bridges.adapt` for the same parameters and rules, and results are equal up to rounding. Some
+cases have no faster form and are merged on the fly: other layers and subclasses, layers with their own product or
+convolution, grouped convolutions, methods other than LoRA on convolutions and embeddings, and weights stacked by
+nnx.vmap.
 """
 
 import functools
@@ -20,10 +21,10 @@ from lora_jax.bridges import function, matrices
 def linen(
   module: Any, params: Any, rules: Sequence[function.Rule], *, key: jax.Array | None = None
 ) -> function.Adapted:
-  """`bridges.adapt` for a flax.linen module: nn.Dense, nn.DenseGeneral, nn.Conv and nn.Embed run without merging.
+  """Adapts a flax.linen module as `bridges.adapt` does; nn.Dense, nn.DenseGeneral, nn.Conv and nn.Embed do not merge.
 
-  `apply(adapter, *args, variables=None, base=None, **kw)` is `module.apply` of {"params": ...} and the other
-  collections `variables`; `rngs`, `mutable` and `method` are given on. Dropout of adapters uses the rng "dropout".
+  `apply(adapter, *args, variables=None, base=None, **kw)` calls `module.apply` with {"params": ...} and the other
+  collections `variables`. It passes `rngs`, `mutable` and `method` on. Dropout of adapters uses the rng "dropout".
 
   Args:
     module: an unbound module; it is not changed.
@@ -47,7 +48,7 @@ def linen(
 
 @functools.cache
 def _box() -> type:
-  """A box in which a linen module holds a `Kernel`; a module that opens it itself finds the merged weight."""
+  """The type of the box in which a linen module holds a `Kernel`. A module that unboxes it gets the merged weight."""
   from flax import linen as nn, struct
 
   @struct.dataclass
@@ -70,11 +71,11 @@ def _box() -> type:
 
 
 def _intercept(call: Callable, args: tuple, kw: dict, context: Any) -> Any:
-  """What `nn.intercept_methods` does with every call of a method of a module."""
+  """Runs a call of a module's method, with the adapter beside the layer if it has one; see `nn.intercept_methods`."""
   from flax import linen as nn
 
   module, method = context.module, context.method_name
-  is_table = type(module) is nn.Embed  # what a subclass does with its kernel is its own
+  is_table = type(module) is nn.Embed  # a subclass may use its weight in another way
   if not is_table and type(module) not in (nn.Dense, nn.DenseGeneral, nn.Conv) or module.scope is None:
     return call(*args, **kw)
   own = dict(module.variables.get("params", {}))
@@ -101,7 +102,7 @@ def _intercept(call: Callable, args: tuple, kw: dict, context: Any) -> Any:
 
 
 def _plain(module: Any, hook: str) -> bool:
-  """Whether a layer uses the operation of jax.lax and not one of its own."""
+  """Whether a layer uses the operation of jax.lax, not its own."""
   return getattr(module, f"{hook}_cls", None) is None and getattr(module, hook) in (None, getattr(lax, hook))
 
 
@@ -109,25 +110,25 @@ def _merged(k: matrices.Kernel) -> jax.Array:
   """The merged weight for a layer that has no other way; UserError if there should be dropout."""
   if any(n.dropout for n in matrices.chain(k.node)):
     raise errors.UserError(
-      f"dropout of an adapter on a weight {k.base.shape}, whose layer is none that can run beside its adapter: see "
+      f"dropout of an adapter on a weight {k.base.shape}, whose layer cannot run beside its adapter: see "
       "lora_jax.bridges, and `in_axes` for a convolution"
     )
   return k.dense()
 
 
 def nnx(model: Any, rules: Sequence[function.Rule], *, key: jax.Array | None = None) -> function.Adapted:
-  """`bridges.adapt` for a flax.nnx model: Linear, LinearGeneral, Conv and Embed run without merging.
+  """Adapts a flax.nnx model as `bridges.adapt` does; Linear, LinearGeneral, Conv and Embed run without merging.
 
   The parameters are the state of `nnx.Param`, as `nnx.to_pure_dict` gives it. `apply(adapter, *args, base=None, **kw)`
-  calls a copy of the model, so that what the call changes in it, such as statistics of batches, is lost. `merge` gives
-  a model.
+  calls a copy of the model, so changes that the call makes to it, such as batch statistics, are lost. `merge` gives a
+  model.
   """
   from flax import nnx
 
   graph, state, rest = nnx.split(model, nnx.Param, ...)
   params = nnx.to_pure_dict(state)
   surgery = function.Surgery(params, rules, key)
-  surgery.refuse_dropout("lora_jax.bridges.linen has one")
+  surgery.refuse_dropout("lora_jax.bridges.linen supports it")
   paths = {tree.name(path): [p.key for p in path] for path, _ in jax.tree_util.tree_leaves_with_path(params)}
   beside = {k: hook for k in surgery.plans if (hook := _nnx_hook(_module(model, paths[k]), paths[k][-1]))}
 
@@ -149,13 +150,13 @@ def nnx(model: Any, rules: Sequence[function.Rule], *, key: jax.Array | None = N
 
 
 def _module(model: Any, path: Sequence) -> Any:
-  """The module that has the parameter at a path of the state."""
+  """The module that holds the parameter at a path of the state."""
   step = lambda m, k: getattr(m, k) if isinstance(k, str) and hasattr(m, k) else m[k]
   return functools.reduce(step, path[:-1], model)
 
 
 def _nnx_hook(module: Any, leaf: str) -> str | None:
-  """How an nnx module runs with adapters beside it; None where it cannot."""
+  """The way in which an nnx module runs with an adapter beside it, or None if it cannot."""
   from flax import nnx
 
   if leaf == "embedding" and type(module) is nnx.Embed:
@@ -171,14 +172,14 @@ def _nnx_hook(module: Any, leaf: str) -> str | None:
     nnx.LinearGeneral: lambda: len(module.in_features) + len(module.out_features),
     nnx.Conv: lambda: len(module.kernel_shape),
   }[type(module)]()
-  return kinds[type(module)] if len(shape) == own else None  # more axes: stacked by nnx.vmap
+  return kinds[type(module)] if len(shape) == own else None  # nnx.vmap has stacked weights with more axes
 
 
 def _put(module: Any, hook: str, k: matrices.Kernel) -> None:
   """Makes an nnx module run with an adapter beside it."""
   if hook == "embed":
     module.__class__ = _embed()
-    module.adapted = lambda: k  # a function, as static attributes hold no arrays
+    module.adapted = lambda: k  # a function, since static attributes cannot hold arrays
     return
   name, beside = HOOKS[hook]
   setattr(module, name, beside(k))
@@ -189,7 +190,7 @@ def _embed() -> type:
   from flax import nnx
 
   class Embed(nnx.Embed):
-    """An embedding layer with an adapter, which the function `adapted` gives."""
+    """An embedding layer with an adapter, which `adapted()` gives."""
 
     def __call__(self, inputs):
       return _rows(self, self.adapted(), inputs)
@@ -201,19 +202,19 @@ def _embed() -> type:
 
 
 def _rows(module: Any, k: matrices.Kernel, inputs: jax.Array) -> jax.Array:
-  """Rows of an adapted embedding layer, in the layer's dtype."""
+  """Rows of an adapted embedding layer for `inputs` int [...], [..., D] in the layer's dtype."""
   return weights.take(k.table, inputs).astype(module.dtype or k.base.dtype)
 
 
 def _scores(module: Any, k: matrices.Kernel, query: jax.Array) -> jax.Array:
-  """Products of a query with all rows of an adapted embedding layer, in its dtype or the one promoted to."""
+  """Products [..., V] of a query [..., D] with all rows of an adapted embedding layer, in its or the promoted dtype."""
   query = query.astype(module.dtype or jnp.promote_types(query.dtype, k.base.dtype))
   rows = query.reshape(-1, query.shape[-1])
   return weights.dot("MD,VD->MV", rows, k.table).reshape(*query.shape[:-1], k.base.shape[0])
 
 
 def _dot_general(k: matrices.Kernel) -> Callable:
-  """`lax.dot_general` with the adapter's part added."""
+  """`lax.dot_general` that adds the adapter's part."""
 
   def run(x, w, dims, *args, **kw):
     (axes, w_axes), (batch, _) = dims
@@ -229,7 +230,7 @@ def _dot_general(k: matrices.Kernel) -> Callable:
 
 
 def _conv(k: matrices.Kernel) -> Callable:
-  """`lax.conv_general_dilated` with the adapter's part added: LoRA is a convolution to R channels, then a matrix."""
+  """`lax.conv_general_dilated` that adds the adapter's part: LoRA is a convolution to R channels, then a matrix."""
   node = k.node
 
   def run(x, w, *args, **kw):

@@ -1,6 +1,6 @@
-"""Adapts models of any kind, given as a function of a parameter tree: Flax (linen, nnx) or plain JAX.
+"""Adapts any model that is a function of a tree of parameters.
 
-`adapt` merges adapters into the weights before it calls the model, which is right for every model; flax_layers.py runs
+`adapt` merges adapters into the weights before it calls the model, which works for every model. flax_layers.py runs
 Flax's own layers without merging.
 """
 
@@ -17,13 +17,13 @@ Rule = tuple[str, str | Mapping[str, Any] | None]
 
 
 class Adapted(NamedTuple):
-  """What adapts a model.
+  """The functions of an adapted model.
 
   Fields:
-    init: from a random key to an adapter: a tree like the parameters, with None where nothing is trained.
-    apply: from an adapter and the model's other arguments to what the model gives. The pretrained parameters are
+    init: maps a random key to an adapter: a tree like the parameters, with None where nothing is trained.
+    apply: maps an adapter and the model's other arguments to the model's result. The pretrained parameters become
       constants of a program that is compiled around it, unless they are given as the keyword `base`.
-    merge: from an adapter, and optionally `base`, to parameters of the shapes and dtypes of the pretrained ones.
+    merge: maps an adapter, and optionally `base`, to parameters with the shapes and dtypes of the pretrained ones.
   """
 
   init: Callable[[jax.Array], Any]
@@ -32,7 +32,7 @@ class Adapted(NamedTuple):
 
 
 def adapt(apply_fn: Callable, params: Any, rules: Sequence[Rule], *, key: jax.Array | None = None) -> Adapted:
-  """Adapts `apply_fn(params, *args, **kw)`.
+  """Adapts a model `apply_fn(params, *args, **kw)`.
 
   >>> import jax, jax.numpy as jnp, lora_jax
   >>> from flax import linen as nn
@@ -57,26 +57,26 @@ def adapt(apply_fn: Callable, params: Any, rules: Sequence[Rule], *, key: jax.Ar
 
   Args:
     apply_fn: the model.
-    params: the pretrained parameters, any tree of arrays; they stay as they are.
+    params: the pretrained parameters, any tree of arrays; they are not changed.
     rules: ordered (regex, method). The first regex that is found in the name of a leaf, such as `Dense_0/kernel`,
-      decides; what none finds is frozen. A method is a name or {"name": ..., keywords}: "full" trains the leaf itself
-      (with r"bias$" that is BitFit), "ia3" scales each output of a weight, the others are those of `lora_jax.methods`
-      that put a node in the place of one matrix, such as "lora", "dora", "loha" and "lokr"; None freezes. Two keywords
-      say what the axes are: `in_axes`, how many of the first are inputs (by default all but the last where there are
-      two, or four or more, where the name has `conv` in it and where it ends in `out/kernel`; else 1), and `stacked`,
-      whether there is an axis of layers before them, as with `nn.scan`. Leaves called `embedding` are tables, for
-      which LoRA starts with A zero.
-    key: of what a method draws and does not train; seed 0 if None.
+      decides; other leaves are frozen. A method is a name or {"name": ..., keywords}. "full" trains the leaf itself
+      (with r"bias$" that is BitFit). "ia3" scales each output of a weight. The others are the methods of
+      `lora_jax.methods` that put a node in the place of one matrix, such as "lora", "dora", "loha" and "lokr". None
+      freezes. Two keywords describe the axes. `in_axes` is the number of leading axes that are inputs: by default all
+      but the last for two axes, for four or more, and for names that contain `conv` or end in `out/kernel`; else 1.
+      `stacked` says whether an axis of layers precedes them, as with `nn.scan`. Leaves called `embedding` are tables,
+      for which LoRA starts with A zero.
+    key: random key for what a method draws but does not train; None is seed 0.
 
   Returns:
-    `init`, `apply` and `merge`. In an adapter `a` and `b` of LoRA are [*in, R] and [R, *out]; other nodes are those of
-    a matrix [in, out]. Trained numbers are float32.
+    `init`, `apply` and `merge`. In an adapter `a` and `b` of LoRA are [*in, R] and [R, *out]; other nodes have the
+    shapes for a matrix [in, out]. Trained arrays are float32.
 
   Raises:
-    UserError: a rule that matches nothing, a method or keyword that there is not, a weight that does not fit, dropout.
+    UserError: a rule matches nothing, a method or keyword is unknown, a weight does not fit, or there is dropout.
   """
   surgery = Surgery(params, rules, key)
-  surgery.refuse_dropout("lora_jax.bridges.linen, which sees the inputs of layers, has one")
+  surgery.refuse_dropout("lora_jax.bridges.linen, which sees the inputs of layers, supports it")
 
   def apply(adapter: Any, *args, base: Any = None, **kw) -> Any:
     return apply_fn(surgery.merge(adapter, base), *args, **kw)
@@ -85,13 +85,13 @@ def adapt(apply_fn: Callable, params: Any, rules: Sequence[Rule], *, key: jax.Ar
 
 
 class Surgery:
-  """Rules worked out on a tree of parameters.
+  """Rules applied to a tree of parameters.
 
   Fields:
     base: the parameters.
     trained: names of the leaves that are trained themselves.
-    plans: {name: `kernel.Plan`} of the leaves that get a node.
-    dropout: names of those whose node has dropout.
+    plans: {name: `matrices.Plan`} of the leaves that get a node.
+    dropout: names of the leaves whose node has dropout.
   """
 
   def __init__(self, params: Any, rules: Sequence[Rule], key: jax.Array | None = None):
@@ -120,12 +120,12 @@ class Surgery:
   def init(self, key: jax.Array) -> Any:
     """A fresh adapter."""
     flat = tree.flatten(self.base)
-    # Copies, as training may give the buffers of an adapter away.
+    # Copy, since training may donate the buffers of an adapter.
     new = self._start(key) | {k: jnp.array(flat[k], jnp.float32) for k in self.trained}
     return tree.map_named(lambda k, _: new.get(k), self.base)
 
   def nodes(self, adapter: Any, base: Any = None) -> Any:
-    """The parameters with a `kernel.Kernel` in the place of every weight that has a node."""
+    """The parameters with a `matrices.Kernel` in the place of every weight that has a node."""
 
     def leaf(k, w, part):
       if k in self.plans:
@@ -135,15 +135,15 @@ class Surgery:
     return tree.map_named(leaf, self.base if base is None else base, adapter)
 
   def merge(self, adapter: Any, base: Any = None) -> Any:
-    """The parameters with adapters merged in; frozen ones are not copied."""
+    """The parameters with adapters merged in. Frozen parameters are not copied."""
     nodes = self.nodes(adapter, base)
     merged = self._dense({k: w for k, w in tree.flatten(nodes, is_leaf=is_kernel).items() if is_kernel(w)})
     return tree.map_named(lambda k, w: merged.get(k, w), nodes, is_leaf=is_kernel)
 
   def refuse_dropout(self, instead: str) -> None:
-    """Raises UserError where dropout of a layer's input is asked of what cannot do it."""
+    """Raises UserError if a rule has dropout, which needs the inputs of layers."""
     if self.dropout:
-      raise errors.UserError(f"rule for {self.dropout[0]}: there is no dropout here; {instead}")
+      raise errors.UserError(f"rule for {self.dropout[0]}: dropout is not supported here; {instead}")
 
 
 def is_kernel(w: Any) -> bool:
@@ -152,7 +152,11 @@ def is_kernel(w: Any) -> bool:
 
 
 def assign(rules: Sequence[Rule], flat: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-  """{leaf name: method} for the leaves that rules adapt; UserError for rules that are none or match nothing."""
+  """The method of each leaf that rules adapt, {leaf name: method}.
+
+  Raises:
+    UserError: a rule is malformed or matches nothing.
+  """
   table = []
   for rule in rules:
     if not isinstance(rule, Sequence) or isinstance(rule, str) or len(rule) != 2:
@@ -171,5 +175,5 @@ def assign(rules: Sequence[Rule], flat: Mapping[str, Any]) -> dict[str, dict[str
     if not jnp.issubdtype(flat[k].dtype, jnp.floating):
       raise errors.UserError(f"rule for {k}: its dtype {flat[k].dtype} cannot be trained")
     if s["name"] == "full" and len(s) > 1:
-      raise errors.UserError(f"rule for {k}: the method 'full' has no keywords here; the regex says what is trained")
+      raise errors.UserError(f"rule for {k}: the method 'full' takes no keywords here; the regex says what is trained")
   return specs

@@ -1,4 +1,4 @@
-"""One weight of any rank, adapted as a matrix by any method that puts a node in the place of a matrix."""
+"""Adapts one weight with any number of axes as a matrix, by any method that puts a node in the place of a matrix."""
 
 import functools
 import inspect
@@ -13,7 +13,7 @@ from flax import struct
 
 from lora_jax import errors, methods, tree, values, weights
 
-# What a method may need besides its node; none of it happens in the training loop of somebody else.
+# What a method may need in addition to its node. A training loop that is not ours lacks it.
 HOOKS = ("penalty", "direction", "optimiser", "between")
 OTHERS = ("feedforward",)  # keywords for further targets, which a single weight has not
 TABLE = "embedding"  # what Flax calls the leaf of an embedding layer
@@ -25,7 +25,7 @@ class Kernel:
 
   Fields:
     base: the pretrained weight.
-    node: a node of the matrix [*stack, in, out], without its base.
+    node: a node for the matrix [*stack, in, out], without its base.
     inner, outer: sizes of the axes `in` and `out`.
   """
 
@@ -42,7 +42,7 @@ class Kernel:
 
   @property
   def additive(self) -> bool:
-    """Whether an output is that of the base and `change`."""
+    """Whether an output is the sum of the base's output and `change`."""
     return isinstance(self.node, weights.Additive)
 
   def dense(self) -> jax.Array:
@@ -50,7 +50,7 @@ class Kernel:
     return weights.dense(self.matrix).reshape(self.base.shape)
 
   def change(self, x: jax.Array) -> jax.Array:
-    """What is added to the output [..., *out] for x [..., *in]."""
+    """The adapter's part of the output [..., *out] for x [..., *in]."""
     return self._rows(self.matrix.change, x)
 
   def dot(self, x: jax.Array) -> jax.Array:
@@ -74,7 +74,7 @@ class Kernel:
 
 
 def on(node: Any, base: Any) -> Any:
-  """A node, of one or more adapters, on another innermost base."""
+  """The node, of one or more adapters, on another innermost base."""
   return node.map(lambda _, w: on(w, base) if weights.is_node(w) else base)
 
 
@@ -87,10 +87,10 @@ class Plan(NamedTuple):
   """How one leaf is adapted.
 
   Fields:
-    name: of the leaf.
-    method: the method's name and keywords.
+    name: name of the leaf.
+    method: name and keywords of the method.
     stack, inner, outer: sizes of the leaf's axes.
-    path: what the matrix is called in the tree that the method sees.
+    path: name of the matrix in the tree that the method sees.
   """
 
   name: str
@@ -101,7 +101,7 @@ class Plan(NamedTuple):
   path: str
 
   def start(self, key: jax.Array, w: jax.Array) -> tuple[Any, Any]:
-    """(node, mask): what the method puts in the place of the weight, without its base, and what of it is trained."""
+    """The node that the method puts in the place of the weight, without its base, and the mask of what is trained."""
     w = w.reshape(*self.stack, math.prod(self.inner), math.prod(self.outer))
     module, keywords = methods.parts(self.method)[0]
     params = functools.reduce(lambda x, k: {k: x}, reversed(self.path.split("/")), w)
@@ -115,7 +115,7 @@ class Plan(NamedTuple):
     return _reshaped(on(node, None), self.stack, self.inner, self.outer), on(mask, None)
 
   def shapes(self, w: jax.Array) -> tuple[Any, Any]:
-    """(node, mask) as shapes and booleans; nothing is computed."""
+    """The node and mask of `start` as shapes and booleans. Nothing is computed."""
     masks = []
 
     def run(key, w):
@@ -132,7 +132,7 @@ class Plan(NamedTuple):
 
 
 def plan(name: str, shape: Sequence[int], method: Mapping[str, Any]) -> Plan:
-  """The plan for a leaf; `method` may have `in_axes` and `stacked`, see `bridges.adapt`."""
+  """The plan for a leaf. `method` may have `in_axes` and `stacked`, see `bridges.adapt`."""
   where = f"rule for {name}"
   keywords = {k: v for k, v in method.items() if k not in ("in_axes", "stacked")}
   module, given = methods.parts(keywords)[0]
@@ -144,7 +144,9 @@ def plan(name: str, shape: Sequence[int], method: Mapping[str, Any]) -> Plan:
   values.keywords(module.init, given, f"{where} ({keywords['name']})", ("key", "params", "targets", *OTHERS))
   stack, axes = ((), tuple(shape)) if not method.get("stacked") else (tuple(shape[:1]), tuple(shape[1:]))
   if len(axes) < 2:
-    raise errors.UserError(f"{where}: its shape {tuple(shape)} is no matrix; 'full' trains it, or name kernels alone")
+    raise errors.UserError(
+      f"{where}: its shape {tuple(shape)} is not a matrix; train it with 'full', or match only kernels"
+    )
   n = method.get("in_axes", _in_axes(name, len(axes)))
   if not isinstance(n, int) or not 0 < n < len(axes):
     raise errors.UserError(f"{where}: in_axes={n!r}, expected 1 to {len(axes) - 1} of the axes {axes}")
@@ -162,13 +164,13 @@ def _no_others(module: Any) -> dict[str, str]:
 
 
 def _in_axes(name: str, axes: int) -> int:
-  """How many axes are inputs, unless a rule says it."""
+  """The number of axes that are inputs, unless a rule says so."""
   last_is_output = axes >= 4 or "conv" in name.lower() or re.search(r"(^|/)out/kernel$", name)
   return axes - 1 if axes == 2 or last_is_output else 1
 
 
 def _only(params: Any, path: str) -> Any:
-  """The entry at `path` of a tree that has no other; None where it has."""
+  """The entry at `path` of a tree without other entries; None if there are others."""
   for k in path.split("/"):
     if not isinstance(params, dict) or set(params) != {k}:
       return None
@@ -177,7 +179,7 @@ def _only(params: Any, path: str) -> Any:
 
 
 def _reshaped(node: Any, stack: tuple, inner: tuple, outer: tuple) -> Any:
-  """The node with factors [*stack, *inner, R] and [*stack, R, *outer] where it is a LoRA, or on one."""
+  """The node, in which each LoRA has factors [*stack, *inner, R] and [*stack, R, *outer]."""
   if not isinstance(node, weights.LoRA):
     return node.map(lambda _, w: _reshaped(w, stack, inner, outer) if weights.is_node(w) else w)
   n = node.scale.ndim

@@ -1,8 +1,8 @@
-"""Any adapter that changes weights as plain LoRA: the best factors of a rank, layer by layer.
+"""Converts any adapter that changes weights to plain LoRA: the best factors of a given rank, layer by layer.
 
 The change of each matrix is cut after its largest singular values (Eckart and Young 1936,
-https://doi.org/10.1007/BF02288367), so what other methods have trained can be saved in LoRA's format, merged, served
-and composed like it, and LoRA itself can be made smaller.
+https://doi.org/10.1007/BF02288367). So adapters of other methods can be saved, merged, served and composed as LoRA, and
+LoRA itself can be made smaller.
 """
 
 import math
@@ -19,11 +19,11 @@ from lora_jax.weights import fused
 
 
 class Fit(NamedTuple):
-  """How well LoRA stands for the change of a weight.
+  """How well LoRA approximates the change of a weight.
 
   Fields:
-    ranks: of each layer; one where the weight is not stacked.
-    error: Frobenius norm of what is left, relative to that of the change; over all layers.
+    ranks: rank of each layer; a single one if the weight is not stacked.
+    error: Frobenius norm of the residual divided by that of the change, over all layers.
   """
 
   ranks: tuple[int, ...]
@@ -33,24 +33,24 @@ class Fit(NamedTuple):
 def to_lora(params: Any, rank: int | None = None, variance: float | None = None) -> tuple[Any, dict[str, Fit]]:
   """The tree with `weights.LoRA` in place of all other adapters.
 
-  Layers may have different ranks: singular values that are zero up to rounding are left out, and where nothing is left
-  in any layer the weight is plain. Experts of a layer have the rank of the one that needs most. Of a fused matrix
-  that is split each part has its own. One layer at a time is made dense, in float32.
+  Layers may have different ranks: singular values that are zero up to rounding are dropped, and a weight without any
+  others in all its layers becomes plain. All experts of a layer have the largest rank that one of them needs. The parts
+  of a split fused matrix have their own ranks. One layer at a time is made dense, in float32.
 
   Args:
-    params: a model's tree; it may be of several methods.
-    rank: the largest rank of each matrix, or else
-    variance: in (0, 1], how much of the sum of its squared singular values the smallest rank must explain.
+    params: a model's tree, of one or more methods.
+    rank: the largest rank of each matrix. Give either this or `variance`.
+    variance: in (0, 1], the share of the sum of squared singular values that the rank must explain at least.
 
   Returns:
-    (params, {leaf name: Fit} of what was converted).
+    (params, {leaf name: Fit} of the converted weights).
 
   Raises:
-    UserError: neither or both are given; there is nothing to convert; or a method does what no change of a weight
-      does, such as a bottleneck or a soft prompt.
+    UserError: neither or both of `rank` and `variance` are given; there is nothing to convert; or a method does more
+      than change weights, such as a bottleneck or a soft prompt.
   """
   if (rank is None) == (variance is None):
-    raise errors.UserError("converting to LoRA needs a rank or a variance, one of both")
+    raise errors.UserError("converting to LoRA needs either a rank or a variance")
   if rank is not None and (not isinstance(rank, int) or rank < 1):
     raise errors.UserError(f"converting to LoRA: rank={rank!r} must be a whole number, at least 1")
   if variance is not None and not 0 < variance <= 1:
@@ -69,7 +69,7 @@ def to_lora(params: Any, rank: int | None = None, variance: float | None = None)
 
 
 def table(report: Mapping[str, Fit]) -> str:
-  """A report as lines of text: name, ranks and error of each weight."""
+  """The fits as lines of text: name, ranks and error of each weight."""
   ranks = {
     k: ",".join(map(str, fit.ranks)) if len(set(fit.ranks)) > 1 else f"{fit.ranks[0]}" for k, fit in report.items()
   }
@@ -107,7 +107,7 @@ def _put(params: Any, made: Mapping[str, weights.LoRA]) -> Any:
 
 
 def _alike(made: Mapping[str, weights.LoRA]) -> dict[str, weights.LoRA]:
-  """Nodes of one alpha, so that an adapter's file needs no pattern of it, and with a bias all if one has one."""
+  """The nodes with a common alpha, so that PEFT's config needs no pattern of it. If one has a bias, all get one."""
   alpha = max(int(np.max(w.rank)) for w in made.values())
   biased = any(w.bias is not None for w in made.values())
 
@@ -128,12 +128,14 @@ def _convert(found: dict, rank, variance, bound, name: str, w: Any, bias: Any) -
 
   `bound` gives a layer's node the arrays that all layers share.
   """
-  stacked, n_in = architecture.stacked(name), architecture.in_axes(name) or 1  # of a table the rows are the inputs
+  stacked = architecture.stacked(name)
+  n_in = architecture.in_axes(name) or 1  # the inputs of a table are its rows
   layers = range(w.shape[0]) if stacked else [()]
   shape = w.shape[stacked:]
   experts = shape[:1] if architecture.stack_axes(name) == 2 else ()
   inner, outer = shape[len(experts) :][:n_in], shape[len(experts) :][n_in:]
-  each, offsets, kept, left = [], [], 0.0, 0.0
+  each, offsets = [], []
+  kept = left = 0.0
   for i in layers:
     layer = bound(weights.at(w, i))
     delta, factors = np.asarray(_delta(layer)), _factors(layer)
@@ -141,18 +143,20 @@ def _convert(found: dict, rank, variance, bound, name: str, w: Any, bias: Any) -
     delta = delta.reshape(*(experts or (1,)), math.prod(inner), math.prod(outer))
     parts = [_svd(m, factors) for m in delta]
     r = max(_rank(s, rank, variance) for _, s, _ in parts) or int(bool(offsets[-1].any()))
-    a, b = (
-      np.stack([u[:, :r] * np.sqrt(s[:r]) for u, s, _ in parts]),
-      np.stack([np.sqrt(s[:r, None]) * v[:r] for _, s, v in parts]),
-    )
-    kept, left = kept + float((delta**2).sum()), left + float(((delta - a @ b) ** 2).sum())
+    a = np.stack([u[:, :r] * np.sqrt(s[:r]) for u, s, _ in parts])
+    b = np.stack([np.sqrt(s[:r, None]) * v[:r] for _, s, v in parts])
+    kept += float((delta**2).sum())
+    left += float(((delta - a @ b) ** 2).sum())
     each.append((a, b))
   ranks = np.int32([a.shape[-1] for a, _ in each])
   fit = Fit(tuple(ranks.tolist()), math.sqrt(left / kept) if kept else 0.0)
   if not ranks.max():
     found[name] = None, fit
     return
-  pad = lambda x, axis: np.pad(x, [(0, ranks.max() - n if k == axis else 0) for k, n in enumerate(x.shape)])
+
+  def pad(x, axis):
+    return np.pad(x, [(0, ranks.max() - n if k == axis else 0) for k, n in enumerate(x.shape)])
+
   stack = (len(each),) if stacked else ()
   a = np.stack([pad(a, 2) for a, _ in each]).reshape(*stack, *experts, *inner, -1)
   b = np.stack([pad(b, 1) for _, b in each]).reshape(*stack, *experts, -1, *outer)
@@ -184,7 +188,7 @@ def _chain(w: Any) -> list[Any]:
 
 
 def _delta(w: Any) -> jax.Array:
-  """What a layer's adapters add to its weight, in float32."""
+  """The change that a layer's adapters make to its weight, in float32."""
   if isinstance(w, fused.Fused):
     return weights.join([_delta(p) for p in w.parts.values()])
   if isinstance(w, weights.Additive):
@@ -196,7 +200,7 @@ def _delta(w: Any) -> jax.Array:
 
 
 def _in_float32(w: Any) -> Any:
-  """Adapters around the dense float32 array of the weight under them."""
+  """The adapters around their base as a dense float32 array."""
   if isinstance(w, weights.Adapter):
     return w.map(lambda _, v: _in_float32(v))
   return weights.dense(w).astype(jnp.float32)
@@ -208,7 +212,7 @@ def _offset(w: Any, bias: jax.Array) -> np.ndarray:
 
 
 def _svd(delta: np.ndarray, factors: tuple | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """Singular vectors [in, n], values [n] and vectors [n, out]; through the `factors` where these are smaller."""
+  """Singular vectors [in, n], values [n] and vectors [n, out], computed from the `factors` if these are smaller."""
   if factors is None or factors[0].shape[1] >= min(delta.shape):
     return tuple(map(np.asarray, jnp.linalg.svd(delta, full_matrices=False)))
   (qa, ra), (qb, rb) = np.linalg.qr(factors[0]), np.linalg.qr(factors[1].T)
@@ -217,7 +221,7 @@ def _svd(delta: np.ndarray, factors: tuple | None) -> tuple[np.ndarray, np.ndarr
 
 
 def _rank(s: np.ndarray, rank: int | None, variance: float | None) -> int:
-  """How many singular values are kept; those that are zero up to rounding are not."""
+  """The number of singular values to keep; values that are zero up to rounding are dropped."""
   real = int((s > s[0] * len(s) * np.finfo(np.float32).eps).sum()) if s.size and s[0] else 0
   if rank is not None or not real:
     return min(rank or 0, real)
