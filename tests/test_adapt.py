@@ -383,8 +383,8 @@ PARAMS = {
     ([("Dense_0", "lora")], "rule for Dense_0/bias: its shape .4,. is not a matrix"),
     ([("ids", "full")], "rule for ids: its dtype int32 cannot be trained"),
     ([("cube", {"name": "lora", "in_axes": 3})], "in_axes=3, expected 1 to 2"),
-    ([("kernel", {"name": "lora", "stacked": True})], "is no matrix"),
-    ([("kernel", {"name": "houlsby"})], "not one of a single weight"),
+    ([("kernel", {"name": "lora", "stacked": True})], "is not a matrix"),
+    ([("kernel", {"name": "houlsby"})], "does not adapt a single weight"),
     ([("kernel", {"name": "lora", "lora_bias": True})], "rule for .*kernel: the adapter has a bias"),
   ],
 )

@@ -15,7 +15,7 @@ from lora_jax import errors, methods, tree, values, weights
 
 # What a method may need in addition to its node. A training loop that is not ours lacks it.
 HOOKS = ("penalty", "direction", "optimiser", "between")
-OTHERS = ("feedforward",)  # keywords for further targets, which a single weight has not
+OTHERS = ("feedforward",)  # keywords that name further targets; a single weight has none
 TABLE = "embedding"  # what Flax calls the leaf of an embedding layer
 
 
@@ -109,7 +109,7 @@ class Plan(NamedTuple):
     params, mask = module.init(tree.fold(key, self.name), params, targets=[f"^{self.path}$"], **keywords)
     node, mask = _only(params, self.path), _only(mask, self.path)
     if not isinstance(node, weights.Adapter) or not any(jax.tree.leaves(mask)):
-      raise errors.UserError(f"rule for {self.name}: the method {self.method['name']!r} is not one of a single weight")
+      raise errors.UserError(f"rule for {self.name}: the method {self.method['name']!r} does not adapt a single weight")
     with errors.located(f"rule for {self.name}"):
       weights.merged_bias(node, None)
     return _reshaped(on(node, None), self.stack, self.inner, self.outer), on(mask, None)
@@ -140,7 +140,7 @@ def plan(name: str, shape: Sequence[int], method: Mapping[str, Any]) -> Plan:
     raise errors.UserError(f"{where}: the method {keywords['name']!r} needs lora_jax's own training ({needed[0]})")
   whole = getattr(module, "WHOLE", False) or getattr(module, "MODEL", False)
   if whole or "targets" not in inspect.signature(module.init).parameters:
-    raise errors.UserError(f"{where}: the method {keywords['name']!r} is not one of a single weight; there is 'full'")
+    raise errors.UserError(f"{where}: the method {keywords['name']!r} does not adapt a single weight; 'full' trains one")
   values.keywords(module.init, given, f"{where} ({keywords['name']})", ("key", "params", "targets", *OTHERS))
   stack, axes = ((), tuple(shape)) if not method.get("stacked") else (tuple(shape[:1]), tuple(shape[1:]))
   if len(axes) < 2:
