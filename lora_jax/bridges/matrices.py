@@ -140,7 +140,9 @@ def plan(name: str, shape: Sequence[int], method: Mapping[str, Any]) -> Plan:
     raise errors.UserError(f"{where}: the method {keywords['name']!r} needs lora_jax's own training ({needed[0]})")
   whole = getattr(module, "WHOLE", False) or getattr(module, "MODEL", False)
   if whole or "targets" not in inspect.signature(module.init).parameters:
-    raise errors.UserError(f"{where}: the method {keywords['name']!r} does not adapt a single weight; 'full' trains one")
+    raise errors.UserError(
+      f"{where}: the method {keywords['name']!r} does not adapt a single weight; 'full' trains one"
+    )
   values.keywords(module.init, given, f"{where} ({keywords['name']})", ("key", "params", "targets", *OTHERS))
   stack, axes = ((), tuple(shape)) if not method.get("stacked") else (tuple(shape[:1]), tuple(shape[1:]))
   if len(axes) < 2:

@@ -18,8 +18,7 @@ import tokenizers
 
 from lora_jax import errors, files
 from lora_jax.formats import hf
-from lora_jax.formats.gguf import tokenizer
-from lora_jax.tokenizer import templates
+from lora_jax.tokenizer import ggml, templates
 
 CHUNK = 4096  # texts that are encoded at once, since the encodings of `tokenizers` take much memory
 SPECIAL = ("bos", "eos", "pad", "cls", "sep", "mask")
@@ -226,7 +225,7 @@ def from_gguf(metadata: Mapping[str, Any], source: str = "") -> Tokenizer:
   Raises:
     UserError: the tokenizer is of another kind, or fields are missing or inconsistent.
   """
-  backend, ids = tokenizer.build(metadata)
+  backend, ids = ggml.build(metadata)
   template = _text_or_none(metadata.get("tokenizer.chat_template"), f"chat template of {source or 'the GGUF file'}:")
   return Tokenizer(backend, template, **{f"{k}_id": i for k, i in ids.items()}, source=source)
 

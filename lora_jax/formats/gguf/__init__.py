@@ -17,7 +17,7 @@ import gguf
 import numpy as np
 
 from lora_jax import errors, files
-from lora_jax.formats.gguf import hf_config, tables as tables
+from lora_jax.formats.gguf import hf_config, tables
 
 MAGIC = b"GGUF"
 STRING, ARRAY = 8, 9
