@@ -284,8 +284,8 @@ def test_texts_become_ids_once():
     (lambda p: prefix_tuning.init(KEY, p, length=0), "length=0"),
     (lambda p: prefix_tuning.init(KEY, p, hidden=0.5), "hidden=0.5"),
     (lambda p: prefix_tuning.init(KEY, p | {"prefix": None}), "one prefix"),
-    (lambda p: prefix_tuning.init(KEY, p, cross=True), "cross=True is of encoder-decoders"),
-    (lambda p: prefix_tuning.init(KEY, p, encoder=True), "encoder=True is of encoder-decoders"),
+    (lambda p: prefix_tuning.init(KEY, p, cross=True), "cross=True is for encoder-decoders"),
+    (lambda p: prefix_tuning.init(KEY, p, encoder=True), "encoder=True is for encoder-decoders"),
   ],
 )
 def test_bad_settings_are_refused(init, message):

@@ -1,26 +1,26 @@
-"""Finetuning methods, one module each: what is trained. A list of methods is a method.
+"""Finetuning methods, one module each. A method decides what is trained; a list of methods is also a method.
 
-A method module has `init(key, params, **kw) -> (params, mask)`: the tree with what the method adds, and a tree of
-booleans that says which leaves are trained. What adapts a weight is a `weights.Weight` around it; what stands beside
-weights is a `weights.Added`. A module may also define
+A method module has `init(key, params, **kw) -> (params, mask)`. It returns the tree with what the method adds, and a
+tree of booleans that says which leaves are trained. A `weights.Weight` wraps and adapts a weight; a `weights.Added`
+stands beside weights. A module may also define
 
-  STARTS                        why a model with it does not compute at first what it did before; absent if it does
+  STARTS                        why the model computes something else at the start; absent if it does not
   VARIES                        the keywords in which members of one population may differ, see population.align
-  WHOLE                         True where it trains weights of the pretrained model themselves
-  MODEL                         True where a run leaves a whole model: most weights are trained, or are merged into
-  MERGES                        False where what it adds has no place in the weights
-  PEFT                          the method whose form in formats/peft/ it has, where that is not its own
-  KIND                          what it is compared as, such as "low rank"; "other" if absent
-  OPTIM                         the keys of config.optim that its paper or official code trains with
+  WHOLE                         True if it trains weights of the pretrained model themselves
+  MODEL                         True if a run saves a whole model, because most weights are trained or merged into
+  MERGES                        False if what it adds cannot be merged into the weights
+  PEFT                          the method whose module in formats/peft/ it uses, if not its own
+  KIND                          the kind that it is compared as, such as "low rank"; "other" if absent
+  OPTIM                         keys of config.optim with which its paper or official code trains
 
-and functions of the same keywords:
+and functions that take the same keywords:
 
-  prepare(kw, tokenizer, labels) -> kw     texts in its keywords as token ids
-  penalty(params, **kw)                    float32 [], added to the mean loss
-  direction(inner, **kw)                   an optimiser's gradient transformation, before decay and learning rate
-  optimiser(inner, *, steps, **kw)         the whole gradient transformation; both get and give an optax one
-  period(**kw), between(key, state, **kw)  what happens to a `train.State` after every so many steps
-  held(params, **kw)                       mask of the frozen leaves that `between` changes
+  prepare(kw, tokenizer, labels) -> kw     replaces texts in the keywords by token ids
+  penalty(params, **kw)                    returns a float32 [] that is added to the mean loss
+  direction(inner, **kw)                   wraps the optax transformation before decay and learning rate
+  optimiser(inner, *, steps, **kw)         wraps the whole optax transformation
+  period(**kw), between(key, state, **kw)  the number of steps after which `between` changes the `train.State`
+  held(params, **kw)                       the mask of the frozen leaves that `between` changes
 """
 
 import functools
@@ -41,31 +41,31 @@ Method = Mapping[str, Any] | Sequence[Mapping[str, Any]]  # {"name": ..., keywor
 
 @functools.cache
 def names() -> list[str]:
-  """Names of all methods."""
+  """Returns the names of all methods."""
   return [m.name for m in pkgutil.iter_modules(__path__) if not m.ispkg]
 
 
 def get(name: str) -> ModuleType:
-  """The module of a method."""
+  """Returns the module of a method; raises UserError for an unknown name."""
   return importlib.import_module(f"{__name__}.{errors.choose(name, {k: k for k in names()}, 'method')}")
 
 
 def parts(method: Method) -> list[tuple[ModuleType, dict[str, Any]]]:
-  """(module, keywords) of each method in `method`."""
+  """Returns (module, keywords) for each method in `method`."""
   each = list(method) if isinstance(method, Sequence) and not isinstance(method, str) else [method]
   if not each or not all(isinstance(m, Mapping) and m.get("name") for m in each):
     what = f"not {values.shown(method)}"
-    raise errors.UserError(f"config.method is a method {{'name': ..., keywords}} or a list of such methods, {what}")
+    raise errors.UserError(f"config.method must be a method {{'name': ..., keywords}} or a list of methods, {what}")
   return [(get(m["name"]), {k: v for k, v in m.items() if k != "name"}) for m in each]
 
 
 def title(method: Method) -> str:
-  """The names of the methods, joined by a plus."""
+  """Returns the names of the methods, joined by a plus."""
   return "+".join(name_of(module) for module, _ in parts(method))
 
 
 def name_of(module: ModuleType) -> str:
-  """What a config calls a method."""
+  """Returns the name that a config uses for a method."""
   return module.__name__.rpartition(".")[2]
 
 
@@ -76,12 +76,12 @@ def kind(method: Method) -> str:
 
 @functools.cache
 def fields(name: str) -> dict[str, values.Field]:
-  """The keywords of a method."""
+  """Returns the keywords of a method."""
   return values.fields(get(name).init, without=("key", "params"))
 
 
 def resolve(method: Method) -> tuple[dict[str, Any], ...]:
-  """The methods with all their keywords; UserError for a method, keyword or value that there is not."""
+  """Returns the methods with all their keywords; raises UserError for an unknown method, keyword or value."""
   found, wrong = [], []
   for i, (module, kw) in enumerate(parts(method)):
     where, name = "config.method" + ("" if isinstance(method, Mapping) else f"[{i}]"), name_of(module)
@@ -93,7 +93,7 @@ def resolve(method: Method) -> tuple[dict[str, Any], ...]:
 
 
 def prepare(method: Method, tokenizer: Any = None, labels: Sequence[str] = ()) -> list[dict[str, Any]]:
-  """The methods with their texts as token ids, as `init` wants them."""
+  """Returns the methods with their texts as token ids, which `init` expects."""
   out = []
   for module, kw in parts(method):
     kw = module.prepare(kw, tokenizer, labels) if hasattr(module, "prepare") else kw
@@ -102,7 +102,7 @@ def prepare(method: Method, tokenizer: Any = None, labels: Sequence[str] = ()) -
 
 
 def init(key: jax.Array, params: Any, method: Method) -> tuple[Any, Any]:
-  """(params, mask) of one method or several, each applied to what those before it gave."""
+  """Returns (params, mask) of one or several methods; each is applied to the result of the previous one."""
   regexes = [t for _, kw in parts(method) for t in patterns.texts(kw) if patterns.is_regex(t)]
   patterns.check(regexes, tree.names(params), "method")
   mask = None
@@ -114,7 +114,7 @@ def init(key: jax.Array, params: Any, method: Method) -> tuple[Any, Any]:
 
 
 def leaves_model(method: Method) -> bool:
-  """Whether a run leaves a whole model and no adapter: only whole weights are trained, most of them, or merged into."""
+  """Returns whether a run saves a whole model rather than an adapter."""
   modules = [m for m, _ in parts(method)]
   has = lambda m, name, default=False: getattr(m, name, default)
   if any(has(m, "MODEL") and not has(m, "WHOLE") for m in modules):
@@ -123,7 +123,10 @@ def leaves_model(method: Method) -> bool:
 
 
 def train_also(params: Any, mask: Any, names: Collection[str]) -> tuple[Any, Any]:
-  """(params, mask) with the pretrained weights `names` also trained, as float32 masters, whatever adapts them."""
+  """Returns (params, mask) in which the pretrained weights `names` are also trained, as float32 masters.
+
+  They are trained whether or not a method adapts them.
+  """
   layout = weights.layout(params)
 
   def chosen(k):
@@ -135,7 +138,7 @@ def train_also(params: Any, mask: Any, names: Collection[str]) -> tuple[Any, Any
 
 
 def size(params: Any, mask: Any) -> int:
-  """How many numbers are trained; what pads smaller ranks and layers that are not adapted does not count."""
+  """Returns how many numbers are trained, without the padding of smaller ranks and of layers that are not adapted."""
 
   def count(w, m):
     n = sum(x.size for x, t in zip(jax.tree.leaves(w), jax.tree.leaves(m), strict=True) if t)
@@ -145,13 +148,13 @@ def size(params: Any, mask: Any) -> int:
 
 
 def penalty(method: Method) -> Callable[[Any], jax.Array] | None:
-  """What the methods add to the mean loss, as a function of the parameters; None if nothing."""
+  """Returns a function from parameters to what the methods add to the mean loss; None if they add nothing."""
   found = [functools.partial(m.penalty, **kw) for m, kw in parts(method) if hasattr(m, "penalty")]
   return (lambda params: sum(fn(params) for fn in found)) if found else None
 
 
 def wrappers(method: Method, steps: int) -> dict[str, list[Callable]]:
-  """What the methods make of an optimiser: `direction` and `optimiser` for `optim.make`."""
+  """Returns how the methods wrap an optimiser: `direction` and `wrap`, which `optim.make` takes."""
   each = parts(method)
   return {
     "direction": [functools.partial(m.direction, **kw) for m, kw in each if hasattr(m, "direction")],
@@ -160,12 +163,12 @@ def wrappers(method: Method, steps: int) -> dict[str, list[Callable]]:
 
 
 def between(method: Method) -> list[tuple[int, Callable[[jax.Array, Any], Any]]]:
-  """(period, function from a key and a state to a state) of the methods that act between steps."""
+  """Returns (period, function from a key and a state to a state) for the methods that act between steps."""
   each = [(m, kw) for m, kw in parts(method) if hasattr(m, "between")]
   return [(m.period(**kw), functools.partial(m.between, **kw)) for m, kw in each]
 
 
 def held(method: Method, params: Any) -> Any:
-  """The mask of the frozen leaves that methods change between steps; None where there is none."""
+  """Returns the mask of the frozen leaves that methods change between steps; None if no method does."""
   masks = [m.held(params, **kw) for m, kw in parts(method) if hasattr(m, "held")]
   return jax.tree.map(lambda *ms: any(ms), *masks) if masks else None

@@ -1,7 +1,7 @@
 """AdaLoRA: adaptive budget allocation (Zhang et al. 2023, https://arxiv.org/abs/2303.10512).
 
-`W + s A diag(e) B` in the manner of a singular value decomposition: A and B are kept near orthogonal by a penalty, and
-while training the entries of e that matter least to the loss are set to zero, over all matrices together.
+`W + s A diag(e) B` resembles a singular value decomposition: a penalty keeps A and B near orthogonal. During training,
+the entries of e that matter least to the loss are set to zero; they are ranked over all matrices together.
 """
 
 from collections.abc import Sequence
@@ -42,22 +42,24 @@ def init(
   """Wraps the target matrices in `AdaLoRA`; e starts at zero, so the model does not change.
 
   Args:
-    key: of the initial values: A and B are normal with deviation 0.02, as in PEFT.
+    key: random key of the initial values; A and B are normal with standard deviation 0.02, as in PEFT.
     params: a model's tree; the adapted weights may be arrays or nodes.
-    init_r: R, of all matrices at first.
+    init_r: R, the initial rank of all matrices.
     target_r: how many entries of e a matrix keeps, on average.
     tinit, tfinal: steps before the first pruning, and after the last.
     deltaT: steps from one pruning to the next.
-    beta1, beta2: of the moving averages of an entry's sensitivity and of its deviation from that.
+    beta1, beta2: decay of the moving averages of an entry's sensitivity and of its deviation from that average.
     orth_reg_weight: factor of the penalty.
     alpha: numerator of the scale.
     dropout: probability of dropping an input element of A in training.
-    targets: as those of `lora.init`.
+    targets: as in `lora.init`.
 
   Returns:
     (params, mask): True at the leaves `a`, `e` and `b`, float32.
   """
-  _check(init_r, target_r, tinit, tfinal, deltaT, beta1, beta2, orth_reg_weight, dropout)
+  _check(
+    init_r, target_r, tinit, tfinal, deltaT, beta1=beta1, beta2=beta2, orth_reg_weight=orth_reg_weight, dropout=dropout
+  )
   params = targeting.split(params, targets)
   chosen = targeting.select(targets, targeting.matrices(params), "config.method.targets")
   schedule = zip(SCHEDULE, (target_r, tinit, tfinal, deltaT, beta1, beta2, orth_reg_weight), strict=True)
@@ -87,7 +89,7 @@ def scale_of(alpha: float, rank: int) -> float:
   return (alpha if alpha > 0 else rank) / (rank + 1e-5)
 
 
-def _check(init_r, target_r, tinit, tfinal, deltaT, beta1, beta2, orth_reg_weight, dropout) -> None:
+def _check(init_r, target_r, tinit, tfinal, deltaT, *, beta1, beta2, orth_reg_weight, dropout) -> None:
   rules = {
     f"1 <= target_r <= init_r, not {target_r} and {init_r}": 1 <= target_r <= init_r,
     f"tinit, tfinal >= 0 and deltaT >= 1, not {tinit}, {tfinal}, {deltaT}": min(tinit, tfinal, deltaT - 1) >= 0,
@@ -100,8 +102,10 @@ def _check(init_r, target_r, tinit, tfinal, deltaT, beta1, beta2, orth_reg_weigh
 
 
 def penalty(params: Any, *, orth_reg_weight: NonNegative = 0.5, **others: Any) -> jax.Array:
-  """`orth_reg_weight` times the mean of ||A^T A - I||_F and ||B B^T - I||_F over all A and B (equation 4, as in PEFT,
-  whose norms are not squared)."""
+  """Returns `orth_reg_weight` times the mean of ||A^T A - I||_F and ||B B^T - I||_F over all A and B, float32 [].
+
+  This is equation 4 with norms that are not squared, as in PEFT.
+  """
   del others
   nodes = [w.used() for w in jax.tree.leaves(params, is_leaf=budget.is_node) if budget.is_node(w)]
 

@@ -1,8 +1,8 @@
 """BitFit: only biases are trained (Ben Zaken et al. 2021, https://arxiv.org/abs/2106.10199, section 3).
 
-All of them, or some groups: the authors find those of the query and of the first feed-forward matrix, "q,up", nearly
-as good. Where query, key and value are one matrix (GPT-2) that of the query is a part of their bias, split as LoRA
-splits the matrix; see weights/fused.py.
+It trains all biases or some groups of them. The authors find that the biases of the query and of the first feed-forward
+matrix ("q,up") are nearly as good as all. Where query, key and value are one matrix (GPT-2), the query's bias is a part
+of the fused bias, which is split as LoRA splits the matrix; see weights/fused.py.
 """
 
 from collections.abc import Sequence
@@ -22,15 +22,15 @@ WHOLE = True  # trains leaves of the pretrained model
 
 
 def init(key: jax.Array, params: Any, *, targets: str | Sequence[str] = "all") -> tuple[Any, Any]:
-  """Trains biases as float32 masters; a matrix of the layers that has none gets one of zeros.
+  """Trains biases as float32 masters; a matrix of the layers without a bias gets a bias of zeros.
 
-  Such a bias is no part of the pretrained model, but `weights.strip`, which takes off what methods add, keeps it. A
-  norm without a bias stays so, as the bias is what makes a layer norm of an RMS norm; experts have none either.
+  Such a bias does not belong to the pretrained model, but `weights.strip`, which removes what methods add, keeps it.
+  A norm without a bias does not get one, since that would turn an RMS norm into a layer norm. Experts do not either.
 
   Args:
-    targets: "all"; "norm", those of all norms; short names of matrices, of parts of fused ones and of norms ("q,v"),
-      regexes found in names such as `layers/mlp/up/bias`, or a sequence of those. A part has the name that it would
-      have alone; what means the fused matrix too means all of its bias.
+    targets: "all"; "norm" for the biases of all norms; short names of matrices, of parts of fused matrices and of norms
+      ("q,v"); regexes found in names such as `layers/mlp/up/bias`; or a sequence of these. A part has the name that it
+      would have as a matrix of its own. A target that also matches the fused matrix selects its whole bias.
 
   Returns:
     (params, mask).
@@ -57,5 +57,5 @@ def init(key: jax.Array, params: Any, *, targets: str | Sequence[str] = "all") -
 
 
 def _put(params: Any, path: Sequence[str], x: jax.Array) -> Any:
-  """The tree with a leaf at `path`."""
+  """Returns the tree with a leaf at `path`."""
   return {**params, path[0]: x if len(path) == 1 else _put(params[path[0]], path[1:], x)}

@@ -1,7 +1,7 @@
 """DoRA: weight-decomposed low-rank adaptation (Liu et al. 2024, https://arxiv.org/abs/2402.09353).
 
-`m * (W + s A B) / ||W + s A B||`, equation 5: LoRA changes the direction of each output's weights and a trained `m`
-their length. The norm is over the inputs, one number an output, and gets no gradient (section 4.3).
+`m * (W + s A B) / ||W + s A B||`, equation 5: LoRA changes the direction of each output's weights, and a trained `m`
+changes their length. The norm is taken over the inputs, one number per output, and gets no gradient (section 4.3).
 """
 
 from typing import Any
@@ -30,8 +30,8 @@ class DoRA(weights.Adapter):
   Fields:
     base: weights.LoRA of W [*in, *out].
     magnitude: float32 [*out].
-    norm: float32 [*out]; ||W||, which `magnitude` starts from. With it no step needs the sum over W's squares. None
-      where W itself is trained.
+    norm: float32 [*out]; ||W||, the initial value of `magnitude`. It is kept so that no step has to sum the squares of
+      W. None if W itself is trained.
   """
 
   base: weights.LoRA
@@ -41,10 +41,10 @@ class DoRA(weights.Adapter):
   TRAINABLE = ("magnitude",)
 
   def gain(self, dtype: Any = jnp.float32) -> jax.Array:
-    """`magnitude / ||W + s A B||`, float32 [*out]: 1 where nothing has been trained.
+    """Returns `magnitude / ||W + s A B||`, float32 [*out]; it is 1 before training.
 
-    The square of the norm is `||W||^2 + 2 s (W^T A) . B + s^2 B^T (A^T A) B`: the product A B is never formed. The
-    product with W has `dtype`, the others are float32.
+    The square of the norm is `||W||^2 + 2 s (W^T A) . B + s^2 B^T (A^T A) B`, so the product A B is never formed. The
+    product with W is computed in `dtype`, the others in float32.
     """
     a, b = self.base.a, self.base.b
     if self.base.start is not None:  # a b - a0 b0 = a (b - b0) + (a - a0) b0, exactly 0 at first
@@ -60,17 +60,17 @@ class DoRA(weights.Adapter):
     known = self.norm
     if known is None:
       known = jax.lax.stop_gradient(norm(self.base.base, 0, self.base.a.ndim - 1))
-    # Relative to ||W||, so that the gain is 1 to the last bit where there is no change.
+    # Relative to ||W||, so that the gain is exactly 1 where nothing has changed.
     length = jnp.where(known > 0, known, 1.0)
     square = (known > 0) + change / length**2
     gain = self.magnitude / length / jnp.sqrt(jnp.maximum(square, 1e-12))
     return jnp.where(s == 0, 1.0, gain)
 
   def dot(self, spec: str, x: jax.Array, dtype: Any = None) -> jax.Array:
-    """`gain * dot(spec, x, W + s A B)`.
+    """Returns `gain * dot(spec, x, W + s A B)`.
 
-    With dropout, of d(x), it is that of d(x) plus `W (x - d(x))`, as in PEFT and the authors' code; that costs a
-    second product with W.
+    With dropout d it returns this for d(x), plus `W (x - d(x))`, as PEFT and the authors' code do. This costs a second
+    product with W.
     """
     lora, gain = self.base, self.gain(x.dtype)
     if lora.key is None or not lora.dropout:
@@ -81,7 +81,7 @@ class DoRA(weights.Adapter):
     return weights.dot(spec, x - kept, rest, dtype) + _scaled(lora.dot(spec, kept, dtype), gain)
 
   def dense(self) -> jax.Array:
-    """The merged weight in the dtype of the base; computed in float32."""
+    """Returns the merged weight in the dtype of the base; it is computed in float32."""
 
     def layer(node):
       w = weights.dense(node.base.base)
@@ -90,16 +90,16 @@ class DoRA(weights.Adapter):
     return jax.vmap(layer)(self) if self.base.scale.ndim else layer(self)
 
   def over_trained(self) -> "DoRA":
-    """The weight without the length that W had at first."""
+    """Returns the node without the initial norm of W, for a W that is trained."""
     return super().over_trained().replace(norm=None)
 
   def idle(self, base: Any) -> "DoRA":
-    """Another weight, to be adapted by an idle LoRA, with magnitudes of zero, which count where LoRA is not idle."""
+    """Returns the node around `base`, which an idle LoRA adapts; magnitudes are zero and unused while LoRA is idle."""
     zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), self.replace(base=None))
     return zeros.replace(base=base)
 
   def place(self, spec: P) -> "DoRA":
-    """What there is of each output is split like the outputs."""
+    """Returns the partition specs; `magnitude` and `norm` are split like the outputs."""
     placed = super().place(spec)
     if not len(spec):
       return placed
@@ -108,18 +108,18 @@ class DoRA(weights.Adapter):
     return placed.replace(magnitude=out, norm=None if self.norm is None else out)
 
   def clean(self) -> "DoRA":
-    """The node with LoRA's padding zeroed."""
+    """Returns the node with LoRA's padding set to zero."""
     return self.replace(base=self.base.clean())
 
   def n_padding(self, mask: "DoRA") -> int:
-    """How many trained numbers are padding: LoRA's, and the magnitudes of layers that are not adapted."""
+    """Returns how many trained numbers are padding: LoRA's own, and the magnitudes of layers that are not adapted."""
     layers = int(np.sum(np.asarray(self.base.scale) == 0))
     unused = layers * (self.magnitude.size // max(self.base.scale.size, 1)) if mask.magnitude else 0
     return self.base.n_padding(mask.base) + unused
 
 
 def _scaled(y: jax.Array, gain: jax.Array) -> jax.Array:
-  """`y * gain` computed in float32; the backward pass keeps y in its own dtype."""
+  """Returns `y * gain`, computed in float32; the backward pass stores y in its own dtype."""
   product = lambda y, gain: (y.astype(jnp.float32) * gain).astype(y.dtype)
   return jax.checkpoint(product, prevent_cse=False)(y, gain)
 
@@ -129,7 +129,7 @@ def _is_lora(w: Any) -> bool:
 
 
 def norm(w: weights.Weight, stack: int, in_axes: int) -> jax.Array:
-  """||W||, float32 [*stack, *out], of a weight [*stack, *in, *out]; layer by layer, as packed weights are unpacked."""
+  """Returns ||W||, float32 [*stack, *out], of a weight [*stack, *in, *out]; it unpacks one layer at a time."""
 
   def layer(w):
     return jnp.sqrt(jnp.sum(jnp.square(weights.dense(w).astype(jnp.float32)), range(in_axes)))
@@ -138,19 +138,18 @@ def norm(w: weights.Weight, stack: int, in_axes: int) -> jax.Array:
 
 
 def init(key: jax.Array, params: Any, **kw: Any) -> tuple[Any, Any]:
-  """LoRA on the target matrices and a trained magnitude, which starts as ||W||: the model does not change.
+  """Adds LoRA to the target matrices, and magnitudes that start at ||W||, so the model does not change.
 
-  Args:
-    as those of `lora.init`.
+  The keywords are those of `lora.init`.
 
   Returns:
-    (params, mask): True at `a`, `b` and `magnitude`, float32, and at biases as asked.
+    (params, mask): True at `a`, `b` and `magnitude`, float32, and at the biases that `bias` selects.
   """
   adapted, mask = lora.init(key, params, **kw)
   before = {k: w.a for k, w in tree.flatten(params, is_leaf=_is_lora).items() if _is_lora(w)}
   new = {k for k, w in tree.flatten(adapted, is_leaf=_is_lora).items() if _is_lora(w) and w.a is not before.get(k)}
   if other := sorted(k for k in new if not transformer.in_axes(k) or architecture.stack_axes(k) > 1):
-    raise errors.UserError(f"DoRA does not adapt embeddings or experts, here {', '.join(other)}; name other targets")
+    raise errors.UserError(f"DoRA does not adapt embeddings or experts ({', '.join(other)}); name other targets")
   mask = tree.map_named(lambda k, m: DoRA(m, True, False) if k in new else m, mask, is_leaf=_is_lora)
   return tree.map_named(lambda k, w: node(w) if k in new else w, adapted, is_leaf=_is_lora), mask
 

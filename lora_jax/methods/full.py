@@ -11,7 +11,7 @@ from lora_jax import errors, tree, weights
 KIND = "whole weights"
 OPTIM = {"learning_rate": 2e-5}  # Devlin et al. 2018, appendix A.3
 WHOLE = True  # trains leaves of the pretrained model
-MODEL = True  # so many of them that the whole model is what a run leaves
+MODEL = True  # and so many of them that a run saves the whole model
 
 DTYPES = ("float32", "bfloat16")
 Dtype = Literal[DTYPES]
@@ -20,13 +20,13 @@ Dtype = Literal[DTYPES]
 def init(
   key: jax.Array, params: Any, *, targets: str | Sequence[str] = ".*", dtype: Dtype = "float32"
 ) -> tuple[Any, Any]:
-  """Trains every weight whose name one of the regexes `targets` is found in, see `weights.mask`.
+  """Trains every weight whose name matches one of the regexes `targets`, see `weights.mask`.
 
   Args:
     targets: one regex or several.
-    dtype: of what is trained: "float32" masters, or "bfloat16", half as large, to which updates are rounded
-      stochastically (`updates.round_stochastically`); the optimiser's moments are float32 either way, and the model
-      computes in its own dtype.
+    dtype: the dtype of the trained weights: "float32" masters, or "bfloat16", which takes half the memory and rounds
+      updates stochastically (`updates.round_stochastically`). The optimiser's moments are float32 in both cases, and
+      the model computes in its own dtype.
 
   Returns:
     (params, mask).
@@ -38,10 +38,10 @@ def init(
 
 
 def masters(params: Any, mask: Any, dtype: str = "float32") -> Any:
-  """The tree with what is trained in `dtype`; norms and biases, which models hold in float32, stay float32.
+  """Returns the tree with the trained leaves in `dtype`; norms and biases are always trained in float32.
 
   Raises:
-    UserError: a dtype that there is not.
+    UserError: `dtype` is not one of `DTYPES`.
   """
   errors.choose(dtype, dict.fromkeys(DTYPES), "config.method.dtype")
 

@@ -1,11 +1,11 @@
 """GaLore: full finetuning whose optimiser works on low-rank projections of the gradients (Zhao et al. 2024).
 
-https://arxiv.org/abs/2403.03507, algorithm 2, with the choices of the authors' code: for a gradient G [m, n], m <= n,
-of a matrix or its transpose
+https://arxiv.org/abs/2403.03507, algorithm 2, with the choices of the authors' code. For a gradient G [m, n], m <= n,
+of a matrix or its transpose,
 
   R = P^T G,    G' = scale * P update(R),    P the first `rank` left singular vectors of G at every `gap`-th step.
 
-The optimiser's moments have the shape [rank, n] of R, and are not rotated when P changes. Weight decay and learning
+The optimiser's moments have the shape [rank, n] of R. They are not rotated when P changes. Weight decay and learning
 rate act on the whole matrix.
 """
 
@@ -39,14 +39,14 @@ def init(
   train: str | Sequence[str] = ".*",
   dtype: full.Dtype = "float32",
 ) -> tuple[Any, Any]:
-  """Trains the model as full.py does; `direction` makes of an optimiser what the other keywords say.
+  """Trains the model as full.py does; the other keywords configure `direction`.
 
   Args:
-    targets: the matrices whose gradients are projected, see lora.py; of all layers or of none. What else is trained
-      has the optimiser as it is.
-    rank: of the projection; at most the shorter side of the matrix counts.
-    gap: how many steps a projection stays.
-    scale: of the updates that are projected back.
+    targets: the matrices whose gradients are projected, as in lora.py, in all layers or in none. The optimiser updates
+      the other trained leaves without projection.
+    rank: rank of the projection; limited to the shorter side of the matrix.
+    gap: how many steps a projection is kept.
+    scale: factor of the updates that are projected back.
     train: regexes; the leaves that are trained.
     dtype: as in full.py.
 
@@ -61,12 +61,12 @@ def init(
 
 
 class State(NamedTuple):
-  """Of the gradient transformation.
+  """State of the gradient transformation.
 
   Fields:
-    step: int32 [].
-    inner: the state of the inner transformation, on projected gradients.
-    basis: {name of a projected leaf: P, float32 [stack, m, rank]}; the stack is that of the leaf's layers.
+    step: int32 [], how many steps are done.
+    inner: the state of the inner transformation, which sees projected gradients.
+    basis: {name of a projected leaf: P, float32 [stack, m, rank]}; the stack has one entry per matrix of the leaf.
   """
 
   step: jax.Array
@@ -74,8 +74,8 @@ class State(NamedTuple):
   basis: dict[str, jax.Array]
 
 
-# optax.contrib.scale_by_galore projects the longer side of a matrix, which leaves other updates and other sizes than
-# the paper and its code, and it has no axis of layers.
+# optax.contrib.scale_by_galore projects the longer side of a matrix, so its updates and sizes differ from the paper and
+# its code. It does not support an axis of layers.
 def direction(
   inner: optax.GradientTransformation,
   *,
@@ -85,7 +85,10 @@ def direction(
   scale: Positive = 0.25,
   **_,
 ) -> optax.GradientTransformation:
-  """`inner` in the subspaces of the leading singular vectors of the gradients; `inner` may not need the parameters."""
+  """Returns `inner` applied in the subspaces of the gradients' leading singular vectors.
+
+  `inner` must not depend on the parameters.
+  """
 
   def start(params):
     flat, basis = tree.flatten(params), {}
@@ -103,7 +106,7 @@ def direction(
 
     basis = jax.lax.cond(state.step % gap == 0, fresh, lambda: state.basis)
     low = _project(grads, basis)
-    # Adafactor asks for parameters without reading them; those of the projected space are not to be had.
+    # Adafactor requires parameters but does not read them, and there are none in the projected space.
     low, new = inner.update(low, state.inner, low)
 
     def back(k, r, g):
@@ -115,8 +118,10 @@ def direction(
 
 
 def _projected(params: Any, targets: str | Sequence[str]) -> list[str]:
-  """Names of the leaves that are projected; UserError where `targets` names some layers of a stack alone, or what
-  another method has made of a matrix."""
+  """Returns the names of the projected leaves.
+
+  Raises UserError if `targets` names only some layers of a stack, or a matrix that another method has changed.
+  """
   matrices = targeting.matrices(params, experts=True)
   hits = targeting.select(targets, matrices, "config.method.targets")
   if odd := [k for k in hits if weights.is_node(matrices[k])]:
@@ -127,33 +132,33 @@ def _projected(params: Any, targets: str | Sequence[str]) -> list[str]:
 
 
 def _sides(name: str, shape: tuple[int, ...]) -> tuple[int, int, int]:
-  """(matrices in the stack, inputs, outputs) of a leaf."""
+  """Returns (matrices in the stack, inputs, outputs) of a leaf."""
   stack = architecture.stack_axes(name)
   own = stack + architecture.in_axes(name)
   return math.prod(shape[:stack]), math.prod(shape[stack:own]), math.prod(shape[own:])
 
 
 def _matrices(name: str, x: jax.Array) -> jax.Array:
-  """A leaf as matrices [stack, shorter side, longer side]; the input is the first of two equal ones."""
+  """Returns a leaf as matrices [stack, shorter side, longer side]; if the sides are equal, the input comes first."""
   stack, inner, outer = _sides(name, x.shape)
   x = x.reshape(stack, inner, outer)
   return x if inner <= outer else x.swapaxes(1, 2)
 
 
 def _restore(name: str, x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-  """The inverse of `_matrices`."""
+  """Inverts `_matrices`."""
   _, inner, outer = _sides(name, shape)
   return (x if inner <= outer else x.swapaxes(1, 2)).reshape(shape)
 
 
 def _basis(x: jax.Array, rank: int) -> jax.Array:
-  """The first left singular vectors [stack, m, rank] of matrices [stack, m, n]."""
-  # One after the other: the other factors, which are not needed, are as large as the gradient.
+  """Returns the first left singular vectors [stack, m, rank] of matrices [stack, m, n]."""
+  # One matrix at a time, since the other factors, which are not needed, are as large as the gradient.
   return jax.lax.map(lambda m: jnp.linalg.svd(m, full_matrices=False)[0][:, :rank], x)
 
 
 def _project(grads: Any, basis: dict[str, jax.Array]) -> Any:
-  """float32; [stack, rank, n] in place of the leaves that have a basis."""
+  """Returns the gradients in float32; leaves that have a basis are projected to [stack, rank, n]."""
 
   def leaf(k, g):
     g = g.astype(jnp.float32)

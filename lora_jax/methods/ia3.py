@@ -1,7 +1,7 @@
 """IA3: trained vectors that scale keys, values and hidden units (Liu et al. 2022, https://arxiv.org/abs/2205.05638).
 
 `softmax(q (l_k o k)^T / sqrt(d)) (l_v o v)` in every attention, also to an encoder, and `(l_ff o act(W1 x)) W2`
-(section 3.3, equation 1 and what follows): d_k + d_v + d_ff numbers a layer, and d_k + d_v for attention to an encoder.
+(section 3.3, equation 1 and below): d_k + d_v + d_ff numbers per layer, and d_k + d_v more for attention to an encoder.
 """
 
 from collections.abc import Sequence
@@ -26,11 +26,11 @@ def init(
 ) -> tuple[Any, Any]:
   """Scales the outputs of the targets, and the inputs of the feed-forward matrices, by vectors of ones.
 
-  In a gated layer, `down(act(gate(x)) o up(x))`, scaling the input of `down` is the same as scaling the output of `up`,
-  as the authors' code does.
+  In a gated layer, `down(act(gate(x)) o up(x))`, scaling the input of `down` equals scaling the output of `up`, which
+  the authors' code does.
 
   Args:
-    targets, feedforward: as `targets` of `lora.init`, in all layers; "" names no matrix.
+    targets, feedforward: as `targets` in `lora.init`, but always in all layers; "" names no matrix.
 
   Returns:
     (params, mask): True at the vectors of `weights.Scaled`, float32.
@@ -53,12 +53,12 @@ def init(
 
 
 def matrices(params: Any) -> dict[str, Any]:
-  """Those that a layer multiplies by, before it adds the bias."""
+  """Returns {name: matrix} of the matrices that can be scaled: all but the head, with experts."""
   return {k: w for k, w in targeting.matrices(params, experts=True).items() if k != "head/kernel"}
 
 
 def scaled(k: str, w: Any, side: str) -> weights.Scaled:
-  """A matrix of a name whose outputs or inputs are scaled by ones."""
+  """Returns the matrix `w` of name `k` with its outputs or inputs scaled by ones."""
   stack = architecture.stack_axes(k)
   ends = stack + architecture.in_axes(k)
   axes = w.shape[stack:ends] if side == INPUT else w.shape[ends:]

@@ -1,9 +1,9 @@
-"""Intrinsic dimension of finetuning: d numbers are trained, from which a fixed random projection makes all changes.
+"""Intrinsic dimension of finetuning: d numbers are trained, and a fixed random projection maps them to all changes.
 
-`theta = theta_0 + P z` with P [n, d] (Li et al. 2018, https://arxiv.org/abs/1804.08838); with P a Fastfood transform
-(_fastfood.py) it is the DID of Aghajanyan et al. 2020 (https://arxiv.org/abs/2012.13255, section 3), and with a learned
-scale for every layer, `theta_i = theta_0i + lambda_i (P z)_i`, their SAID. The d at which a metric reaches 90% of what
-full finetuning reaches, `d90`, is the intrinsic dimension of the task.
+`theta = theta_0 + P z` with P [n, d] (Li et al. 2018, https://arxiv.org/abs/1804.08838). With a Fastfood transform
+(fastfood/) as P, it is the DID of Aghajanyan et al. 2020 (https://arxiv.org/abs/2012.13255, section 3). With a learned
+scale for every layer, `theta_i = theta_0i + lambda_i (P z)_i`, it is their SAID. The intrinsic dimension of a task is
+`d90`, the d at which a metric reaches 90% of the value of full finetuning.
 """
 
 import functools
@@ -26,15 +26,15 @@ KIND = "subspaces"
 
 @struct.dataclass
 class Intrinsic(weights.Additive):
-  """`W + scale * lambda * P z`, P being this matrix's rows of the projection, made anew wherever they are needed.
+  """`W + scale * lambda * P z`, where P is this matrix's rows of the projection. P is never stored.
 
-  Stacked over layers every field but `shared` has a leading L.
+  Stacked over layers, every field but `shared` has a leading L.
 
   Fields:
     base: the adapted weight [*in, *out], an array or a node.
     seed: uint32 [2], the key of this matrix's rows of P.
-    scale: float32 []; 1 / sqrt(n) with n numbers adapted in all, or 0 in layers that are not.
-    layer: None, or int32 []: which lambda is its own.
+    scale: float32 []; 1 / sqrt(n) for n adapted numbers in the model, or 0 in layers that are not adapted.
+    layer: int32 [], the index of this layer's lambda; None without lambdas.
     shared: z [d] and the lambdas [m] or None, float32, present after `weights.bind`.
   """
 
@@ -45,11 +45,11 @@ class Intrinsic(weights.Additive):
   shared: tuple[jax.Array, jax.Array | None] | None = None
 
   def bind(self, shared: Mapping) -> "Intrinsic":
-    """The node with z and the lambdas of `params["shared"]`."""
+    """Returns the node with z and the lambdas of `params["shared"]`."""
     return self.replace(shared=(shared["intrinsic"]["z"], shared["intrinsic"].get("scale")))
 
   def _scaled(self) -> jax.Array:
-    """z times the scales, [d], or [L, d] of a node that is stacked."""
+    """Returns z times the scales: [d], or [L, d] if the node is stacked."""
     if self.shared is None:
       raise ValueError("an Intrinsic node computes only after weights.bind(params)")
     z, scales = self.shared
@@ -57,22 +57,22 @@ class Intrinsic(weights.Additive):
     return scale[..., None] * z
 
   def change(self, spec: str, x: jax.Array, dtype: Any = None) -> jax.Array:
-    """`x delta`; the backward pass makes delta again, since to keep it for all layers would take a second model."""
+    """Returns `x delta`; the backward pass recomputes delta, since storing all of it would take a second model."""
     run = lambda x, seed, z: weights.dot(spec, x, _rows(seed, z, self.shape), dtype)
     return jax.checkpoint(run)(x, self.seed, self._scaled())
 
   def layer_delta(self) -> jax.Array:
-    """What is added to a weight that is not stacked, float32."""
+    """Returns what is added to a weight that is not stacked, float32."""
     return _rows(self.seed, self._scaled(), self.shape)
 
   def delta(self) -> jax.Array:
-    """What is added to the weight, float32, in the shape of `base`."""
+    """Returns what is added to the weight, float32, in the shape of `base`."""
     rows = functools.partial(_rows, shape=self.shape[self.scale.ndim :])
     return (jax.vmap(rows) if self.scale.ndim else rows)(self.seed, self._scaled())
 
 
 def _rows(seed: jax.Array, z: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-  # The kind of key is named: what jax.random.key makes by default can be set otherwise.
+  # The implementation is explicit, since the default of jax.random.key is configurable.
   return fastfood.project(jax.random.wrap_key_data(seed, impl="threefry2x32"), z, shape)
 
 
@@ -87,21 +87,21 @@ def init(
   """Wraps the target matrices in `Intrinsic`; z starts at zero, so the model does not change.
 
   Args:
-    key: of the projection: a matrix's rows follow from it, the matrix's name and the layer.
+    key: random key of the projection; a matrix's rows follow from the key, the matrix's name and the layer.
     params: a model's tree; the adapted weights may be arrays or nodes.
     dimension: d, how many numbers are trained in all.
-    targets: as those of `lora.init`.
-    layer_scales: SAID: m of the d numbers are lambdas, which start at 1, one for each layer that has an adapted matrix
-      and one for each of the head, classifier and the like; z has the d - m others. Without it is DID: z has d.
+    targets: as in `lora.init`.
+    layer_scales: whether to train SAID rather than DID. In SAID, m of the d numbers are lambdas, which start at 1: one
+      for each layer with an adapted matrix, and one each for the head, classifier and the like. z has the other d - m.
 
   Returns:
     (params, mask): True at `shared/intrinsic/z` and `shared/intrinsic/scale`, float32.
 
   Raises:
-    UserError: the model has an intrinsic dimension already, or d is too small or larger than what is adapted.
+    UserError: the model already has an intrinsic dimension, or d is too small or exceeds the adapted numbers.
   """
   if "intrinsic" in params.get("shared", {}):
-    raise errors.UserError("an intrinsic dimension is there already; its vector cannot be shared by a second one")
+    raise errors.UserError("the model already has an intrinsic dimension; a second one cannot share its vector")
   params = targeting.split(params, targets)
   linear = targeting.matrices(params)
   chosen = targeting.select(targets, linear, "config.method.targets")
@@ -129,13 +129,13 @@ def init(
 
 
 def _groups(name: str, layers: np.ndarray) -> list[str]:
-  """What each layer of a matrix shares its lambda with: the layer's other matrices, or those of a head."""
+  """Returns the group of each layer of a matrix; the matrices of a group, a layer or a head, share one lambda."""
   top = name.partition("layers/")[0]
   return [f"{top}{i}" for i in range(layers.size)] if architecture.stacked(name) else [name.split("/")[0]]
 
 
 def _seeds(key: jax.Array, stack: tuple[int, ...]) -> jax.Array:
-  """uint32 [*stack, 2]: random words for each layer, which do not depend on how many layers there are."""
+  """Returns uint32 [*stack, 2]: random words for each layer, independent of the number of layers."""
   words = lambda i: jax.random.bits(jax.random.fold_in(key, i), (2,), jnp.uint32)
   return jax.vmap(words)(jnp.arange(stack[0])) if stack else words(0)
 
@@ -143,21 +143,21 @@ def _seeds(key: jax.Array, stack: tuple[int, ...]) -> jax.Array:
 def d90(
   dims: Sequence[float], metrics: Sequence[float], full: float, base: float = 0.0, share: float = 0.9
 ) -> float | None:
-  """The smallest dimension at which a metric reaches `base + share (full - base)`; None if none of them does.
+  """Returns the smallest dimension at which a metric reaches `base + share (full - base)`; None if no dimension does.
 
-  Metrics of the same dimension, such as of several seeds, are averaged, and those that are not finite are left out.
-  Between the first dimension that reaches it and the one below, the metric is taken to be linear in log d; where the
-  smallest dimension does already, that is the answer: d90 is at most this.
+  Metrics of the same dimension, such as several seeds, are averaged; metrics that are not finite are left out. The
+  metric is interpolated linearly in log d between the first dimension that reaches the threshold and the one below. If
+  the smallest dimension reaches it, that dimension is returned as an upper bound.
 
   Args:
     dims: positive, in any order.
-    metrics: of each; with a `base` they may be losses.
+    metrics: one per dimension; with a `base` they may be losses.
     full: metric of full finetuning.
-    base: what counts as nothing learned: 0, as in both papers, or the score before finetuning or of chance.
+    base: the metric if nothing is learned: 0, as in both papers, or the score of chance or before finetuning.
     share: 0.9, as in both papers.
 
   Raises:
-    UserError: the lengths differ, a dimension is not positive, or full finetuning is no different from `base`.
+    UserError: the lengths differ, a dimension is not positive, or `full` equals `base` or is not finite.
   """
   dims, values = np.asarray(dims, float), np.asarray(metrics, float)
   if dims.ndim != 1 or dims.shape != values.shape or not (np.isfinite(dims) & (dims > 0)).all():

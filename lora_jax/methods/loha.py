@@ -1,7 +1,7 @@
 """LoHa: the Hadamard product of two low-rank matrices (Hyeon-Woo et al. 2022, https://arxiv.org/abs/2108.06098).
 
-`W + s (A1 B1) o (A2 B2)`, proposition 1: with 2 R (in + out) numbers its rank may be R^2. FedPara in the paper, LoHa in
-LyCORIS (Yeh et al. 2024, https://arxiv.org/abs/2309.14859, section 3.2) and PEFT.
+`W + s (A1 B1) o (A2 B2)`, proposition 1: with 2 R (in + out) numbers, the rank can reach R^2. The paper calls it
+FedPara; LyCORIS (Yeh et al. 2024, https://arxiv.org/abs/2309.14859, section 3.2) and PEFT call it LoHa.
 """
 
 import math
@@ -26,8 +26,8 @@ FACTORS = ("a1", "b1", "a2", "b2")
 class LoHa(weights.Additive):
   """`W + scale * (a1 b1) o (a2 b2)`.
 
-  Stacked over layers every field has a leading L. Layers of smaller rank than R have zero columns in a1 and a2 and zero
-  rows in b1 and b2, which have no gradient.
+  Stacked over layers, every field has a leading L. A layer whose rank is below R has zero columns in a1 and a2 and zero
+  rows in b1 and b2; their gradient is zero.
 
   Fields:
     base: the adapted weight [*in, *out].
@@ -52,10 +52,10 @@ class LoHa(weights.Additive):
   TRAINABLE = FACTORS
 
   def change(self, spec: str, x: jax.Array, dtype: Any = None) -> jax.Array:
-    """`x` times the change of the weight.
+    """Returns `x` times the change of the weight.
 
-    It equals A B, where a row of A [in, R^2] holds the products of a row of a1 with one of a2, and B likewise: where
-    that is less work than the matrix [in, out], that is not formed. Else it is formed, also in the backward pass.
+    The change equals A B, where a row of A [in, R^2] holds all products of an entry of a1 with an entry of a2, and B
+    likewise. If A B is less work, the change [in, out] is not formed; otherwise it is, and again in the backward pass.
     """
     b1 = self.b1 * lycoris.output_mask(self.key, self.dropout, self.b1.shape[1:], True)
     a1, a2, b2 = self.a1, self.a2, self.b2
@@ -69,23 +69,23 @@ class LoHa(weights.Additive):
     return jax.checkpoint(product)(x, a1, b1, a2, b2, self.scale)
 
   def layer_delta(self) -> jax.Array:
-    """`scale * (a1 b1) o (a2 b2)`, float32, in the shape of a `base` that is not stacked."""
+    """Returns `scale * (a1 b1) o (a2 b2)`, float32, in the shape of a `base` that is not stacked."""
     return hadamard(self.a1, self.b1, self.a2, self.b2, self.scale)
 
   def clean(self) -> "LoHa":
-    """The node with the columns beyond each layer's rank zeroed."""
+    """Returns the node with the columns beyond each layer's rank set to zero."""
     axes = dict(a1=-1, b1=self.rank.ndim, a2=-1, b2=self.rank.ndim)
     return self.replace(**{f: lycoris.within(getattr(self, f), self.rank, axis) for f, axis in axes.items()})
 
   def n_padding(self, mask: "LoHa") -> int:
-    """How many trained numbers are columns beyond a layer's rank."""
+    """Returns how many trained numbers are in columns beyond a layer's rank."""
     return sum(
       lycoris.unused(getattr(self, f), self.rank, self.b1.shape[self.rank.ndim]) for f in FACTORS if getattr(mask, f)
     )
 
 
 def hadamard(a1: jax.Array, b1: jax.Array, a2: jax.Array, b2: jax.Array, scale: jax.Array) -> jax.Array:
-  """`scale * (a1 b1) o (a2 b2)`, float32."""
+  """Returns `scale * (a1 b1) o (a2 b2)`, float32."""
   first, second = (jnp.tensordot(a, b, 1, precision="highest") for a, b in ((a1, b1), (a2, b2)))
   return scale * first * second
 
@@ -105,10 +105,10 @@ def init(
   """Wraps the target matrices in `LoHa`; one factor starts at zero, so the model does not change.
 
   Args:
-    rank, alpha, targets, rank_pattern, alpha_pattern: as of `lora.init`.
-    dropout: probability of dropping an output's part of the change in training; the others are scaled up.
-    init: "peft": uniform in +-1/sqrt(in) and +-1/sqrt(rank), a2 zero. "lycoris": normal, with deviation 1 for a1 and
-      a2 and 0.1 for b1; b2 zero.
+    rank, alpha, targets, rank_pattern, alpha_pattern: as in `lora.init`.
+    dropout: probability of dropping an output's part of the change in training; the other parts are scaled up.
+    init: "peft" draws a1 uniformly in +-1/sqrt(in) and b1, b2 in +-1/sqrt(rank), and sets a2 to zero. "lycoris" draws
+      normals with standard deviation 1 for a1 and a2 and 0.1 for b1, and sets b2 to zero.
 
   Returns:
     (params, mask): True at the four factors, float32.

@@ -1,7 +1,7 @@
 """LoKr: a Kronecker product as the change of a matrix (LyCORIS; Yeh et al. 2024, https://arxiv.org/abs/2309.14859,
 section 3.3; after Edalati et al. 2022, https://arxiv.org/abs/2212.10650).
 
-`W + s kron(left, right)`, the larger factor, or both, of low rank.
+`W + s kron(left, right)`, where the larger factor, or both, has low rank.
 """
 
 import math
@@ -25,21 +25,21 @@ Factor = Any  # jax.Array, or (a, b) of low rank
 
 @struct.dataclass
 class LoKr(weights.Additive):
-  """`W + scale * kron(left, right)`, W being [in, out] with its axes flattened.
+  """`W + scale * kron(left, right)`, where W is [in, out] with its axes flattened.
 
-  Stacked over layers every field has a leading L. A factor is an array, or the pair (a [.., R], b [R, ..]) of one of
-  rank R; columns of a and rows of b beyond a layer's own rank are zero and have no gradient.
+  Stacked over layers, every field has a leading L. A factor is an array, or a pair (a [.., R], b [R, ..]) if it has low
+  rank. Columns of a and rows of b beyond a layer's own rank are zero and get no gradient.
 
   Fields:
     base: the adapted weight [*in, *out].
-    left: float32 [M, O], in torch's orientation `lokr_w1` transposed.
+    left: float32 [M, O]; the transpose of `lokr_w1` in torch.
     right: float32 [N, P]; M N is in, O P is out.
     scale: float32 []; alpha / rank.
-    rank: int32 []; R that was asked for.
+    rank: int32 []; the R that was asked for.
     key: random key []; present only in a training forward, where it switches dropout on.
     dropout: probability that an output's part of the change is dropped, which PEFT calls `rank_dropout`.
-    rescale: whether what dropout leaves is scaled up.
-    factor, both: of `init`, kept for the adapter file.
+    rescale: whether the outputs that dropout keeps are scaled up.
+    factor, both: `decompose_factor` and `decompose_both` of `init`, kept for the adapter file.
   """
 
   base: Any
@@ -56,7 +56,7 @@ class LoKr(weights.Additive):
   TRAINABLE = ("left", "right")
 
   def change(self, spec: str, x: jax.Array, dtype: Any = None) -> jax.Array:
-    """x as [.., M, N] times both factors: the product [in, out] is not formed."""
+    """Returns x as [.., M, N] times both factors, so that the product [in, out] is not formed."""
     operands, out = spec.replace(" ", "").split("->")
     x_axes, w_axes = operands.split(",")
     inner = "".join(c for c in w_axes if c not in out)
@@ -74,11 +74,11 @@ class LoKr(weights.Additive):
     return jnp.einsum(f"{kept}{outer}->{out}", y.reshape(*y.shape[:-2], *(sizes[c] for c in outer)))
 
   def layer_delta(self) -> jax.Array:
-    """`scale * kron(left, right)`, float32, in the shape of a `base` that is not stacked."""
+    """Returns `scale * kron(left, right)`, float32, in the shape of a `base` that is not stacked."""
     return (self.scale * jnp.kron(_full(self.left), _full(self.right))).reshape(self.base.shape)
 
   def clean(self) -> "LoKr":
-    """The node with the columns beyond each layer's rank zeroed."""
+    """Returns the node with the columns beyond each layer's rank set to zero."""
     rank = self.rank
 
     def clean(f):
@@ -87,7 +87,7 @@ class LoKr(weights.Additive):
     return self.replace(left=clean(self.left), right=clean(self.right))
 
   def n_padding(self, mask: "LoKr") -> int:
-    """How many trained numbers are columns beyond a layer's rank, or belong to a layer that is not adapted."""
+    """Returns how many trained numbers are in columns beyond a layer's rank or in layers that are not adapted."""
     n = 0
     for name in ("left", "right"):
       f, m = getattr(self, name), getattr(mask, name)
@@ -99,7 +99,7 @@ class LoKr(weights.Additive):
 
 
 def shape(f: Factor) -> tuple[int, int]:
-  """Rows and columns of a factor of one layer."""
+  """Returns (rows, columns) of one layer's factor."""
   return (f[0].shape[-2], f[1].shape[-1]) if isinstance(f, tuple) else f.shape[-2:]
 
 
@@ -113,8 +113,10 @@ def _full(f: Factor) -> jax.Array:
 
 
 def factorization(size: int, factor: int = -1) -> tuple[int, int]:
-  """`size` as a product: (factor, the rest) where `factor` divides it, else the largest divisor that is at most
-  `factor` and the square root, and the rest; -1 is no limit."""
+  """Returns (m, size / m), where m is `factor` if that divides `size`.
+
+  Otherwise m is the largest divisor up to `factor` and sqrt(size). With `factor=-1` the square root is the only limit.
+  """
   if factor > 0 and size % factor == 0:
     return factor, size // factor
   most = math.isqrt(size) if factor == -1 else max(1, min(factor, math.isqrt(size)))
@@ -123,8 +125,10 @@ def factorization(size: int, factor: int = -1) -> tuple[int, int]:
 
 
 def sizes(inner: int, outer: int, rank: int, factor: int, both: bool) -> dict[str, tuple[int, ...]]:
-  """{"left": (M, O) or (M, R, O), "right": (N, P) or (N, R, P)}; R where the factor is of low rank: where that is
-  less than half of its larger side, and for the left one only if `both`."""
+  """Returns {"left": (M, O) or (M, R, O), "right": (N, P) or (N, R, P)}; a factor of low rank has the R.
+
+  A factor has low rank if R is less than half of its larger side; the left one only if also `both`.
+  """
   (m, n), (o, p) = factorization(inner, factor), factorization(outer, factor)
   left = (m, rank, o) if both and rank < max(m, o) / 2 else (m, o)
   return {"left": left, "right": (n, rank, p) if rank < max(n, p) / 2 else (n, p)}
@@ -148,14 +152,14 @@ def init(
   """Wraps the target matrices in `LoKr`; one factor starts at zero, so the model does not change.
 
   Args:
-    rank, alpha, targets, rank_pattern, alpha_pattern: as of `lora.init`; the scale is alpha / rank also where a factor
-      is so small that it is kept whole.
+    rank, alpha, targets, rank_pattern, alpha_pattern: as in `lora.init`; the scale is alpha / rank even if a factor is
+      so small that it is kept whole.
     dropout: probability of dropping an output's part of the change in training.
-    rescale: whether what dropout leaves is scaled up.
+    rescale: whether the outputs that dropout keeps are scaled up.
     decompose_factor: rows and columns of the left factor, or the next smaller divisors; -1: about the square roots.
-    decompose_both: whether the left factor is of low rank too.
-    init: "peft": the left factor starts at zero. "lycoris": the right one. All else uniform in +-1/sqrt(columns), as
-      seen from torch.
+    decompose_both: whether the left factor also has low rank.
+    init: "peft" starts the left factor at zero, "lycoris" the right one. The others are uniform in +-1/sqrt(columns),
+      in torch's orientation.
 
   Returns:
     (params, mask): True at the factors, float32.
@@ -175,7 +179,7 @@ def init(
 
 
 def layout_of(name: str, inner: int, outer: int, ranks: Sequence[int], static: Mapping) -> dict[str, tuple[int, ...]]:
-  """`sizes` for the largest of the layers' ranks; UserError if a factor is of low rank in some layers only."""
+  """Returns `sizes` for the largest of the layers' ranks; UserError if a factor has low rank in some layers only."""
   each = [sizes(inner, outer, int(r), static["factor"], static["both"]) for r in sorted({int(r) for r in ranks} - {0})]
   if len({tuple(len(s[side]) for side in ("left", "right")) for s in each}) > 1:
     raise errors.UserError(
@@ -191,7 +195,7 @@ def _node(key, k, w, ranks, scale, init, static) -> LoKr:
   per_rank = jax.lax.rsqrt(jnp.maximum(ranks.reshape(-1, 1, 1), 1).astype(jnp.float32))
 
   def factor(i, size, zero):
-    """Torch's kaiming_uniform_ divides by the root of the columns there, which are the rows here."""
+    """Torch's kaiming_uniform_ divides by the square root of the columns, which are the rows here."""
     side = jax.random.fold_in(key, i)
     if len(size) == 2:
       draw = lambda layer: lycoris.uniform(jax.random.fold_in(side, layer), size) / math.sqrt(size[0])
@@ -202,7 +206,7 @@ def _node(key, k, w, ranks, scale, init, static) -> LoKr:
     a, b = (a, jnp.zeros_like(b)) if zero == "b" else (jnp.zeros_like(a), b) if zero == "a" else (a, b)
     return a.reshape(*stack, *size[:2]), b.reshape(*stack, *size[1:])
 
-  # Of a left pair PEFT zeroes torch's `lokr_w1_a`, LyCORIS of a right one `lokr_w2_b`: here b and a.
+  # PEFT zeroes torch's `lokr_w1_a` of a left pair, here b. LyCORIS zeroes `lokr_w2_b` of a right pair, here a.
   return LoKr(
     base=w,
     left=factor(0, layout["left"], "b" if init == "peft" else ""),

@@ -41,28 +41,29 @@ def init(
   lora_bias: bool = False,
   tied: bool = True,
 ) -> tuple[Any, Any]:
-  """Wraps the target matrices in `weights.LoRA`; B starts at zero, or the start is subtracted: the model is the same.
+  """Wraps the target matrices in `weights.LoRA`; B starts at zero or A B is subtracted, so the model does not change.
 
   Args:
-    key: of the initial values; each column of A follows from the leaf's name, its layer and its index alone.
+    key: random key of the initial values; a column of A depends only on it, the leaf's name, the layer and the index.
     params: a model's tree; the adapted weights may be arrays or nodes.
-    rank: R; 0 leaves a matrix alone.
+    rank: R; a matrix with rank 0 is not adapted.
     alpha: numerator of the scale.
     dropout: probability of dropping an input element of A in training.
     targets: short names ("q,v", "embed", "head"), "all-linear" (every matrix in the layers), regexes found in names
       such as `layers/attn/q/kernel` or, for single layers, `layers/3/attn/q/kernel`, or a sequence of those.
-    rank_pattern, alpha_pattern: {target: value} that overrides rank or alpha; first match wins.
-    layers_to_transform: indices of the layers whose matrices are adapted; None is all.
+    rank_pattern, alpha_pattern: {target: value} that overrides rank or alpha; the first match wins.
+    layers_to_transform: indices of the layers whose matrices are adapted; None means all layers.
     rslora: scale by alpha / sqrt(rank) rather than alpha / rank.
-    init: "peft", A uniform in +-1/sqrt(in), as loralib and PEFT do; "paper" or "gaussian", A normal with deviation
-      1/rank; "orthogonal", A and B random with A B = 0 up to rounding (even ranks); "pissa", "pissa_niter_N" and
-      "olora", parts of W, see `initial.decompose`. Of an embedding A is zero and B standard normal.
-    bias: "all" trains every bias of the model besides, "lora_only" those beside an adapted matrix.
+    init: "peft" draws A uniformly in +-1/sqrt(in), as loralib and PEFT do; "paper" or "gaussian" draws A from a normal
+      with standard deviation 1/rank; "orthogonal" draws A and B with A B = 0 up to rounding (even ranks only); "pissa",
+      "pissa_niter_N" and "olora" take parts of W, see `initial.decompose`. For an embedding, A is zero and B is normal
+      with deviation 1.
+    bias: "all" also trains every bias of the model, "lora_only" the biases of adapted matrices, "none" no bias.
     lora_bias: whether B has a bias, which starts at zero.
-    tied: whether an adapter of a table that the head shares acts on both its uses; if not, on the targeted one alone.
+    tied: whether an adapter of a table that the head shares acts on both uses, or only on the targeted one.
 
   Returns:
-    (params, mask): True at the leaves `a` and `b`, float32, and at biases as asked.
+    (params, mask): True at the leaves `a` and `b`, float32, and at the biases that `bias` and `lora_bias` select.
   """
   initial.check(init)
   errors.choose(bias, dict.fromkeys(BIASES), "config.method.bias")
@@ -76,7 +77,7 @@ def init(
   chosen = {k: r.astype(int) for k, hit in hits.items() if (r := np.where(hit, ranks[k], 0)).max() > 0}
   if not chosen:
     raise errors.UserError("LoRA adapts nothing: every target has rank 0")
-  shared = EMBED in linear and linear.get(HEAD) is linear[EMBED]  # the head's name is another one of the table then
+  shared = EMBED in linear and linear.get(HEAD) is linear[EMBED]  # the head and the embedding are one table
   if shared and tied and HEAD in chosen:
     r = chosen.pop(HEAD)
     if EMBED not in chosen:
@@ -99,9 +100,9 @@ def init(
 
 
 def trainable(params: Any) -> Any:
-  """The mask of a tree that holds LoRA nodes: True at their `a`, `b` and `bias`."""
+  """Returns the mask of a tree with LoRA nodes: True at their `a`, `b` and `bias`."""
 
-  def both(w, m):  # a table whose two uses are adapted apart has a node in a node
+  def both(w, m):  # if the two uses of a table are adapted separately, one node is in the other
     is_pair = isinstance(w, weights.LoRA) and isinstance(w.base, weights.LoRA) and w.use and w.base.use
     return m.replace(base=m.base.replace(a=True, b=True)) if is_pair else m
 
@@ -110,7 +111,7 @@ def trainable(params: Any) -> Any:
 
 
 def _matrices(params: Any) -> dict[str, Any]:
-  """{name: weight} of what can be adapted; a head that is tied to the table is there as the table."""
+  """Returns {name: weight} of what can be adapted; a tied head maps to the table."""
   linear = targeting.matrices(params, experts=True)
   table = tree.flatten(params, is_leaf=weights.is_node).get(EMBED)
   if table is None:
@@ -119,13 +120,13 @@ def _matrices(params: Any) -> dict[str, Any]:
 
 
 def _only(hits: Mapping[str, np.ndarray], layers: int | Sequence[int] | None) -> dict[str, np.ndarray]:
-  """`hits` in the layers of these indices; matrices outside the layers stay."""
+  """Returns `hits` limited to the layers of these indices; matrices outside the layers are unaffected."""
   if layers is None:
     return dict(hits)
   layers = [layers] if isinstance(layers, int) else list(layers)
   depth = max((h.size for h in hits.values() if h.ndim), default=0)
   if bad := [i for i in layers if not isinstance(i, int) or not 0 <= i < depth]:
-    raise errors.UserError(f"config.method.layers_to_transform: {bad} are no layers; the targets have 0 to {depth - 1}")
+    raise errors.UserError(f"config.method.layers_to_transform: {bad}; the layers of the targets are 0 to {depth - 1}")
   return {k: h & np.isin(np.arange(h.size), layers) if h.ndim else h for k, h in hits.items()}
 
 
@@ -141,12 +142,12 @@ def _spec(name: str, w: Any, ranks: np.ndarray, init: str, table: bool) -> initi
 
 
 def _check(specs: Mapping[str, initial.Spec], alphas: Mapping, lora_bias: bool, tables: Collection[str]) -> None:
-  """Raises UserError for ranks that an initialisation cannot have and a bias that an embedding cannot have."""
+  """Raises UserError for ranks that an initialisation does not support, and for a bias on an embedding or experts."""
   for k, s in specs.items():
     if initial.decomposes(s.init) and max(s.ranks) > min(s.inner, s.outer):
-      raise errors.UserError(f"init={s.init!r}: {k} has no rank {max(s.ranks)}; at most {min(s.inner, s.outer)}")
+      raise errors.UserError(f"init={s.init!r}: {k} has rank at most {min(s.inner, s.outer)}, not {max(s.ranks)}")
     if initial.decomposes(s.init) and np.min(alphas[k]) <= 0:
-      raise errors.UserError(f"init={s.init!r} needs alpha > 0, which for {k} is {np.min(alphas[k])}")
+      raise errors.UserError(f"init={s.init!r} needs alpha > 0; for {k} it is {np.min(alphas[k])}")
     if s.init == "orthogonal" and any(r % 2 for r in s.ranks):
       raise errors.UserError(f"init='orthogonal' needs even ranks; {k} has {sorted(set(s.ranks))}")
     if lora_bias and (k in tables or s.experts > 1):
@@ -159,14 +160,15 @@ def _scale(ranks: np.ndarray, alphas: np.ndarray, rslora: bool) -> np.ndarray:
 
 
 def _table(w, columns, _):
-  """(a, b, start) of an embedding table: a is zero."""
+  """Returns (a, b, start) of an embedding table; a is zero."""
   return jnp.zeros((w.shape[0], columns.shape[-1])), columns[0].T, None
 
 
 def _matrix(key, w, spec, scale, drawn):
-  """(a, b, start) of a matrix [*stack, *in, *out]."""
-  axes, n_in, columns = architecture.stack_axes(spec.name), transformer.in_axes(spec.name), max(spec.ranks)
+  """Returns (a, b, start) of a matrix [*stack, *in, *out]."""
+  axes, n_in = architecture.stack_axes(spec.name), transformer.in_axes(spec.name)
   stack, inner, outer = w.shape[:axes], w.shape[axes:][:n_in], w.shape[axes:][n_in:]
+  columns = max(spec.ranks)
   if spec.name in drawn:
     a, b = drawn[spec.name]
     b = jnp.zeros((*stack, columns, *outer)) if b is None else b.reshape(*stack, columns, *outer)
@@ -175,7 +177,7 @@ def _matrix(key, w, spec, scale, drawn):
   ranks, scale = (np.repeat(np.reshape(x, -1), spec.experts) for x in (spec.ranks, scale))
   a, b = initial.decompose(tree.fold(key, spec.name), each, ranks, scale, n_in=n_in, columns=columns, init=spec.init)
   a, b = a.reshape(*stack, *inner, columns), b.reshape(*stack, columns, *outer)
-  return a, b, (jnp.copy(a), jnp.copy(b))  # training gives the buffers of a and b away
+  return a, b, (jnp.copy(a), jnp.copy(b))  # copies, since training donates the buffers of a and b
 
 
 def _node(w, ranks, scale, factors, lora_bias, **static) -> weights.LoRA:
@@ -187,7 +189,7 @@ def _node(w, ranks, scale, factors, lora_bias, **static) -> weights.LoRA:
 
 
 def _biases(params: Any, chosen: Mapping[str, np.ndarray], bias: str) -> set[str]:
-  """Names of the pretrained model's biases that are trained."""
+  """Returns the names of the pretrained model's biases that are trained."""
   flat = tree.flatten(params, is_leaf=weights.is_node)
   names = {k for k in flat if k.endswith("/bias")}
   if bias == "none":
@@ -197,7 +199,7 @@ def _biases(params: Any, chosen: Mapping[str, np.ndarray], bias: str) -> set[str
     names = {k for k, found in beside.items() if found}
     if some := sorted(k for k in names if not all(np.all(chosen[n]) for n in beside[k])):
       raise errors.UserError(
-        f"bias='lora_only': {some} are of all layers, but not all are adapted; use 'all' or 'none'"
+        f"bias='lora_only': {some} span all layers, but not all layers are adapted; use 'all' or 'none'"
       )
   if not names:
     raise errors.UserError(f"config.method.bias={bias!r} finds no biases in this model; use 'none'")

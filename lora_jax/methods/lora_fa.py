@@ -1,6 +1,6 @@
 """LoRA-FA: LoRA with A frozen (Zhang et al. 2023, https://arxiv.org/abs/2308.03303, section 3).
 
-The change of the weight stays in the column space of the random A; the backward pass needs no input of A.
+The change of the weight stays in the column space of the random A. The backward pass does not need the input of A.
 """
 
 from typing import Any
@@ -12,11 +12,11 @@ from lora_jax.methods import lora, targeting
 
 KIND = "low rank"
 VARIES = lora.VARIES
-PEFT = "lora"  # the form of formats/peft that it has
+PEFT = "lora"  # the module of formats/peft that it uses
 
 
 def init(key: jax.Array, params: Any, **kw: Any) -> tuple[Any, Any]:
-  """As `lora.init`; of each pair the factor that starts at random is frozen: A, of an embedding B."""
+  """Returns what `lora.init` returns, with the random factor of each pair frozen: A, or B for an embedding."""
   params, mask = lora.init(key, params, **kw)
   random = lambda k: k.endswith("/b" if k.startswith(lora.EMBED) else "/a")
   return params, tree.map_named(lambda k, m: m and not random(k), mask)

@@ -13,18 +13,18 @@ from lora_jax.weights import fused
 KIND = "low rank"
 OPTIM = {"learning_rate": 2e-4}  # the authors' script for GPT-2
 VARIES = lora.VARIES
-PEFT = "lora"  # the form of formats/peft that it has
+PEFT = "lora"  # the module of formats/peft that it uses
 
 
 def init(
   key: jax.Array, params: Any, *, lr_ratio: Positive = 16.0, embedding_lr_ratio: Positive = 0.005, **kw: Any
 ) -> tuple[Any, Any]:
-  """As `lora.init`.
+  """Returns what `lora.init` returns; the ratios configure `optimiser`.
 
   Args:
-    lr_ratio: learning rate of B, and of biases, over that of A.
-    embedding_lr_ratio: that of both factors of an embedding. The authors' code has 1e-6 there whatever the other is;
-      the default is that at 2e-4.
+    lr_ratio: learning rate of B and of biases, divided by the learning rate of A.
+    embedding_lr_ratio: the same for both factors of an embedding. The authors' code fixes that learning rate at 1e-6;
+      the default gives 1e-6 for a learning rate of 2e-4.
   """
   del lr_ratio, embedding_lr_ratio
   return lora.init(key, params, **kw)
@@ -36,7 +36,7 @@ init.__signature__ = targeting.signature(init, lora.init, without=("lora_bias", 
 def optimiser(
   inner: optax.GradientTransformation, *, steps: int, lr_ratio: float = 16.0, embedding_lr_ratio: float = 0.005, **_
 ) -> optax.GradientTransformation:
-  """`inner` with updates as if some leaves had other learning rates; see `init` for the ratios."""
+  """Returns `inner` with the updates of B, biases and embeddings multiplied by the ratios of `init`."""
   del steps
 
   def scale(updates: Any, _: Any = None) -> Any:

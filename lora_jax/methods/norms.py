@@ -1,4 +1,4 @@
-"""Norm tuning: the scales and biases of the norms alone are trained (Zhao et al. 2023, "Tuning LayerNorm in Attention",
+"""Norm tuning: only the scales and biases of the norms are trained (Zhao et al. 2023, "Tuning LayerNorm in Attention",
 https://arxiv.org/abs/2312.11420, section 2)."""
 
 import re
@@ -20,11 +20,11 @@ NORM = r"(^|/)\w*norm/(scale|bias)$"
 def init(key: jax.Array, params: Any, *, targets: str | Sequence[str] = "norm") -> tuple[Any, Any]:
   """Trains the scale of each chosen norm, and its bias where it has one, as float32 masters.
 
-  Where a model multiplies by 1 + scale (Gemma) that is what stays in the tree.
+  If a model multiplies by 1 + scale (Gemma), the tree still holds `scale`.
 
   Args:
-    targets: "norm", all of them; names of norms ("attn_norm,mlp_norm"), regexes found in names of leaves such as
-      `layers/attn_norm/scale`, `^norm/` being the last one, or a sequence of those.
+    targets: "norm" for all norms; names of norms ("attn_norm,mlp_norm"); regexes found in names of leaves such as
+      `layers/attn_norm/scale`, where `^norm/` is the final norm; or a sequence of these.
 
   Returns:
     (params, mask).
@@ -36,13 +36,20 @@ def init(key: jax.Array, params: Any, *, targets: str | Sequence[str] = "norm") 
 
 
 def leaves(params: Any) -> list[str]:
-  """Names of the scales and biases of all norms."""
+  """Returns the names of the scales and biases of all norms."""
   return [k for k in tree.names(params, is_leaf=weights.is_node) if re.search(NORM, k)]
 
 
 def chosen(targets: str | Sequence[str], names: Iterable[str], what: str) -> set[str]:
-  """The names that `targets` means: short names, which are last but one in them ("q,v"), "norm" (every norm), "all",
-  regexes, or a sequence of those. UserError for what is found in none; `what` is the key of the config."""
+  """Returns the names that `targets` selects.
+
+  Args:
+    targets: short names, the last part but one of a name ("q,v"); "norm" (every norm); "all"; regexes; or a sequence.
+    what: the key of the config, for messages.
+
+  Raises:
+    UserError: a target matches no name.
+  """
   names, out = list(names), set()
   short = {k.split("/")[-2] for k in names} | {"all"}
   for target in [targets] if isinstance(targets, str) else targets:

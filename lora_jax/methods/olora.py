@@ -1,7 +1,7 @@
 """OLoRA: LoRA that starts at an orthonormal basis (Büyükakyüz 2024, https://arxiv.org/abs/2406.01775, algorithm 1).
 
-B and A are the first columns of Q and rows of R of `W = Q R`, W being [out, in]. W stays whole, and what A B was at
-first is subtracted: `W + scale (A B - A0 B0)`.
+B and A are the first columns of Q and the first rows of R of `W = Q R`, where W is [out, in]. W stays whole, and the
+initial A B is subtracted: `W + scale (A B - A0 B0)`.
 """
 
 from typing import Any
@@ -12,11 +12,11 @@ from lora_jax.methods import lora, targeting
 
 KIND = "low rank"
 VARIES = lora.VARIES
-PEFT = "lora"  # the form of formats/peft that it has
+PEFT = "lora"  # the module of formats/peft that it uses
 
 
 def init(key: jax.Array, params: Any, *, alpha: float = 8.0, **kw: Any) -> tuple[Any, Any]:
-  """As `lora.init` with init="olora"; alpha is PEFT's."""
+  """Returns what `lora.init` returns with init="olora"; the default of alpha is PEFT's."""
   return lora.init(key, params, alpha=alpha, init="olora", **kw)
 
 

@@ -1,6 +1,6 @@
 """P-tuning: a soft prompt that a small network computes (Liu et al. 2021, https://arxiv.org/abs/2103.10385, section 3).
 
-The network ties the tokens of the prompt together; only its output is needed after training.
+The network relates the tokens of the prompt to each other. Only its output is needed after training.
 """
 
 import math
@@ -25,12 +25,12 @@ ENCODERS = ("mlp", "lstm")
 
 @struct.dataclass
 class Encoder(weights.Added):
-  """An embedding, an LSTM in two directions if `lstm` is not empty, and linear layers with ReLU between them.
+  """An embedding, a bidirectional LSTM if `lstm` is not empty, and linear layers with ReLU between them.
 
   Fields, all float32:
     embedding: [P, D].
-    lstm: per layer {"forward", "backward"}: {"input" [C, 4, H], "state" [H, 4, H], "bias" [4, H]}, the gates in the
-      order of torch: input, forget, cell, output.
+    lstm: per layer {"forward", "backward"}: {"input" [C, 4, H], "state" [H, 4, H], "bias" [4, H]}. The gates are in
+      torch's order: input, forget, cell, output.
     mlp: per layer {"kernel", "bias"}.
     placement: one of `prompts.PLACEMENTS`.
   """
@@ -41,7 +41,7 @@ class Encoder(weights.Added):
   placement: str = struct.field(pytree_node=False, default="prefix")
 
   def __call__(self) -> jax.Array:
-    """float32 [P, D]."""
+    """Returns the prompt, float32 [P, D]."""
     x = self.embedding
     with jax.default_matmul_precision("highest"):
       for layer in self.lstm:
@@ -52,7 +52,7 @@ class Encoder(weights.Added):
 
   @property
   def length(self) -> int:
-    """P, how many soft tokens there are."""
+    """P, the number of soft tokens."""
     return self.embedding.shape[-2]
 
   @property
@@ -61,12 +61,12 @@ class Encoder(weights.Added):
     return False
 
   def bake(self) -> prompt_tuning.Prompt:
-    """What it computes, without the network."""
+    """Returns the computed prompt, without the network."""
     return prompt_tuning.Prompt(self(), self.placement)
 
 
 def run(cell: Mapping[str, jax.Array], x: jax.Array) -> jax.Array:
-  """States [P, H] of an LSTM over x [P, C] (Hochreiter & Schmidhuber 1997; with forget gate and without peepholes)."""
+  """Returns the states [P, H] of an LSTM over x [P, C] (Hochreiter & Schmidhuber 1997; forget gate, no peepholes)."""
 
   def step(carry, x):
     h, c = carry
@@ -89,12 +89,12 @@ def init(
   hidden: Count | None = None,
   placement: Literal[prompts.PLACEMENTS] = "prefix",
 ) -> tuple[Any, Any]:
-  """Adds an `Encoder`, with the initial values of PEFT's: embeddings normal, the others uniform in +-1/sqrt(fan).
+  """Adds an `Encoder`, initialised as in PEFT: embeddings normal, other leaves uniform in +-1/sqrt(fan).
 
   Args:
     length: P.
-    encoder: "mlp" is three linear layers; "lstm" two layers of an LSTM in both directions and two linear layers.
-    hidden: width of the linear layers, and of each direction of the LSTM; None is that of the embedding.
+    encoder: "mlp" has three linear layers; "lstm" has two bidirectional LSTM layers and two linear layers.
+    hidden: width of the linear layers and of each direction of the LSTM; None means the width of the embedding.
     placement: see `prompt_tuning.init`.
 
   Returns:
@@ -120,12 +120,12 @@ def init(
 
 
 def uniform(key: jax.Array, name: str, shape: tuple[int, ...], fan: int) -> jax.Array:
-  """float32, uniform in +-1/sqrt(fan), as torch begins linear and recurrent layers."""
+  """Returns float32 values uniform in +-1/sqrt(fan), as torch initialises linear and recurrent layers."""
   return jax.random.uniform(tree.fold(key, name), shape, minval=-1.0, maxval=1.0) / math.sqrt(fan)
 
 
 def dense(key: jax.Array, name: str, inner: tuple[int, ...], outer: tuple[int, ...]) -> dict[str, jax.Array]:
-  """Kernel [*inner, *outer] and bias of a linear layer, as torch begins it."""
+  """Returns {"kernel" [*inner, *outer], "bias" [*outer]} of a linear layer, initialised as in torch."""
   fan = math.prod(inner)
   parts = {"kernel": (*inner, *outer), "bias": outer}
   return {k: uniform(key, f"{name}/{k}", shape, fan) for k, shape in parts.items()}

@@ -1,7 +1,7 @@
-"""A scaled adapter beside feed-forward (He et al. 2022, https://arxiv.org/abs/2110.04366).
+"""A scaled adapter parallel to feed-forward (He et al. 2022, https://arxiv.org/abs/2110.04366).
 
-`ffn(x) + scale * up(relu(down(x)))`, both with bias, where x is the input of the feed-forward layer: after the norm in
-models that normalise first.
+`ffn(x) + scale * up(relu(down(x)))`, both with bias, where x is the input of the feed-forward layer. In pre-norm models
+x is the output of the norm.
 """
 
 from collections.abc import Sequence
@@ -27,23 +27,23 @@ def init(
   init: bottleneck.Init = "lora",
   targets: str | Sequence[str] = bottleneck.FEED_FORWARD,
 ) -> tuple[Any, Any]:
-  """Puts a bottleneck beside feed-forward layers.
+  """Puts a bottleneck in parallel with feed-forward layers.
 
   Args:
-    key: of the initial values.
+    key: random key of the initial values.
     params: a model's tree.
     size: width of the bottleneck.
-    scale: of what it adds.
+    scale: factor of the bottleneck's output.
     activation: a name in `layers.ACTIVATIONS`.
-    init: "lora" is uniform in +-1/sqrt(D) for `down` and zero for `up`, as in the authors' code; others as in
-      `houlsby.init`.
-    targets: which feed-forward layers, named by their last matrix, such as `layers/3/mlp/down/kernel`; those of an
-      encoder and a decoder are all chosen by default.
+    init: "lora" draws `down` uniformly in +-1/sqrt(D) and sets `up` to zero, as in the authors' code; the others are as
+      in `houlsby.init`.
+    targets: feed-forward layers, named by their last matrix, such as `layers/3/mlp/down/kernel`. The default selects
+      all of them, in the encoder and in the decoder.
 
   Returns:
     (params, mask).
 
   Raises:
-    UserError: a target that is none; feed-forward layers that are mixtures of experts.
+    UserError: a target matches nothing, or the feed-forward layers are mixtures of experts.
   """
   return bottleneck.add(key, params, targets, size=size, activation=activation, init=init, scale=scale, beside=True)

@@ -1,7 +1,7 @@
-"""Partial finetuning: the last layers and what comes after them are trained, the layers below stay as they are.
+"""Partial finetuning: the last layers and what comes after them are trained; the layers below are frozen.
 
-The baseline that Houlsby et al. 2019 (https://arxiv.org/abs/1902.00751, section 3.2, "fine-tune only the top n
-layers") compare adapters with.
+This is the baseline of Houlsby et al. 2019 for adapters (https://arxiv.org/abs/1902.00751, section 3.2, "fine-tune only
+the top n layers").
 """
 
 from collections.abc import Callable, Sequence
@@ -25,10 +25,10 @@ AFTER = "^(norm|project|head|pooler|classifier)/"  # what a model may have after
 
 @struct.dataclass
 class Parts(weights.Weight):
-  """A leaf that is stacked over layers, in two parts, which `transformer.hidden` scans one after the other.
+  """A leaf that is stacked over layers, in two parts that `transformer.hidden` scans one after the other.
 
-  So the gradient and the optimiser's moments exist for the upper part alone, and no backward pass runs through the
-  layers of the lower part; the price is that the layer is compiled twice.
+  The gradient and the optimiser's moments exist only for the upper part, and the backward pass stops above the lower
+  part. In return, the layer is compiled twice.
 
   Fields:
     lower: frozen [L - k, ...], an array or a node.
@@ -42,15 +42,15 @@ class Parts(weights.Weight):
 
   @property
   def shape(self) -> tuple[int, ...]:
-    """Shape of the whole stack."""
+    """The shape of the whole stack."""
     return (self.lower.shape[0] + self.upper.shape[0], *self.upper.shape[1:])
 
   def map(self, fn: Callable[[str, Any], Any]) -> "Parts":
-    """The stack with `fn(name, weight)` in place of both parts."""
+    """Returns the stack with `fn(name, weight)` in place of each part."""
     return Parts(fn("lower", self.lower), fn("upper", self.upper))
 
   def at(self, index: Any) -> Any:
-    """A layer, an expert of one, or all layers of one of the parts."""
+    """Returns a layer, an expert of a layer, or a slice of layers within one part."""
     n = self.lower.shape[0]
     if isinstance(index, slice):
       start, stop, _ = index.indices(self.shape[0])
@@ -61,11 +61,11 @@ class Parts(weights.Weight):
     return weights.at(part, (layer, *rest))
 
   def cuts(self) -> tuple[int, ...]:
-    """The first layer of the upper part."""
+    """Returns the index of the first layer of the upper part, in a tuple."""
     return (self.lower.shape[0],)
 
   def dense(self) -> jax.Array:
-    """The whole stack in the dtype of the lower part: a copy."""
+    """Returns a copy of the whole stack in the dtype of the lower part."""
     lower = weights.dense(self.lower)
     return jnp.concatenate([lower, self.upper.astype(lower.dtype)])
 
@@ -79,16 +79,16 @@ def init(
   also: str | Sequence[str] = AFTER,
   dtype: full.Dtype = "float32",
 ) -> tuple[Any, Any]:
-  """Trains the last layers, norms and biases included, and leaves outside of the layers.
+  """Trains the last layers, including norms and biases, and chosen leaves outside the layers.
 
   Args:
-    layers: how many; 0 is none. Those of the decoder, where there is an encoder too.
-    targets: regexes; of the leaves in those layers, such as `layers/attn/q/kernel`, the ones to train.
-    also: regexes; leaves outside of the layers that are trained besides: by default the final norm and the head.
+    layers: how many layers to train, counted from the top of the decoder if there is also an encoder; 0 means none.
+    targets: regexes of the leaves to train in those layers, such as `layers/attn/q/kernel`.
+    also: regexes of the leaves to train outside the layers; by default the final norm and the head.
     dtype: as in full.py.
 
   Returns:
-    (params, mask): where some layers are trained and some not, `Parts` in place of all leaves of the layers.
+    (params, mask): all leaves of the layers are `Parts` if only some of the layers are trained.
   """
   del key
   flat = {k: w for k, w in tree.flatten(params, is_leaf=weights.is_node).items() if k.startswith("layers/")}
@@ -98,7 +98,7 @@ def init(
   if found := [k for k, w in flat.items() if isinstance(w, weights.Weight)]:
     why = "is packed; load a model that is not quantised"
     if flat[found[0]].adapted is not None:
-      why = "is adapted already; in a list of methods 'partial' comes before those"
+      why = "is adapted already; in a list of methods, 'partial' comes first"
     raise errors.UserError(f"{found[0]} {why}")
   targets, also = ([x] if isinstance(x, str) else list(x) for x in (targets, also))
   names = weights.addressable(params)
@@ -121,5 +121,5 @@ def init(
     params = tree.map_named(part, params, is_leaf=weights.is_node)
   mask = tree.map_named(lambda k, _: trained(k), params)
   if not any(jax.tree.leaves(mask)):
-    raise errors.UserError("partial finetuning trains nothing: config.method.layers is 0 and no leaf fits `also`")
+    raise errors.UserError("partial finetuning trains nothing: config.method.layers is 0 and no leaf matches `also`")
   return full.masters(params, mask, dtype), mask

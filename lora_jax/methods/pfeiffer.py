@@ -1,8 +1,8 @@
-"""One adapter a layer, after feed-forward (Pfeiffer et al. 2021, AdapterFusion, https://arxiv.org/abs/2005.00247).
+"""One adapter per layer, after feed-forward (Pfeiffer et al. 2021, AdapterFusion, https://arxiv.org/abs/2005.00247).
 
-The module of houlsby.py with a ReLU: `h + up(relu(down(h)))` on the output h of the feed-forward projection, before the
-residual is added. Norms stay frozen. AdapterHub's `SeqBnConfig` adds at the same place but feeds `down` with something
-else: h plus the residual, through the pretrained norm where one follows the sum, as in BERT.
+It is the module of houlsby.py with a ReLU: `h + up(relu(down(h)))` on the output h of the feed-forward projection,
+before the residual is added. Norms stay frozen. AdapterHub's `SeqBnConfig` adds in the same place, but the input of its
+`down` is h plus the residual, after the pretrained norm if one follows the sum, as in BERT.
 """
 
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ def init(
   """Puts a bottleneck after the target matrices.
 
   Args:
-    size, activation, init, targets: as of `houlsby.init`.
+    size, activation, init, targets: as in `houlsby.init`.
 
   Returns:
     (params, mask).

@@ -1,7 +1,7 @@
 """PiSSA: LoRA that starts at the principal part of the weight (Meng et al. 2024, https://arxiv.org/abs/2404.02948).
 
-`W = U S V^T` is split into its first singular triplets, which are trained as `scale A B`, and the frozen rest,
-equations 2 to 4. Here W stays whole, and what A B was at first is subtracted: `W + scale (A B - A0 B0)`.
+`W = U S V^T` is split into its first singular triplets, which are trained as `scale A B`, and a frozen rest (equations
+2 to 4). Here W stays whole, and the initial A B is subtracted: `W + scale (A B - A0 B0)`.
 """
 
 from typing import Any
@@ -15,17 +15,17 @@ from lora_jax.values import Size
 KIND = "low rank"
 OPTIM = {"learning_rate": 2e-5}  # the authors' README
 VARIES = lora.VARIES
-PEFT = "lora"  # the form of formats/peft that it has
+PEFT = "lora"  # the module of formats/peft that it uses
 
 
 def init(
   key: jax.Array, params: Any, *, alpha: float = 8.0, iterations: Size | None = None, **kw: Any
 ) -> tuple[Any, Any]:
-  """As `lora.init` with init="pissa".
+  """Returns what `lora.init` returns with init="pissa".
 
   Args:
-    alpha: the paper has that of the rank.
-    iterations: None for the exact decomposition, else how many subspace iterations approximate it, much faster.
+    alpha: numerator of the scale; the paper sets it to the rank.
+    iterations: number of subspace iterations, which are fast but approximate; None for the exact decomposition.
   """
   if iterations is not None and (not isinstance(iterations, int) or iterations < 0):
     raise errors.UserError(f"config.method.iterations={iterations!r} must be a whole number, at least 0, or None")

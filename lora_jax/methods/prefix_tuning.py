@@ -1,11 +1,11 @@
 """Prefix tuning: learned keys and values before the text in every layer (Li & Liang 2021,
 https://arxiv.org/abs/2101.00190, section 4).
 
-Keys enter attention as they are, not rotated; the positions of the text begin after them.
+The keys enter attention without rotation, and the positions of the text begin after them.
 
-An encoder-decoder has them in its decoder, which is all that PEFT has (see `to_peft`) and changes nothing about how the
-prompt is read. With `encoder=True` its encoder has a prefix too, as in figure 2, and with `cross=True` the decoder's
-attention to it.
+An encoder-decoder has a prefix in its decoder, as in PEFT, so the encoder's reading of the text is unchanged. With
+`encoder=True` the encoder also has a prefix, as in figure 2. With `cross=True` the decoder's attention to the encoder
+also has one.
 """
 
 from typing import Any
@@ -27,19 +27,19 @@ MERGES = False
 
 @struct.dataclass
 class Prefix(weights.Added):
-  """Keys and values, float32 [L, P, K, H], and in `cross` {"k", "v"} of attention to an encoder; {} for none."""
+  """Keys and values, float32 [L, P, K, H]; `cross` is {"k", "v"} for attention to an encoder, or {}."""
 
   k: jax.Array
   v: jax.Array
   cross: dict = struct.field(default_factory=dict)
 
   def __call__(self) -> dict[str, dict[str, jax.Array]]:
-    """{"attn": {"k", "v"}}, and "cross" where it is: [L, P, K, H]."""
+    """Returns {"attn": {"k", "v"}}, and "cross" if there is one; all are float32 [L, P, K, H]."""
     return {"attn": {"k": self.k, "v": self.v}} | ({"cross": self.cross} if self.cross else {})
 
   @property
   def length(self) -> int:
-    """P, how many keys there are in a layer."""
+    """P, the number of keys in a layer."""
     return self.k.shape[-3]
 
 
@@ -50,7 +50,7 @@ class Projected(weights.Added):
   Fields, all float32:
     embedding: [P, D].
     down: {"kernel" [D, C], "bias" [C]}.
-    up: {"kernel" [C, L, S, K, H], "bias" [L, S, K, H]}: keys, then values; S is 2, or 4 with those of `cross`.
+    up: {"kernel" [C, L, S, K, H], "bias" [L, S, K, H]}: keys, then values; S is 2, or 4 with cross-attention.
   """
 
   embedding: jax.Array
@@ -58,16 +58,16 @@ class Projected(weights.Added):
   up: dict
 
   def __call__(self) -> dict[str, dict[str, jax.Array]]:
-    """As `Prefix`."""
+    """Returns what `Prefix` returns."""
     return self.bake()()
 
   @property
   def length(self) -> int:
-    """P, how many keys there are in a layer."""
+    """P, the number of keys in a layer."""
     return self.embedding.shape[-2]
 
   def bake(self) -> Prefix:
-    """What it computes, without the network."""
+    """Returns the computed `Prefix`, without the network."""
     with jax.default_matmul_precision("highest"):
       h = jnp.tanh(layers.linear("PD,DC->PC", self.embedding, self.down))
       k, v, *cross = jnp.einsum("PC,CLSKH->SLPKH", h, self.up["kernel"]) + self.up["bias"].swapaxes(0, 1)[:, :, None]
@@ -85,17 +85,16 @@ def init(
   cross: bool = False,
   encoder: bool = False,
 ) -> tuple[Any, Any]:
-  """Adds a `Prefix`, or a `Projected` one.
+  """Adds a `Prefix`, or a `Projected` with `mlp`.
 
   Args:
     length: P.
-    mlp: compute keys and values from embeddings [P, D] with a network, which trains more stably and is dropped when
-      the adapter is saved. Its initial values are those of PEFT: embeddings normal, the others uniform in
-      +-1/sqrt(fan).
+    mlp: compute keys and values from embeddings [P, D] with a network. It trains more stably, and it is dropped when
+      the adapter is saved. It is initialised as in PEFT: embeddings normal, other leaves uniform in +-1/sqrt(fan).
     hidden: width of that network.
-    std: standard deviation of keys and values without `mlp`. PEFT takes 1, which drowns the text at first.
-    cross: of an encoder-decoder: also keys and values before those of the encoder's states, in every layer.
-    encoder: of an encoder-decoder: also a prefix of the encoder, with a network of its own where `mlp`.
+    std: standard deviation of keys and values without `mlp`. PEFT uses 1, which drowns out the text at first.
+    cross: for an encoder-decoder, also prepend keys and values to those of the encoder's states, in every layer.
+    encoder: for an encoder-decoder, also add a prefix to the encoder, which has its own network if `mlp`.
 
   Returns:
     (params, mask): True at `prefix/...` and `encoder/prefix/...`, float32.
@@ -104,7 +103,7 @@ def init(
     if not isinstance(value, int) or value < 1:
       raise errors.UserError(f"config.method.{k}={value!r} must be a whole number, at least 1")
   for k in (k for k, value in (("cross", cross), ("encoder", encoder)) if value and "encoder" not in params):
-    raise errors.UserError(f"config.method.{k}=True is of encoder-decoders, and the model has no encoder beside it")
+    raise errors.UserError(f"config.method.{k}=True is for encoder-decoders, and the model has no separate encoder")
   if "prefix" in params:
     raise errors.UserError("config.method: one prefix can be trained, not two")
   D = params["embed"]["kernel"].shape[1]
@@ -129,7 +128,7 @@ def init(
 
 
 def sizes(params: Any) -> tuple[int, int, int]:
-  """(layers, heads of keys, size of a head) of a model's tree."""
+  """Returns (layers, key heads, head size) of a model's tree."""
   attn = params["layers"]["attn"]
   if "qkv" not in attn:
     L, _, K, H = attn["k"]["kernel"].shape

@@ -1,6 +1,6 @@
 """Prompt tuning: learned embeddings before the text (Lester et al. 2021, https://arxiv.org/abs/2104.08691, section 2).
 
-The model reads [P; X] instead of X, and only P is trained. It goes with a task's own template: see model/prompts.py.
+The model reads [P; X] instead of X, and only P is trained. The task's template is kept: see model/prompts.py.
 """
 
 from collections.abc import Mapping, Sequence
@@ -29,8 +29,7 @@ class Prompt(weights.Added):
   Fields:
     table: float32 [P, D].
     placement: one of `prompts.PLACEMENTS`.
-    scaled: whether the model multiplies the table by its `embed_scale`, as it does rows of its own embedding; what
-      enters the layers is then `embed_scale * table`.
+    scaled: whether the model multiplies the table by its `embed_scale`, as it does with rows of its own embedding.
   """
 
   table: jax.Array
@@ -38,12 +37,12 @@ class Prompt(weights.Added):
   scaled: bool = struct.field(pytree_node=False, default=False)
 
   def __call__(self) -> jax.Array:
-    """float32 [P, D]."""
+    """Returns the table, float32 [P, D]."""
     return self.table
 
   @property
   def length(self) -> int:
-    """P, how many soft tokens there are."""
+    """P, the number of soft tokens."""
     return self.table.shape[-2]
 
 
@@ -62,13 +61,14 @@ def init(
 
   Args:
     length: P.
-    init: "random" is uniform in +-0.5; "vocab" rows of the embedding, drawn from the `top` first, which are the
-      commonest tokens of many vocabularies; "text" the rows of a text's tokens, repeated or cut to P as PEFT does, but
-      without special tokens; "labels" a row for each label, the mean of its tokens' rows, and "vocab" for the rest.
+    init: "random" is uniform in +-0.5; "vocab" draws from the first `top` rows of the embedding, which belong to the
+      most common tokens in many vocabularies; "text" takes the rows of a text's tokens, repeated or cut to P as in
+      PEFT, but without special tokens; "labels" takes for each label the mean of its tokens' rows, and "vocab" for the
+      rest.
     top: how many rows of the embedding `init="vocab"` draws from.
-    text, labels: token ids; `prepare` makes them of a text and of the task's labels.
+    text, labels: token ids; `prepare` makes them from a text and from the task's labels.
     placement: "prefix" (before everything, as in PEFT), "after_bos" (after the token that begins a text) or "suffix"
-      (between prompt and response; a classifier's end).
+      (between prompt and response; for a classifier, at the end).
 
   Returns:
     (params, mask): True at `prompt/table`, float32.
@@ -94,7 +94,7 @@ def init(
 
 
 def check(params: Any, length: int, placement: str) -> None:
-  """Raises UserError for a prompt that cannot be."""
+  """Raises UserError for an invalid length or placement, or if the model already has a soft prompt."""
   errors.choose(placement, dict.fromkeys(prompts.PLACEMENTS), "config.method.placement")
   if not isinstance(length, int) or length < 1:
     raise errors.UserError(f"config.method.length={length!r} must be a whole number, at least 1")
@@ -103,13 +103,13 @@ def check(params: Any, length: int, placement: str) -> None:
 
 
 def add(params: Any, prompt: Any) -> tuple[Any, Any]:
-  """(params, mask) with a soft prompt, all of which is trained."""
+  """Returns (params, mask) with a soft prompt; all of its leaves are trained."""
   params = params | {"prompt": prompt}
   return params, tree.map_named(lambda k, _: k.startswith("prompt/"), params)
 
 
 def _ids(texts: Any, name: str, vocabulary: int) -> list[list[int]]:
-  """Texts as lists of ids; UserError if they are none."""
+  """Returns texts of token ids as lists; raises UserError if they are missing, empty or not ids of the vocabulary."""
   given = [np.asarray(x) for x in texts or ()]
   if not given or any(x.ndim != 1 or not x.size or x.dtype.kind not in "iu" for x in given):
     raise errors.UserError(f"config.method.init={name!r} needs {name}: {_NEEDS[name]}")
@@ -119,13 +119,13 @@ def _ids(texts: Any, name: str, vocabulary: int) -> list[list[int]]:
 
 
 _NEEDS = {
-  "text": "config.method.text is a text that is not empty, and the model has a tokenizer; or it is ids",
-  "labels": "a task that has labels, and a model that has a tokenizer; or config.method.labels as ids",
+  "text": "a config.method.text that is not empty and a model with a tokenizer, or config.method.text as ids",
+  "labels": "a task with labels and a model with a tokenizer, or config.method.labels as ids",
 }
 
 
 def prepare(kw: Mapping[str, Any], tokenizer: Any = None, labels: Sequence[str] = ()) -> dict[str, Any]:
-  """The keywords with `text`, and for init="labels" the task's labels, as ids."""
+  """Returns the keywords with `text` as ids, and for init="labels" the task's labels as ids."""
   kw = dict(kw)
   if tokenizer is not None and isinstance(kw.get("text"), str):
     kw["text"] = tokenizer.encode(kw["text"])

@@ -1,7 +1,7 @@
-"""ReLoRA: LoRA that is merged into the weights and started anew every `cycle` steps (Lialin et al. 2023).
+"""ReLoRA: LoRA that is merged into the weights and restarted every `cycle` steps (Lialin et al. 2023).
 
-https://arxiv.org/abs/2307.05695, algorithm 1. Changes of low rank add up to one of high rank. After each merge most of
-the optimiser's moments of A and B are pruned, and the learning rate should start from zero again: the schedule
+https://arxiv.org/abs/2307.05695, algorithm 1. Low-rank changes add up to a change of high rank. Each merge prunes most
+of the optimiser's moments of A and B. The learning rate should then start from zero again: use the schedule
 "cosine_restarts" with the same `cycle`, see `optim.make_schedule`.
 """
 
@@ -20,9 +20,9 @@ from lora_jax.weights import updates
 
 KIND = "whole weights"
 OPTIM = {"learning_rate": 1e-3, "schedule": "cosine_restarts"}  # the authors' README, for pretraining
-MODEL = True  # the run leaves the merged model
+MODEL = True  # a run saves the merged model
 
-KEEP = {"random": 0.001, "magnitude": 0.1, "zero": 0.0}  # the share of the moments that pruning leaves
+KEEP = {"random": 0.001, "magnitude": 0.1, "zero": 0.0}  # the share of the moments that pruning keeps
 
 
 def init(
@@ -41,11 +41,11 @@ def init(
 
   Args:
     cycle: steps between two merges.
-    rank, alpha, dropout, targets, rank_pattern, alpha_pattern, rslora: as in lora.py. alpha / rank is that of the
-      paper's code, 32 / 128.
-    also: regexes; leaves such as norms and embeddings that are trained besides, as float32 masters.
+    rank, alpha, dropout, targets, rank_pattern, alpha_pattern, rslora: as in lora.py. The default alpha / rank is 32 /
+      128, as in the paper's code.
+    also: regexes of other leaves to train, such as norms and embeddings, as float32 masters.
     prune: which moments of A and B a merge sets to zero: "random" ones, those of small "magnitude", or all ("zero").
-    keep: the share that stays; None is 0.001 for "random" and 0.1 for "magnitude".
+    keep: the share of the moments that is kept; None means 0.001 for "random" and 0.1 for "magnitude".
 
   Returns:
     (params, mask).
@@ -60,7 +60,7 @@ def init(
   for k, w in _nodes(params).items():
     if weights.is_node(w.base) or k == "embed/kernel":
       what = f"a {type(w.base).__name__}" if weights.is_node(w.base) else "a table, which `also` can train"
-      raise errors.UserError(f"ReLoRA merges into matrices that are arrays; {k} is {what}")
+      raise errors.UserError(f"ReLoRA merges only into matrices that are arrays; {k} is {what}")
   mask = weights.inherit(before, beside, params, mask)
   mask = jax.tree.map(lambda m, h: m and not h, mask, held(params))
   return jax.tree.map(lambda x, m: x.astype(jnp.float32) if m else x, params, mask), mask
@@ -72,20 +72,20 @@ init.__signature__ = targeting.signature(
 
 
 def period(*, cycle: Count = 1000, **_) -> int:
-  """Steps from one `between` to the next."""
+  """Returns the number of steps from one `between` to the next."""
   return cycle
 
 
 def held(params: Any, **_) -> Any:
-  """The mask of the matrices that are merged into, and of the scales and ranks that this takes."""
+  """Returns the mask of the matrices that are merged into, and of the scales and ranks that the merge needs."""
   return targeting.mask(params, weights.LoRA, ("base", "scale", "rank"))
 
 
 def between(key: jax.Array, state: Any, *, prune: str = "random", keep: Share | None = None, **_) -> Any:
-  """The state with scale * A B merged into the weights, A drawn anew, B zero, and the moments of both pruned.
+  """Returns the state with scale * A B merged into the weights, a new A, a zero B, and the moments of both pruned.
 
-  The model stays what it was: the sum is taken in float32, and for weights in bfloat16 rounded stochastically, so that
-  small changes are not lost. Counts of the optimiser go on.
+  The model does not change. The sum is computed in float32 and, for weights in bfloat16, rounded stochastically, so
+  that small changes are not lost. The optimiser's step counts are kept.
   """
   whole = tree.join(state.trainable, state.held)
 
@@ -107,7 +107,7 @@ def between(key: jax.Array, state: Any, *, prune: str = "random", keep: Share | 
 
 
 def _nodes(params: Any) -> dict[str, weights.LoRA]:
-  """{name: node}"""
+  """Returns {name: LoRA node}."""
   found = {}
 
   def note(k, w):
@@ -120,7 +120,7 @@ def _nodes(params: Any) -> dict[str, weights.LoRA]:
 
 
 def _prune(key: jax.Array, opt_state: Any, nodes: Collection[str], how: str, keep: float) -> Any:
-  """The optimiser's state with its arrays for A and B pruned, which end in the names of those."""
+  """Returns the optimiser's state with its arrays for A and B pruned; their names end in the names of A and B."""
   stacked = {f"/{k}/{field}": architecture.stacked(k) for k in nodes for field in "ab"}
 
   def leaf(k, x):

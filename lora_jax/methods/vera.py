@@ -1,7 +1,7 @@
 """VeRA: vector-based random matrix adaptation (Kopiczko et al. 2023, https://arxiv.org/abs/2310.11454).
 
-`W x + b * (B (d * (A x)))`, equation 2: A and B are random, frozen, and the same for all matrices; each matrix trains
-the vectors b and d alone, and uses the first columns of A and rows of B, as many as it has inputs and outputs.
+`W x + b * (B (d * (A x)))`, equation 2. A and B are random, frozen and shared by all matrices; each matrix trains only
+the vectors b and d. A matrix uses as many columns of A as it has inputs and as many rows of B as it has outputs.
 """
 
 import math
@@ -26,7 +26,7 @@ OPTIM = {"learning_rate": 4e-3}  # the paper, from memory
 class VeRA(weights.Additive):
   """`W + A diag(d) B diag(b)`, A applied first.
 
-  Stacked over layers every field but `shared` has a leading L.
+  Stacked over layers, every field but `shared` has a leading L.
 
   Fields:
     base: the adapted weight [*in, *out], an array or a node.
@@ -49,11 +49,11 @@ class VeRA(weights.Additive):
   TRAINABLE = ("d", "b")
 
   def bind(self, shared: Mapping) -> "VeRA":
-    """The node with A and B of `params["shared"]`."""
+    """Returns the node with A and B of `params["shared"]`."""
     return self.replace(shared=(shared["vera"]["a"], shared["vera"]["b"]))
 
   def _factors(self) -> tuple[jax.Array, jax.Array]:
-    """A [*in, R], and B with b in it [R, *out], of a node that is not stacked."""
+    """Returns A [*in, R] and B scaled by b [R, *out], of a node that is not stacked."""
     if self.shared is None:
       raise ValueError("a VeRA node computes only after weights.bind(params)")
     a, b = self.shared
@@ -62,24 +62,24 @@ class VeRA(weights.Additive):
     return a[:, : math.prod(inner)].T.reshape(*inner, -1), b.reshape(-1, *outer)
 
   def change(self, spec: str, x: jax.Array, dtype: Any = None) -> jax.Array:
-    """`b * (B (d * (A dropout(x))))`; b multiplies B, so that its gradient needs no output to be kept."""
+    """Returns `b * (B (d * (A dropout(x))))`; b multiplies B, so that no output is kept for the gradient of b."""
     spec_a, spec_b = weights.split_spec(spec)
     a, b = self._factors()
     h = weights.dot(spec_a, weights.dropout(x, self.dropout, self.key), a, jnp.float32)
     return weights.dot(spec_b, (h * self.d).astype(x.dtype), b, dtype)
 
   def layer_delta(self) -> jax.Array:
-    """What is added to a weight that is not stacked, float32."""
+    """Returns what is added to a weight that is not stacked, float32."""
     a, b = self._factors()
     return jnp.tensordot(a * self.d, b, 1, precision="highest")
 
   def delta(self) -> jax.Array:
-    """What is added to the weight, float32, in the shape of `base`."""
+    """Returns what is added to the weight, float32, in the shape of `base`."""
     axes = jax.tree.map(lambda _: 0, self).replace(shared=None if self.shared is None else (None, None))
     return jax.vmap(VeRA.layer_delta, (axes,))(self) if self.scale.ndim else self.layer_delta()
 
   def n_padding(self, mask: "VeRA") -> int:
-    """How many trained numbers belong to layers that are not adapted."""
+    """Returns how many trained numbers belong to layers that are not adapted."""
     layers = int(np.sum(np.asarray(self.scale) == 0))
     each = (self.d.size * mask.d + self.b.size * mask.b) // max(self.scale.size, 1)
     return layers * each
@@ -97,12 +97,12 @@ def init(
   """Wraps the target matrices in `VeRA`; b starts at zero, so the model does not change.
 
   Args:
-    key: of A and B, uniform within Kaiming's bound sqrt(6 / fan in), as in PEFT.
+    key: random key of A and B, which are uniform within Kaiming's bound sqrt(6 / fan in), as in PEFT.
     params: a model's tree; the adapted weights may be arrays or nodes.
-    rank: R, of all matrices.
+    rank: R, the same for all matrices.
     dropout: probability of dropping an input element of A in training.
-    targets: as those of `lora.init`.
-    d_init: what d starts at.
+    targets: as in `lora.init`.
+    d_init: initial value of d.
 
   Returns:
     (params, mask): True at the leaves `d` and `b`, float32; `params["shared"]["vera"]` holds A and B.
@@ -110,7 +110,7 @@ def init(
   if not 0 <= dropout < 1 or rank < 1:
     raise errors.UserError(f"VeRA needs rank >= 1 and 0 <= dropout < 1, not rank={rank}, dropout={dropout}")
   if "vera" in params.get("shared", {}):
-    raise errors.UserError("VeRA is there already; its random matrices cannot be shared by a second one")
+    raise errors.UserError("the model already has VeRA; a second one cannot share its random matrices")
   params = targeting.split(params, targets)
   linear = targeting.matrices(params)
   chosen = targeting.select(targets, linear, "config.method.targets")
@@ -132,6 +132,6 @@ def init(
 
 
 def split_axes(k: str, w: weights.Weight) -> tuple[tuple[int, ...], tuple[int, ...]]:
-  """Input and output axes of a matrix for one layer."""
+  """Returns the input and the output axes of one layer's matrix."""
   shape = w.shape[int(transformer.stacked(k)) :]
   return shape[: transformer.in_axes(k)], shape[transformer.in_axes(k) :]

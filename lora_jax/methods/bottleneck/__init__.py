@@ -1,4 +1,4 @@
-"""Bottleneck adapters, small feed-forward layers with a narrow middle: what houlsby, pfeiffer and parallel share."""
+"""Bottleneck adapters, which houlsby, pfeiffer and parallel share: small feed-forward layers with a narrow middle."""
 
 import functools
 import math
@@ -19,7 +19,7 @@ ATTENTION = r"(^|/)attn/o/kernel$"
 FEED_FORWARD = r"(^|/)mlp/down/kernel$"
 NORM = r"norm/(scale|bias)$"
 
-# (down, up): initial matrices as functions of a key and a shape [in, out]. Biases start at zero.
+# (down, up): functions from a key and a shape [in, out] to an initial matrix. Biases start at zero.
 INITS = {
   "zero": (lambda key, shape: _truncated(key, shape, 1e-2), lambda key, shape: jnp.zeros(shape)),
   "lora": (lambda key, shape: _kaiming(key, shape), lambda key, shape: jnp.zeros(shape)),
@@ -33,7 +33,7 @@ Init, Activation = Literal[*INITS], Literal[*layers.ACTIVATIONS]
 class Bottleneck(weights.Added):
   """`scale * (act(x down + down_bias) up + up_bias)`, called with x [..., D].
 
-  Stacked over layers every field has a leading L. Parameters are float32 and cast to the dtype of x.
+  Stacked over layers, every field has a leading L. Parameters are float32 and are cast to the dtype of x.
 
   Fields:
     down: [D, M].
@@ -52,14 +52,14 @@ class Bottleneck(weights.Added):
   activation: str = struct.field(pytree_node=False, default="gelu")
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    """What is added to the layer's output, in the shape and dtype of x."""
+    """Returns what is added to the layer's output, in the shape and dtype of x."""
     h = weights.dot("...D,DM->...M", x, self.down) + self.down_bias.astype(x.dtype)
     h = layers.ACTIVATIONS[self.activation](h)
     y = weights.dot("...M,MD->...D", h, self.up) + self.up_bias.astype(x.dtype)
     return self.scale.astype(x.dtype) * y
 
   def n_padding(self, mask: "Bottleneck") -> int:
-    """How many of the numbers that `mask` calls trained belong to layers that have no adapter."""
+    """Returns how many of the numbers that `mask` trains belong to layers without an adapter."""
     idle = np.asarray(self.scale) == 0
     trained = sum(x.size for x, m in zip(jax.tree.leaves(self), jax.tree.leaves(mask), strict=True) if m)
     return trained // idle.size * int(idle.sum())
@@ -77,15 +77,15 @@ def add(
   beside: bool = False,
   train_norms: bool = False,
 ) -> tuple[Any, Any]:
-  """(params, mask) with a `Bottleneck` in the dict of each chosen matrix, or of the feed-forward layer it belongs to.
+  """Returns (params, mask) with a `Bottleneck` in the dict of each chosen matrix, or of its feed-forward layer.
 
   Args:
-    key: of the initial values, which follow from the place's name and the layer.
-    targets: of `targeting.select`.
+    key: random key; the initial values follow from it, the name of the place and the layer.
+    targets: as in `targeting.select`.
     size: M.
     init: a name in `INITS`.
-    beside: whether the adapter runs beside a whole feed-forward layer rather than after a matrix.
-    train_norms: whether norms are trained besides.
+    beside: whether the adapter runs in parallel with a whole feed-forward layer rather than after a matrix.
+    train_norms: whether norms are also trained.
   """
   errors.choose(init, INITS, "config.method.init")
   errors.choose(activation, layers.ACTIVATIONS, "config.method.activation")
@@ -104,13 +104,13 @@ def add(
 
 
 def _places(params: Any, targets: str | Sequence[str], beside: bool) -> dict[str, tuple[int, np.ndarray]]:
-  """{path of a dict: (D, bool [L])} for every place that `targets` names; UserError where none can be."""
+  """Returns {path of a dict: (D, bool [L])} for every place that `targets` names; UserError for an impossible place."""
   linear = {k: w for k, w in targeting.matrices(params).items() if "/moe/" not in k}
   feed_forward = {k: w for k, w in linear.items() if re.search(FEED_FORWARD, k)}
   named = [targets] if isinstance(targets, str) else list(targets)
   if not feed_forward and (beside or FEED_FORWARD in named) and any("/moe/" in k for k in tree.names(params)):
     raise errors.UserError(
-      "the feed-forward layers of this model are mixtures of experts, where a bottleneck has no place; "
+      "the feed-forward layers of this model are mixtures of experts, which a bottleneck does not support; "
       + ("try the method houlsby" if beside else f"choose config.method.targets, such as {ATTENTION!r}")
     )
   out = {}
@@ -139,7 +139,7 @@ def _bottleneck(key, width, size, hits, scale, activation, init) -> Bottleneck:
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
 def _draw(key, stack, width, size, init):
-  """Initial (down, up); each layer's follow from its index."""
+  """Returns the initial (down, up); the values of a layer follow from its index."""
   draw_down, draw_up = INITS[init]
 
   def one(layer):
@@ -150,7 +150,7 @@ def _draw(key, stack, width, size, init):
 
 
 def _put(params: Any, path: Sequence[str], adapter: Any) -> Any:
-  """The tree with an adapter in the dict at `path`, before what other methods have put there."""
+  """Returns the tree with an adapter in the dict at `path`; UserError if there is one already."""
   if path:
     return {**params, path[0]: _put(params[path[0]], path[1:], adapter)}
   if "adapter" in params:
@@ -159,10 +159,10 @@ def _put(params: Any, path: Sequence[str], adapter: Any) -> Any:
 
 
 def _truncated(key, shape, deviation):
-  """Normal, redrawn beyond two deviations."""
+  """Returns normal values truncated at two standard deviations."""
   return deviation * jax.random.truncated_normal(key, -2.0, 2.0, shape)
 
 
 def _kaiming(key, shape):
-  """Uniform in +-1/sqrt(in), as LoRA's A."""
+  """Returns values uniform in +-1/sqrt(in), as for LoRA's A."""
   return jax.random.uniform(key, shape, minval=-1.0, maxval=1.0) / math.sqrt(shape[0])

@@ -16,18 +16,18 @@ from lora_jax import errors, weights
 class AdaLoRA(weights.Additive):
   """`W + scale * A diag(e) B`, A applied first.
 
-  Stacked over layers every field has a leading L.
+  Stacked over layers, every field has a leading L.
 
   Fields:
     base: the adapted weight [*in, *out], an array or a node.
     a: float32 [*in, R].
     e: float32 [R].
     b: float32 [R, *out].
-    scale: float32 []; alpha / (R + 1e-5) as in PEFT, 0 in layers that are not adapted.
+    scale: float32 []; alpha / (R + 1e-5) as in PEFT, or 0 in layers that are not adapted.
     key: random key []; present only in a training forward, where it switches dropout on.
     dropout: probability that an input element is dropped before A.
-    layers: which layers of a stack are adapted; one entry where there is no stack.
-    schedule: what pruning went by, for files: keywords of `init` and their values, and `total_step` if it is known.
+    layers: which layers of a stack are adapted; one entry if there is no stack.
+    schedule: keywords of `init` and their values, and `total_step` if known; pruning used them, and files store them.
   """
 
   base: Any
@@ -43,17 +43,17 @@ class AdaLoRA(weights.Additive):
   TRAINABLE = ("a", "e", "b")
 
   def change(self, spec: str, x: jax.Array, dtype: Any = None) -> jax.Array:
-    """`scale * ((dropout(x) A) * e) B`."""
+    """Returns `scale * ((dropout(x) A) * e) B`."""
     spec_a, spec_b = weights.split_spec(spec)
     h = weights.dot(spec_a, weights.dropout(x, self.dropout, self.key), self.a, jnp.float32)
     return weights.dot(spec_b, (h * self.e * self.scale).astype(x.dtype), self.b, dtype)
 
   def layer_delta(self) -> jax.Array:
-    """What is added to a weight that is not stacked, float32."""
+    """Returns what is added to a weight that is not stacked, float32."""
     return self.scale * jnp.tensordot(self.a * self.e, self.b, 1, precision="highest")
 
   def place(self, spec: P) -> "AdaLoRA":
-    """`a` is split like the inputs, `b` like the outputs."""
+    """Returns the partition specs; `a` is split like the inputs, `b` like the outputs."""
     placed = super().place(spec)
     if not len(spec):
       return placed
@@ -61,12 +61,12 @@ class AdaLoRA(weights.Additive):
     return placed.replace(a=P(*spec[:inner], None), b=P(*spec[:stack], None, *spec[inner:]))
 
   def n_padding(self, mask: "AdaLoRA") -> int:
-    """How many trained numbers belong to layers that are not adapted."""
+    """Returns how many trained numbers belong to layers that are not adapted."""
     trained = sum(x.size for x, m in ((self.a, mask.a), (self.e, mask.e), (self.b, mask.b)) if m)
     return trained // len(self.layers) * self.layers.count(False)
 
   def used(self) -> "AdaLoRA":
-    """a, e and b of the adapted layers, always stacked; the other fields are None."""
+    """Returns the node with a, e and b of the adapted layers, always stacked; base, scale and key are None."""
     index = np.flatnonzero(self.layers)
     stacked = self.e.ndim > 1
     pick = lambda x: (x if stacked else x[None])[index]
@@ -74,7 +74,7 @@ class AdaLoRA(weights.Additive):
 
 
 def is_node(w: Any) -> bool:
-  """Whether `w` is an `AdaLoRA`."""
+  """Returns whether `w` is an `AdaLoRA`."""
   return isinstance(w, AdaLoRA)
 
 
@@ -84,9 +84,9 @@ class State(NamedTuple):
   Fields:
     count: int32 [], how many steps are done.
     sensitivity: moving average of |w * gradient|, for a, e and b of every node.
-    uncertainty: moving average of what |w * gradient| deviates from that.
-    keep: bool, for every e; what the last pruning left.
-    inner: of the wrapped transformation.
+    uncertainty: moving average of the deviation of |w * gradient| from `sensitivity`.
+    keep: bool for every entry of e, whether the last pruning kept it.
+    inner: state of the wrapped transformation.
   """
 
   count: jax.Array
@@ -109,19 +109,19 @@ def optimiser(
   beta2: float = 0.85,
   **others: Any,
 ) -> optax.GradientTransformation:
-  """`inner`, after whose update the least important entries of e become zero.
+  """Returns `inner` followed by pruning, which sets the least important entries of e to zero.
 
-  The importance of a number w is its smoothed sensitivity |w * gradient| times the smoothed deviation from it; that of
-  an entry of e is its own plus the means over its column of A and row of B (equations 7 to 11). The least important
-  over all matrices are pruned, as many as exceed a budget that falls from `init_r` to `target_r` a matrix as a cubic of
-  the step (equation 12). w is the value after the step, and steps count from 1, so that the last pruning, at step
-  `steps - tfinal`, reaches the target; what that pruned stays zero. All as in PEFT.
+  The importance of a number w is its smoothed sensitivity |w * gradient| times the smoothed deviation from it. The
+  importance of an entry of e adds the means over its column of A and its row of B (equations 7 to 11). Entries are
+  ranked over all matrices, and those beyond the budget are pruned. The budget per matrix falls from `init_r` to
+  `target_r` as a cubic of the step (equation 12). As in PEFT, w is the value after the step and steps count from 1. The
+  last pruning, at step `steps - tfinal`, reaches the target, and its zeros are permanent.
   """
   del others
   last = steps - tfinal
   if tinit >= last:
     raise errors.UserError(f"AdaLoRA has no step to prune at: tinit={tinit} and tfinal={tfinal} of {steps} steps")
-  # After one step nothing is known of importance: a run of one step prunes nothing.
+  # One step is not enough to know the importance, so a run of one step prunes nothing.
   due = np.array([s > tinit and s % deltaT == 0 for s in range(last)] + [last > 1, False])
 
   def init(params: Any) -> State:
@@ -159,7 +159,7 @@ def optimiser(
 
 
 def budget(step: int, start: int, target: int, tinit: int, last: int) -> int:
-  """How many entries of e are left at a step: `start` up to `tinit`, `target` from `last` on, a cubic between."""
+  """Returns how many entries of e are kept at a step: `start` up to `tinit`, `target` from `last`, a cubic between."""
   if step <= tinit:
     return start
   part = 1 - (min(step, last) - tinit) / (last - tinit)
@@ -167,18 +167,18 @@ def budget(step: int, start: int, target: int, tinit: int, last: int) -> int:
 
 
 def _tracked(params: Any) -> Any:
-  """The tree with a, e and b of AdaLoRA nodes and None for all else."""
+  """Returns the tree with a, e and b of AdaLoRA nodes, and None for everything else."""
   only = lambda w: w.replace(base=None, scale=None, key=None) if is_node(w) else None
   return jax.tree.map(only, params, is_leaf=is_node)
 
 
 def _importance(w: AdaLoRA) -> jax.Array:
-  """[*stack, R]: the score of every entry of e, from the scores of all numbers."""
+  """Returns [*stack, R], the score of every entry of e, from the scores of all numbers."""
   lead = w.e.shape
   a = w.a.reshape(*lead[:-1], -1, lead[-1]).mean(-2)
   return w.e + a + w.b.reshape(*lead, -1).mean(-1)
 
 
 def _used(w: AdaLoRA, scores: jax.Array) -> jax.Array:
-  """The scores of the layers that are adapted."""
+  """Returns the scores of the adapted layers."""
   return scores.reshape(len(w.layers), -1)[np.flatnonzero(w.layers)].ravel()

@@ -1,4 +1,4 @@
-"""What LoRA's factors are at first: random columns, or parts of a decomposition of the weight."""
+"""Initial values of LoRA's factors: random columns, or parts of a decomposition of the weight."""
 
 import functools
 import math
@@ -13,18 +13,18 @@ import pydantic
 
 from lora_jax import errors, tree, weights
 
-# Names as in PEFT, but for "peft", which it calls True, and "paper", which is its "gaussian".
+# Names as in PEFT, except for "peft", which is True there, and "paper", which is "gaussian" there.
 INITS = ("peft", "paper", "gaussian", "orthogonal", "pissa", "olora")
 Init = Literal[INITS] | Annotated[str, pydantic.StringConstraints(pattern=r"^pissa_niter_\d+$")]
 OVERSAMPLING = 8  # columns of a random projection beyond the rank (Halko et al. 2011, section 1.3)
 
 
 class Spec(NamedTuple):
-  """Which factors to make for one leaf.
+  """What factors to make for one leaf.
 
   Fields:
-    name: the leaf's; its random keys follow from it.
-    ranks: of each layer.
+    name: name of the leaf, from which its random keys follow.
+    ranks: rank of each layer.
     experts: how many matrices a layer has.
     inner, outer: size of the input and of the output.
     init: see `lora.init`; "normal" is the standard normal distribution.
@@ -39,20 +39,20 @@ class Spec(NamedTuple):
 
 
 def check(init: str) -> None:
-  """Raises UserError for what is neither one of `INITS` nor "pissa_niter_N"."""
+  """Raises UserError unless `init` is one of `INITS` or "pissa_niter_N"."""
   if init not in INITS and not re.fullmatch(r"pissa_niter_\d+", str(init)):
     raise errors.UserError(f"unknown config.method.init {init!r}; {errors.nearest(init, [*INITS, 'pissa_niter_N'])}")
 
 
 def decomposes(init: str) -> bool:
-  """Whether the factors are parts of the weight, to be subtracted from it."""
+  """Returns whether the factors are parts of the weight, which are subtracted from it."""
   return init.startswith("pissa") or init == "olora"
 
 
 def draw(key: jax.Array, specs: Sequence[Spec]) -> dict[str, tuple[jax.Array, jax.Array | None]]:
-  """{name: (a [layers * experts, inner, R], b [layers * experts, R, outer], or None for zeros)}.
+  """Returns {name: (a [layers * experts, inner, R], b [layers * experts, R, outer] or None for zeros)}.
 
-  Each column of `a` follows from the leaf's name, its layer, expert and index alone, but for "orthogonal".
+  Except for "orthogonal", a column of `a` depends only on the key, the leaf's name, layer, expert and index.
   """
   return {s.name: _draw(tree.fold(key, s.name), s) for s in specs}
 
@@ -61,14 +61,14 @@ def _draw(key, spec):
   if spec.init == "orthogonal":
     return _orthogonal(key, spec._replace(name=""))
   ranks, most = np.repeat(np.array(spec.ranks, np.int32), spec.experts), max(spec.ranks)
-  # Compiling takes longer than drawing: leaves of one input size share a program, whatever their ranks.
+  # Compiling takes longer than drawing, so leaves of one input size share a program for similar ranks.
   columns = 1 << max(3, (most - 1).bit_length())
   return _normal_or_uniform(key, ranks, columns=columns, inner=spec.inner, init=spec.init)[..., :most], None
 
 
 @functools.partial(jax.jit, static_argnames=("columns", "inner", "init"))
 def _normal_or_uniform(key, ranks, *, columns, inner, init):
-  """[N, inner, columns], each column from a key of its own; those beyond a rank are zero."""
+  """Returns [N, inner, columns], with a key for each column; columns beyond a rank are zero."""
   if init == "peft":
     draw = lambda key: jax.random.uniform(key, (inner,), minval=-1.0, maxval=1.0) / math.sqrt(inner)
   else:
@@ -82,7 +82,7 @@ def _normal_or_uniform(key, ranks, *, columns, inner, init):
 
 @functools.partial(jax.jit, static_argnums=1)
 def _orthogonal(key, spec):
-  """`A = X Q_odd / 10`, `B = Q_even^T Y / 10` with X, Y normal and Q orthogonal, so that `A B` is zero.
+  """Returns `A = X Q_odd / 10`, `B = Q_even^T Y / 10` with X, Y normal and Q orthogonal, so that `A B` is zero.
 
   https://datta0.github.io/posts/rethink-lora-init/#orthogonal-initialisation
   """
@@ -107,12 +107,12 @@ def _orthogonal(key, spec):
 def decompose(
   key: jax.Array, w: weights.Weight, ranks: jax.Array, scale: jax.Array, *, n_in: int, columns: int, init: str
 ) -> tuple[jax.Array, jax.Array]:
-  """(a [N, *in, R], b [N, R, *out]) of a weight [N, *in, *out]; one of the N after the other, in float32.
+  """Returns (a [N, *in, R], b [N, R, *out]) of a weight [N, *in, *out], computed one matrix at a time in float32.
 
   PiSSA (Meng et al. 2024, https://arxiv.org/abs/2404.02948, equations 2 and 3): `scale a b` is the best approximation
-  of W of that rank, its singular values shared evenly; after "pissa_niter_N", N subspace iterations from a random start
-  (Halko et al. 2011, https://arxiv.org/abs/0909.4061, algorithms 4.4 and 5.1). OLoRA (Büyükakyüz 2024,
-  https://arxiv.org/abs/2406.01775): the first columns of Q and rows of R of `W^T = Q R`, as b^T and a^T.
+  of W of that rank, with the singular values shared evenly. "pissa_niter_N" approximates it by N subspace iterations
+  from a random start (Halko et al. 2011, https://arxiv.org/abs/0909.4061, algorithms 4.4 and 5.1). OLoRA (Büyükakyüz
+  2024, https://arxiv.org/abs/2406.01775): b^T is the first columns of Q and a^T the first rows of R of `W^T = Q R`.
 
   Args:
     ranks: int32 [N]; further columns are zero.
@@ -138,7 +138,7 @@ def decompose(
 
 
 def _svd(key, w, columns, init):
-  """The first left singular vectors [in, R], values [R] and right vectors [R, out], exact or by iteration."""
+  """Returns the first left singular vectors [in, R], values [R] and right vectors [R, out], exact or by iteration."""
   if init == "pissa":
     u, d, v = jnp.linalg.svd(w, full_matrices=False)
     return u[:, :columns], d[:columns], v[:columns]

@@ -1,4 +1,4 @@
-"""What LoHa and LoKr share, the two methods of LyCORIS (Yeh et al. 2024, https://arxiv.org/abs/2309.14859)."""
+"""Code shared by LoHa and LoKr, two methods of LyCORIS (Yeh et al. 2024, https://arxiv.org/abs/2309.14859)."""
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +13,10 @@ from lora_jax.methods import targeting
 
 
 def output_mask(key: jax.Array | None, rate: float, shape: tuple[int, ...], rescale: bool) -> jax.Array | float:
-  """1 with probability 1 - rate, else 0, float32; divided by its mean if `rescale`. 1.0 without a key."""
+  """Returns a float32 mask that is 1 with probability 1 - rate, else 0; 1.0 without a key or a rate.
+
+  With `rescale` it is divided by its mean.
+  """
   if key is None or not rate:
     return 1.0
   kept = jax.random.bernoulli(key, 1 - rate, shape).astype(jnp.float32)
@@ -21,18 +24,18 @@ def output_mask(key: jax.Array | None, rate: float, shape: tuple[int, ...], resc
 
 
 def within(x: jax.Array, rank: jax.Array, axis: int) -> jax.Array:
-  """`x`, stacked as `rank` is, with zeros from index `rank` of an axis on."""
+  """Returns `x` with zeros from index `rank` of an axis on; x has the leading axes of `rank`."""
   index = jax.lax.broadcasted_iota(jnp.int32, x.shape, axis % x.ndim)
   return jnp.where(index < rank.reshape(*rank.shape, *(1,) * (x.ndim - rank.ndim)), x, 0)
 
 
 def unused(x: jax.Array, rank: jax.Array, columns: int) -> int:
-  """How many numbers of `x`, which has `columns` of them, `within` sets to zero."""
+  """Returns how many numbers of `x`, which has `columns` columns, `within` sets to zero."""
   return int(np.sum(columns - np.asarray(rank))) * (x.size // max(rank.size * columns, 1))
 
 
 def check_dropout(name: str, rate: float) -> None:
-  """Raises UserError for what is no probability below 1."""
+  """Raises UserError unless `rate` is at least 0 and below 1."""
   if not 0 <= rate < 1:
     raise errors.UserError(f"{name} needs 0 <= config.method.dropout < 1, not {rate}")
 
@@ -46,9 +49,9 @@ def plan(
   rank_pattern: Mapping[str, int] | None,
   alpha_pattern: Mapping[str, float] | None,
 ) -> tuple[Any, dict[str, tuple[np.ndarray, np.ndarray]]]:
-  """(params, {leaf name: (rank, scale) per layer}) of the matrices that `name` adapts; the scale is alpha / rank.
+  """Returns (params, {leaf name: (rank, scale) per layer}) of the matrices that `name` adapts.
 
-  In the tree fused matrices are split where their parts are meant.
+  The scale is alpha / rank. Fused matrices in params are split if `targets` names one of their parts.
   """
   params = targeting.split(params, targets)
   linear = targeting.matrices(params)
@@ -64,7 +67,7 @@ def plan(
 
 
 def columns(key: jax.Array, ranks: np.ndarray, size: int, draw: Callable[[jax.Array, tuple], jax.Array]) -> jax.Array:
-  """float32 [L, size, R]: column j of layer l is `draw(key of l and j, (size,))`, and zero from the layer's rank on."""
+  """Returns float32 [L, size, R]: column j of layer l is `draw(key of l and j, (size,))`, or zero beyond its rank."""
   return _columns(key, jnp.asarray(ranks.reshape(-1)), size, int(ranks.max()), draw)
 
 
@@ -78,5 +81,5 @@ def _columns(key, ranks, size, n, draw):
 
 
 def uniform(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-  """float32, uniform in [-1, 1)."""
+  """Returns float32 values uniform in [-1, 1)."""
   return jax.random.uniform(key, shape, minval=-1.0, maxval=1.0)

@@ -1,4 +1,4 @@
-"""What methods share: which weights they adapt, by short names, regexes and patterns, and which leaves they train."""
+"""Selection of the weights that methods adapt, by short names, regexes and patterns, and of the leaves they train."""
 
 import inspect
 import re
@@ -14,9 +14,9 @@ from lora_jax.weights import fused
 
 
 def split(params: Any, targets: str | Sequence[str]) -> Any:
-  """The tree with fused matrices as `fused.Fused` where `targets` name a part of them alone: "q" of `attn/qkv`.
+  """Returns the tree with `fused.Fused` for each fused matrix of which `targets` names a part: "q" of `attn/qkv`.
 
-  A method's `init` calls it first; names of the parts are those of the matrix and the part, `attn/qkv/kernel/q`.
+  A method's `init` calls it first. A part is named by the matrix and the part, as in `attn/qkv/kernel/q`.
   """
   flat = tree.flatten(params, is_leaf=weights.is_node)
   parts = {part: (k, w) for k, w in flat.items() if architecture.in_axes(k) for part in fused.part_names(k)}
@@ -26,11 +26,13 @@ def split(params: Any, targets: str | Sequence[str]) -> Any:
 
 
 def signature(init: Callable, of: Callable, without: Collection[str] = ()) -> inspect.Signature:
-  """The signature of an `init` that hands its other keywords on to the `init` of another method, `init.inherits`.
+  """Returns the signature of an `init` that passes its other keywords on to the `init` of another method.
+
+  It also sets `init.inherits` to that function.
 
   Args:
-    of: the other one.
-    without: keywords of it that the first sets itself.
+    of: the `init` of the other method.
+    without: keywords of `of` that `init` sets itself.
   """
   init.inherits = of
   named = {k: p for k, p in inspect.signature(init).parameters.items() if p.kind is not p.VAR_KEYWORD}
@@ -39,17 +41,17 @@ def signature(init: Callable, of: Callable, without: Collection[str] = ()) -> in
 
 
 def matrices(params: Any, experts: bool = False) -> dict[str, Any]:
-  """{name: weight} of the matrices in a tree: arrays or nodes that `architecture.in_axes` knows.
+  """Returns {name: weight} of the matrices in a tree: arrays or nodes that `architecture.in_axes` knows.
 
-  A fused matrix that is split is there whole and by its parts. Those of `experts`, which are many in one, are there
-  only for a method that asks for them: they have two axes before their own, see `architecture.stack_axes`.
+  A fused matrix that is split is included whole and by its parts. Matrices of experts are included only with `experts`:
+  they have two stack axes, see `architecture.stack_axes`.
   """
   flat = fused.flatten(params)
   return {k: w for k, w in flat.items() if architecture.in_axes(k) and (experts or architecture.stack_axes(k) < 2)}
 
 
 def wrap(params: Any, chosen: Mapping[str, np.ndarray], node: Callable[[str, Any, np.ndarray], Any]) -> Any:
-  """The tree with `node(name, weight, layers)` in place of each chosen weight; see `select`."""
+  """Returns the tree with `node(name, weight, layers)` in place of each chosen weight; see `select`."""
 
   def visit(k, w):
     if isinstance(w, fused.Fused):
@@ -60,7 +62,7 @@ def wrap(params: Any, chosen: Mapping[str, np.ndarray], node: Callable[[str, Any
 
 
 def mask(params: Any, kind: type, fields: Sequence[str]) -> Any:
-  """True at `fields` of the outermost nodes of a class, False elsewhere."""
+  """Returns a mask that is True at `fields` of the outermost nodes of class `kind`, and False elsewhere."""
 
   def leaf(w):
     if isinstance(w, fused.Fused) and kind is not fused.Fused:
@@ -74,14 +76,18 @@ def mask(params: Any, kind: type, fields: Sequence[str]) -> Any:
 
 
 def select(targets: str | Sequence[str], linear: Mapping[str, Any], what: str) -> dict[str, np.ndarray]:
-  """{leaf name: bool [L], or [] where not stacked} for the matrices that `targets` names.
+  """Returns {leaf name: bool [L], or [] if not stacked} for the matrices that `targets` names.
 
   Args:
     targets: short names ("q,v"), "all-linear" (every matrix in the layers), regexes found in names such as
-      `layers/attn/q/kernel` or, for single layers, `layers/3/attn/q/kernel`, or a sequence of those. What is found in
-      the name of a fused matrix means it as a whole; its parts are meant by what is found in their names alone.
-    linear: of `matrices`.
+      `layers/attn/q/kernel` or, for single layers, `layers/3/attn/q/kernel`, or a sequence of these. A target that
+      matches the name of a fused matrix selects the whole matrix; one that matches only the name of a part selects the
+      part.
+    linear: as returned by `matrices`.
     what: the key of the config, for messages.
+
+  Raises:
+    UserError: a target matches nothing.
   """
   return _select(targets, linear, what, alone=True)
 
@@ -109,14 +115,14 @@ def _stack(k: str, w: Any) -> tuple[int, ...]:
 
 
 def _expand(target: str, linear: Mapping[str, Any] | None = None, what: str = "") -> list[str]:
-  """Regexes for one target: short names and `all-linear` are spelled out, regexes are taken as they are.
+  """Returns the regexes for one target; short names and `all-linear` are expanded, and regexes are returned as is.
 
-  With `linear` a short name that is none of its matrices raises UserError.
+  With `linear`, a short name that is not in it raises UserError.
   """
   if target == "all-linear":
     return ["(^|/)layers/.*kernel$"]
   if not target.strip(" ,"):  # as a regex it would find everything
-    raise errors.UserError(f"{what or 'targets'}={target!r} names no matrix; 'all-linear' is every one in the layers")
+    raise errors.UserError(f"{what or 'targets'}={target!r} names no matrix; 'all-linear' names all in the layers")
   if not re.fullmatch(r"[\w\s,-]+", target):
     return [target]
   words = [w.strip() for w in target.split(",") if w.strip()]
@@ -130,9 +136,9 @@ def _expand(target: str, linear: Mapping[str, Any] | None = None, what: str = ""
 
 
 def _hits(pattern: str, k: str, stack: tuple[int, ...], alone: bool) -> np.ndarray:
-  """Which layers of leaf `k` a pattern finds: by the stacked name all, else by the name with the layer's index.
+  """Returns which layers of leaf `k` a pattern matches: all if it matches the stacked name, else by each indexed name.
 
-  With `alone` a part of a fused matrix is not found by what finds the matrix, else by that too.
+  A pattern that matches a fused matrix matches its parts only if `alone` is False.
   """
   search = tree.compile_pattern(pattern).search
   if search(k) or not stack:
@@ -147,7 +153,10 @@ def _hits(pattern: str, k: str, stack: tuple[int, ...], alone: bool) -> np.ndarr
 
 
 def values(pattern: Mapping | None, default: float, linear: Mapping, what: str) -> dict[str, np.ndarray]:
-  """{leaf name: value per layer} from an ordered {target: value}; a fused matrix's value is that of its parts too."""
+  """Returns {leaf name: value per layer} from an ordered {target: value}.
+
+  A target that matches a fused matrix also sets the value of its parts.
+  """
   values = {k: np.full(_stack(k, w), default, float) for k, w in linear.items()}
   for target, value in reversed(dict(pattern or {}).items()):
     for k, hit in _select(target, linear, what, alone=False).items():
