@@ -194,7 +194,7 @@ def test_partial_by_patterns():
   assert {k for k in trained_names(got, mask) if "attn/q/" in k} == {
     f"layers/attn/q/kernel/{x}" for x in ("a", "b", "base/upper")
   }
-  with pytest.raises(errors.UserError, match="layers/attn/q/kernel is adapted already.*before"):
+  with pytest.raises(errors.UserError, match="layers/attn/q/kernel is adapted already.*comes first"):
     methods.init(KEY, params, both[::-1])
 
 

@@ -232,7 +232,7 @@ def test_biases_that_are_trained():
   assert trained() == pair
   assert trained(bias="lora_only") == pair | {"layers/attn/q/bias"}
   assert trained(bias="all") == pair | {k for k in tree.names(params) if k.endswith("/bias")}
-  with pytest.raises(errors.UserError, match="layers/attn/q/bias.* not all are adapted"):
+  with pytest.raises(errors.UserError, match="layers/attn/q/bias.* not all layers are adapted"):
     trained(bias="lora_only", layers_to_transform=0)
 
 

@@ -270,10 +270,10 @@ def test_texts_become_ids_once():
 @pytest.mark.parametrize(
   "init, message",
   [
-    (lambda p: prompt_tuning.init(KEY, p, init="text"), "needs text: config.method.text"),
+    (lambda p: prompt_tuning.init(KEY, p, init="text"), "needs text: a config.method.text"),
     (lambda p: prompt_tuning.init(KEY, p, init="text", text="no tokenizer"), "needs text"),
     (lambda p: prompt_tuning.init(KEY, p, init="text", text=[97]), "beyond the 97 tokens"),
-    (lambda p: prompt_tuning.init(KEY, p, init="labels"), "needs labels: a task that has labels"),
+    (lambda p: prompt_tuning.init(KEY, p, init="labels"), "needs labels: a task with labels"),
     (lambda p: prompt_tuning.init(KEY, p, init="label"), "did you mean 'labels'"),
     (lambda p: prompt_tuning.init(KEY, p, init="vocab", top=0), "top=0"),
     (lambda p: prompt_tuning.init(KEY, p, length=0), "length=0"),

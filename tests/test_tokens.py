@@ -79,7 +79,7 @@ def test_defaults_and_mistakes(base):
   params, mask = tokens.init(KEY, base)
   np.testing.assert_array_equal(params["embed"]["kernel"].ids, [46, 47, 48, 49])
   assert [k for k, m in tree.flatten(mask).items() if m] == ["embed/kernel/rows"]
-  bad = {"50": [50], "-1": [3, -1], "True": [True], "each once": [3, 3], "at least one": [], "'a'": ["a"]}
+  bad = {"50": [50], "-1": [3, -1], "True": [True], "each only once": [3, 3], "at least one": [], "'a'": ["a"]}
   for said, ids in bad.items():
     with pytest.raises(errors.UserError, match=f"config.method.ids: .*{said}"):
       tokens.init(KEY, base, ids=ids)
@@ -207,7 +207,7 @@ def test_foreign_rows_are_refused(base, tmp_path):
 
   refused("is None, expected", {k: x for k, x in good.items() if k != name})
   refused(r"is \(2, 16\), expected \(3, 16\)", good | {name: good[name][:2].copy()})
-  refused("no rows of a table of 50", trainable_token_indices=[3, 7, 50])
+  refused(r"ids of tokens from 0 to 49, not \[50\]", trainable_token_indices=[3, 7, 50])
   refused("lm_head.*; only rows of model.embed_tokens", trainable_token_indices={"lm_head": IDS})
   refused("embed_tokens.token_adapter", trainable_token_indices=None)
   both = [{"name": "lora", "targets": "embed"}, {"name": "tokens"}]

@@ -109,7 +109,8 @@ def _forward(config, params, s: Beams) -> Beams:
 
 
 @functools.partial(jax.jit, static_argnames=("config", "beams", "ngram", "early"))
-def _search(config, params, cache, logits, ids, lengths, *, end, limit, length_penalty, beams, ngram, early):
+def search_rows(config, params, cache, logits, ids, lengths, *, end, limit, length_penalty, beams, ngram, early):
+  """`search` as one compiled program: (ids int32 [B, W, S], new tokens int32 [B, W], scores float32 [B, W])."""
   B, W = len(ids), beams
   every = jnp.repeat(ids[:, None], W, axis=1)
   start = Beams(
@@ -175,7 +176,7 @@ def search(
     ngram=no_repeat_ngram,
     early=early_stopping,
   )
-  ids, new, scores = map(np.asarray, _search(config, params, cache, logits, ids, lengths, **how))
+  ids, new, scores = map(np.asarray, search_rows(config, params, cache, logits, ids, lengths, **how))
   at = np.arange(new.max())
   out = np.take_along_axis(ids, np.asarray(lengths)[:, None, None] + at, axis=2)
   return np.where(at < new[..., None], out, np.asarray(end)[0]), scores

@@ -92,10 +92,15 @@ def _best(config, params, cache, logits, ids, lengths, new, end, search) -> jax.
   """The best continuations [B, new] of a search; `end[0]` after a row's end."""
   at = jnp.arange(ids.shape[1])
   ids = jnp.where(at < lengths[:, None], -1 - at, 0)  # so that no n-gram is one of the prompt
-  limits = jnp.int32(end), jnp.int32(new), jnp.float32(search.length_penalty)
-  # One beam that stops when its text has ended is greedy.
-  how = dict(beams=search.beams, ngram=search.no_repeat_ngram, early=search.beams == 1 or search.early_stopping)
-  found, counts, _ = beam._search(config, params, cache, logits, ids, lengths, *limits, **how)
+  how = dict(
+    end=jnp.int32(end),
+    limit=jnp.int32(new),
+    length_penalty=jnp.float32(search.length_penalty),
+    beams=search.beams,
+    ngram=search.no_repeat_ngram,
+    early=search.beams == 1 or search.early_stopping,  # one beam that stops when its text has ended is greedy
+  )
+  found, counts, _ = beam.search_rows(config, params, cache, logits, ids, lengths, **how)
   out = jnp.take_along_axis(found[:, 0], lengths[:, None] + jnp.arange(new), axis=1)
   return jnp.where(jnp.arange(new) < counts[:, :1], out, end[0])
 
