@@ -33,9 +33,9 @@ class Fit(NamedTuple):
 def to_lora(params: Any, rank: int | None = None, variance: float | None = None) -> tuple[Any, dict[str, Fit]]:
   """The tree with `weights.LoRA` in place of all other nodes and of IA3's scales, and the fit of each weight.
 
-  Layers may have different ranks: singular values that are zero up to rounding are dropped, and a weight without any
-  others in all its layers becomes plain. All experts of a layer have the largest rank that one of them needs. The parts
-  of a split fused matrix have their own ranks. One layer at a time is made dense, in float32.
+  Layers may have different ranks: singular values that are zero up to rounding are dropped. A weight that has no other
+  singular values in any layer becomes plain. All experts of a layer have the largest rank that one of them needs. The
+  parts of a split fused matrix have their own ranks. One layer at a time is made dense, in float32.
 
   Args:
     params: a model's tree, of one or more methods.
@@ -59,8 +59,11 @@ def to_lora(params: Any, rank: int | None = None, variance: float | None = None)
   if odd := [k for k in tree.names(params, is_leaf=weights.is_node) if set(k.split("/")) & steps]:
     raise errors.UserError(f"LoRA cannot stand for these, which are no change of weights: {', '.join(odd)}")
   found: dict[str, tuple] = {}
-  bound = lambda w: weights.bind(w, params.get("shared"))
-  converted = _visit(params, "", lambda *given: _convert(found, rank, variance, bound, *given))
+
+  def convert(name, w, scales, bias):
+    found[name] = _converted(name, w, scales, bias, shared=params.get("shared"), rank=rank, variance=variance)
+
+  converted = _visit(params, "", convert)
   if not found:
     raise errors.UserError("there is no adapter to convert to LoRA")
   made = {k: w for k, (w, _) in found.items() if w is not None}
@@ -85,7 +88,8 @@ def _visit(params: Any, where: str, convert: Any) -> Any:
     return params
   p = {k: _visit(v, f"{where}{k}/", convert) for k, v in params.items() if k not in weights.EXTRAS}
   scales = {k: params[k] for k in weights.SCALES if k in params}
-  w, name = params.get("kernel"), f"{where}kernel"
+  w = params.get("kernel")
+  name = f"{where}kernel"
   if isinstance(w, fused.Fused) and not scales:
     parts = {k: v for k, v in w.parts.items() if isinstance(v, weights.Adapter)}
     for part, v in parts.items():
@@ -114,7 +118,10 @@ def _alike(made: Mapping[str, weights.LoRA]) -> dict[str, weights.LoRA]:
 
   def node(w):
     scale = np.where(w.rank > 0, alpha / np.maximum(w.rank, 1), 0).astype(np.float32)
-    part = lambda x: x / np.where(scale > 0, scale, 1).reshape(*scale.shape, *(1,) * (x.ndim - scale.ndim))
+
+    def part(x):
+      return x / np.where(scale > 0, scale, 1).reshape(*scale.shape, *(1,) * (x.ndim - scale.ndim))
+
     bias = part(w.bias) if w.bias is not None else None
     if biased and bias is None and w.n_experts_axes() == 0:
       bias = np.zeros((*scale.shape, *w.b.shape[scale.ndim + 1 :]))
@@ -124,10 +131,12 @@ def _alike(made: Mapping[str, weights.LoRA]) -> dict[str, weights.LoRA]:
   return {k: node(w.replace(rank=jnp.asarray(w.rank, jnp.int32))) for k, w in made.items()}
 
 
-def _convert(found: dict, rank, variance, bound, name: str, w: Any, scales: Mapping, bias: Any) -> None:
-  """Sets `found[name]` to (LoRA with numpy arrays and scale 1, or None if there is no change; its Fit).
+def _converted(
+  name: str, w: Any, scales: Mapping, bias: Any, *, shared: Any, rank: int | None, variance: float | None
+) -> tuple[weights.LoRA | None, Fit]:
+  """LoRA with numpy arrays and scale 1 for a weight, or None if nothing changes it, and how well it fits.
 
-  `bound` gives a layer's node the arrays that all layers share.
+  `shared` holds the arrays that all layers share.
   """
   stacked = architecture.stacked(name)
   n_in = architecture.in_axes(name) or 1  # the inputs of a table are its rows
@@ -139,7 +148,7 @@ def _convert(found: dict, rank, variance, bound, name: str, w: Any, scales: Mapp
   kept = left = 0.0
   for i in layers:
     layer = jax.tree.map(lambda x: x[i], (w, dict(scales), bias))
-    delta, offset = _change(bound(layer[0]), *layer[1:])
+    delta, offset = _change(weights.bind(layer[0], shared), *layer[1:])
     factors = None if scales or experts else _factors(layer[0])
     offsets.append(np.zeros(outer, np.float32) if offset is None else np.asarray(offset))
     delta = delta.reshape(*(experts or (1,)), math.prod(inner), math.prod(outer))
@@ -153,8 +162,7 @@ def _convert(found: dict, rank, variance, bound, name: str, w: Any, scales: Mapp
   ranks = np.int32([a.shape[-1] for a, _ in each])
   fit = Fit(tuple(ranks.tolist()), math.sqrt(left / kept) if kept else 0.0)
   if not ranks.max():
-    found[name] = None, fit
-    return
+    return None, fit
 
   def pad(x, axis):
     return np.pad(x, [(0, ranks.max() - n if k == axis else 0) for k, n in enumerate(x.shape)])
@@ -171,7 +179,7 @@ def _convert(found: dict, rank, variance, bound, name: str, w: Any, scales: Mapp
     rank=ranks.reshape(stack),
     bias=offset if offset.any() else None,
   )
-  found[name] = node, fit
+  return node, fit
 
 
 def _change(w: Any, scales: Mapping[str, jax.Array], bias: jax.Array | None) -> tuple[np.ndarray, jax.Array | None]:
@@ -204,7 +212,8 @@ def _factors(w: Any) -> tuple[np.ndarray, np.ndarray] | None:
     if x.start is None:
       plain.append(x)
     else:  # a b - a0 b0 as a sum of differences, which keeps its precision where both are large
-      (a0, b0), x = x.start, x.replace(start=None)
+      a0, b0 = x.start
+      x = x.replace(start=None)
       plain += [x.replace(b=x.b - b0), x.replace(a=x.a - a0, b=b0)]
   each = [fused.factors(jax.tree.map(lambda x: x[None], x), (0,)) for x in plain]
   a = np.concatenate([a.reshape(math.prod(a.shape[:-1]), a.shape[-1]) for a, _, _ in each], -1)
