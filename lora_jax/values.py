@@ -79,7 +79,7 @@ def keywords(fn: Callable, given: Mapping[str, Any], where: str, without: Collec
 
 
 def check(hint: Any, value: Any, where: str) -> Any:
-  """`value` as its annotation wants it: whole numbers as floats if it is a float, sequences as tuples.
+  """`value` in the form that the annotation asks for: any number as a float for a float, sequences as tuples.
 
   Raises:
     UserError: the value does not fit the annotation.

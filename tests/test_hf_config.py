@@ -195,7 +195,7 @@ def test_a_change_is_said_or_refused(name):
       try:
         hf = family.hf_config(config)
       except errors.UserError as e:
-        assert re.search(r"cannot say \w+=|unknown activation 'none'", str(e)) and "\n" not in str(e)
+        assert re.search(r"cannot express \w+=|unknown activation 'none'", str(e)) and "\n" not in str(e)
         continue
       again = dataclasses.replace(family.config(hf), **{f: getattr(config, f) for f in family.TABLE._unsaid(config)})
       assert again == config
@@ -206,11 +206,11 @@ def test_a_change_is_said_or_refused(name):
 @pytest.mark.parametrize(
   "name, change, message",
   [
-    ("gpt2", dict(position="rope"), r"a gpt2 model cannot say position='rope' \(only 'learned'\)$"),
+    ("gpt2", dict(position="rope"), r"a gpt2 model cannot express position='rope' \(only 'learned'\)$"),
     (
       "llama",
       dict(position="learned", qk_norm=True),
-      r"cannot say qk_norm=True .*, position='learned' \(only 'rope'\)$",
+      r"cannot express qk_norm=True .*, position='learned' \(only 'rope'\)$",
     ),
     ("llama", dict(attn_bias="qkv"), r"attn_bias='qkv' \(only 'none'\)$"),
     ("llama", dict(n_experts=4), r"n_experts=4 \(only 0\)$"),
@@ -218,7 +218,7 @@ def test_a_change_is_said_or_refused(name):
     ("mixtral", dict(n_experts=0), r"n_experts=0; .*num_local_experts is 0, expected a positive whole number$"),
     ("gemma", dict(activation="gelu"), r"activation='gelu' \(only 'gelu_pytorch_tanh'\)$"),
     ("gemma", dict(d_model=64), r"embed_scale=5.65\S+ \(only 8.0\)$"),
-    ("gemma2", dict(n_layers=5), r"cannot say window=.*, local=.*; config.json has 3 layer_types for 5 layers$"),
+    ("gemma2", dict(n_layers=5), r"cannot express window=.*, local=.*; config.json has 3 layer_types for 5 layers$"),
     ("gemma2", dict(attn_scale=None), r"attn_scale=None; .*query_pre_attn_scalar is None"),
     ("gemma2", dict(attn_scale=0.3), r"attn_scale=0.3 \(only 0.3015\d+\)$"),
     ("gpt2", dict(head_dim=16), r"head_dim=16 \(only 8\)$"),

@@ -177,7 +177,7 @@ def test_interleaved_axes(tmp_path):
   peft = pytest.importorskip("peft")
   ref, model, _ = load(tmp_path / "base", "neox")
   params, _ = lokr.init(KEY, model.params, targets="qkv")
-  with pytest.raises(peft_format.NoForm, match="layers/attn/qkv/kernel are interleaved"):
+  with pytest.raises(peft_format.NoForm, match="interleaves the axes of layers/attn/qkv/kernel"):
     peft_format.save(model, params, tmp_path / "adapter")
   peft.get_peft_model(ref, peft.LoKrConfig(target_modules=["query_key_value"])).save_pretrained(tmp_path / "adapter")
   with pytest.raises(errors.UserError, match="query_key_value: a Kronecker product over its interleaved axes"):

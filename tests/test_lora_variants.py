@@ -467,7 +467,7 @@ def test_some_trained_biases_are_saved_with_all_that_their_kind_means(tmp_path, 
   "name, overrides, kw, message",
   [
     ("t5", {}, {"target_modules": ["embed_tokens"]}, "encoder.embed_tokens, decoder.embed_tokens differ"),
-    ("gpt2", {}, {"target_modules": ["c_attn"], "init_lora_weights": "pissa_niter_4"}, "drawn anew at each load"),
+    ("gpt2", {}, {"target_modules": ["c_attn"], "init_lora_weights": "pissa_niter_4"}, "each load draws anew"),
   ],
 )
 def test_what_cannot_be_represented_is_refused(tmp_path, name, overrides, kw, message):

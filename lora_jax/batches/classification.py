@@ -41,7 +41,8 @@ def encode(
   frames = {n: _frame(tokenizer, n, seq_len) for n in {len(x) for x in texts}}
   encoded, truncated = [], 0
   for x in texts:
-    parts, frame = [next(flat) for _ in x], frames[len(x)]
+    parts = [next(flat) for _ in x]
+    frame = frames[len(x)]
     kept = _longest_first(parts, seq_len - sum(of is None for _, _, of in frame))
     pieces = [([special] if of is None else kept[of], kind) for special, kind, of in frame]
     ids = [i for piece, _ in pieces for i in piece] or [rows.padding_id(tokenizer)]

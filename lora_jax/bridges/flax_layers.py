@@ -139,7 +139,10 @@ def nnx(model: Any, rules: Sequence[function.Rule], *, key: jax.Array | None = N
 
   def apply(adapter: Any, *args, base: Any = None, **kw) -> Any:
     nodes = surgery.nodes(adapter, base)
-    plain = lambda k, w: (w.base if k in beside else w.dense()) if function.is_kernel(w) else w
+
+    def plain(k, w):
+      return (w.base if k in beside else w.dense()) if function.is_kernel(w) else w
+
     copy = build(tree.map_named(plain, nodes, is_leaf=function.is_kernel))
     for k, w in tree.flatten(nodes, is_leaf=function.is_kernel).items():
       if k in beside:
@@ -151,7 +154,10 @@ def nnx(model: Any, rules: Sequence[function.Rule], *, key: jax.Array | None = N
 
 def _module(model: Any, path: Sequence) -> Any:
   """The module that holds the parameter at a path of the state."""
-  step = lambda m, k: getattr(m, k) if isinstance(k, str) and hasattr(m, k) else m[k]
+
+  def step(m, k):
+    return getattr(m, k) if isinstance(k, str) and hasattr(m, k) else m[k]
+
   return functools.reduce(step, path[:-1], model)
 
 

@@ -112,7 +112,8 @@ class Surgery:
       split = {k: tree.split(node, shapes[k][1]) for k, node in nodes.items()}
       return {k: trained for k, (trained, _) in split.items()}, {k: held for k, (_, held) in split.items()}
 
-    parts, some = jax.jit(parts), {k: flat[k] for k in self.plans}
+    parts = jax.jit(parts)
+    some = {k: flat[k] for k in self.plans}
     self._held = parts(key, key, some)[1]
     self._start = lambda k: parts(k, key, some)[0]
     self._dense = jax.jit(lambda kernels: {k: w.dense() for k, w in kernels.items()})

@@ -1,16 +1,16 @@
-"""Model families: each module says, both ways, what a Hugging Face model is in terms of ours.
+"""Model families: each module converts between a Hugging Face model and ours, in both directions.
 
-A family module is named by its `model_type` and has
+A family module has the name of its `model_type` and defines
 
   config(hf: dict) -> transformer.Config
   hf_config(config: transformer.Config, original: dict | None = None) -> dict
-                  its inverse; both are methods of one table, see config_json/
+                  the inverse; both are methods of one table, see config_json/
   KEYS            a tuple of `Key`s, used for import and export
-  ARCHITECTURES   {head: class name in transformers}, the first being what a config without `architectures` means
-  PREFIX          what the names of a model with a head begin with, and those of a bare model lack, such as "model."
-  IGNORED         a regular expression of tensors that hold nothing to import
-  ONE_TABLE       optional: whether embedding and head are one, whatever the config says, unless a file has two
-  view            optional: a function from a file's tensors to the same under the names of KEYS
+  ARCHITECTURES   {head: class name in transformers}; the first is the default of a config without `architectures`
+  PREFIX          prefix of tensor names that only models with a head have, such as "model."
+  IGNORED         a regular expression of tensors that are not imported
+  ONE_TABLE       optional: True if embedding and head are one table unless a file has two, whatever the config says
+  view            optional: a function from a file's tensors to the same tensors under the names of KEYS
 """
 
 import dataclasses
@@ -37,11 +37,11 @@ class Key:
     path: name of the leaf in our tree; under `layers/` it is stacked and `hf` has a `{}` for the layer.
     hf: name of the tensor in Hugging Face's layout; a second `{}` stands for the expert.
     pattern: einops pattern from their axes to ours for one layer (and expert), such as `(n h) d -> d n h`. `h` is the
-      head size, `c` is 2 where it is gate and up, 3 where it is q, k and v.
-    only: (field, value) of the configs that the row is for, such as ("head", "none"); () is all.
-    also: further names of the tensor, one with it in transformers: a file may have any of them.
-    torch: its name in transformers' module, if that is another than a file's.
-    head: of an embedding, the torch module of the head that is tied to it; `keys` puts it in.
+      head size; `c` is 2 for gate and up, and 3 for q, k and v.
+    only: (field, value) of the configs that the row applies to, such as ("head", "none"); () means all configs.
+    also: other names of the same tensor in transformers; a file may have any of them.
+    torch: its name in transformers' module, if it differs from the name in files.
+    head: for an embedding, the torch module of the head that is tied to it; `keys` fills it in.
   """
 
   path: str
@@ -60,7 +60,7 @@ class Key:
 
   @property
   def ndim(self) -> int:
-    """Axes of our leaf for one layer."""
+    """Number of axes of our leaf for one layer."""
     return len(re.findall(r"\([^)]*\)|\w+", self.pattern.split("->")[1]))
 
   @property
@@ -70,7 +70,7 @@ class Key:
 
   @property
   def lookups(self) -> tuple[str, ...]:
-    """Names of the torch modules that look up rows of an embedding: T5 has the table in a module that does not."""
+    """Names of the torch modules that look up rows of an embedding; in T5 they differ from the table's own module."""
     return tuple(k.rpartition(".")[0] for k in self.also) or (self.module,)
 
   @property
@@ -80,28 +80,28 @@ class Key:
     return set(left[0].strip("()").split()) == set(_letters(inner))
 
   def low_rank(self) -> tuple[str, str]:
-    """einops patterns from factors [r, in] and [out, r] of their matrix to [*in, r] and [r, *out] of ours."""
+    """Returns einops patterns from factors [r, in] and [out, r] of their matrix to [*in, r] and [r, *out] of ours."""
     left, (inner, outer) = self._axes
     theirs_in, theirs_out = left if self.transposed else left[::-1]
     return f"r {theirs_in} -> {' '.join(inner)} r", f"{theirs_out} r -> r {' '.join(outer)}"
 
   def sizes(self, shape: Sequence[int]) -> dict[str, int]:
-    """The axis lengths that einops needs to know, given our shape of one layer."""
+    """Returns the axis lengths that einops needs, from our shape of one layer."""
     right = re.findall(r"\([^)]*\)|\w+", self.pattern.split("->")[1])
     grouped = _letters(re.findall(r"\([^)]*\)", self.pattern))
     known = {a: n for a, n in zip(right, shape, strict=True) if a in grouped}
     return known | ({"c": 2 if "mlp" in self.path else 3} if "(c " in self.pattern else {})
 
   def to_hf(self, x: np.ndarray) -> np.ndarray:
-    """One layer's array in the axes of Hugging Face's tensor."""
+    """Returns one layer's array with the axes of Hugging Face's tensor."""
     return einops.rearrange(x, self.reverse, **self.sizes(x.shape))
 
   def from_hf(self, x: Any, shape: Sequence[int]) -> Any:
-    """Their tensor in our axes, given our shape of one layer."""
+    """Returns their tensor with our axes, from our shape of one layer."""
     return einops.rearrange(x, self.pattern, **self.sizes(shape))
 
   def hf_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
-    """Shape of their tensor, given our shape of one layer."""
+    """Returns the shape of their tensor, from our shape of one layer."""
     return self.to_hf(np.broadcast_to(np.int8(0), shape)).shape
 
   @property
@@ -116,21 +116,23 @@ def _letters(groups: Sequence[str]) -> list[str]:
 
 
 def names() -> list[str]:
-  """Names of all families."""
+  """Returns the names of all families."""
   return [m.name for m in pkgutil.iter_modules(__path__) if not m.ispkg]
 
 
 def get(model_type: str) -> ModuleType:
-  """The module of a family by the `model_type` of its Hugging Face config."""
+  """Returns the module of a family by the `model_type` of its Hugging Face config."""
   if not isinstance(model_type, str):
     raise errors.UserError(f"config.json: model_type is {model_type!r}, expected a string; known: {', '.join(names())}")
   if model_type == "gemma3":
-    raise errors.UserError("gemma3 is text and images; only checkpoints of the text model are read, gemma3_text")
+    raise errors.UserError(
+      "gemma3 reads text and images; only checkpoints of the text model, gemma3_text, are supported"
+    )
   return importlib.import_module(f"{__name__}.{errors.choose(model_type, {k: k for k in names()}, 'model family')}")
 
 
 def keys(family: ModuleType, config: transformer.Config, bare: bool) -> tuple[Key, ...]:
-  """The family's table for a config; `bare` is for a checkpoint whose names lack the prefix."""
+  """Returns the family's table for a config; `bare` is for a checkpoint whose names lack the prefix."""
   strip = lambda name: name.removeprefix(family.PREFIX) if bare else name
   rows = [k for k in family.KEYS if not k.only or getattr(config, k.only[0]) == k.only[1]]
   is_tied = config.tied and config.head in ("lm", "mlm")
@@ -142,13 +144,13 @@ def keys(family: ModuleType, config: transformer.Config, bare: bool) -> tuple[Ke
 def unify(
   family: ModuleType, config: transformer.Config, tensors: Any, bare: bool
 ) -> tuple[transformer.Config, tensor_names.View]:
-  """The config, tied or not as a file is, and the file's tensors with one name each, that of the family's table.
+  """Returns the config, tied if the file is, and the file's tensors under one name each, from the family's table.
 
-  A writer that drops shared tensors keeps any of their names. Of embedding and head, which a config ties, a file may
-  have both all the same: two tables if they differ.
+  A writer that drops shared tensors may keep any of their names. A file may have both embedding and head although the
+  config ties them; if they differ, they are two tables.
 
   Raises:
-    UserError: two names of another tensor stand for different ones.
+    UserError: two names of the same tensor, other than embedding and head, hold different values.
   """
   names = {}
   for k in (k for k in keys(family, config, bare) if "{}" not in k.hf):
@@ -166,7 +168,7 @@ def unify(
 
 
 def linear(path: str, hf: str, pattern: str, only: tuple = ()) -> tuple[Key, Key]:
-  """The rows of a matrix and its bias, whose axes are those of the output."""
+  """Returns the rows of a matrix and its bias, which has the axes of the output."""
   kernel = Key(f"{path}/kernel", f"{hf}.weight", pattern, only)
   left, (_, outer) = kernel._axes
   theirs = left[1 if kernel.transposed else 0]
@@ -174,5 +176,5 @@ def linear(path: str, hf: str, pattern: str, only: tuple = ()) -> tuple[Key, Key
 
 
 def norm(path: str, hf: str) -> tuple[Key, Key]:
-  """The rows of a norm."""
+  """Returns the rows of a norm."""
   return Key(f"{path}/scale", f"{hf}.weight", "d -> d"), Key(f"{path}/bias", f"{hf}.bias", "d -> d")

@@ -17,7 +17,7 @@ IGNORED = r"embeddings\.position_ids$|^cls\.seq_relationship\."
 
 
 def body(prefix: str) -> tuple[Key, ...]:
-  """The rows of an encoder without a head."""
+  """Returns the rows of an encoder without a head."""
   embeddings, layer = f"{prefix}embeddings", f"{prefix}encoder.layer.{{}}"
   return (
     Key("embed/kernel", f"{embeddings}.word_embeddings.weight", "v d -> v d"),
@@ -46,7 +46,7 @@ KEYS = (
   *linear("classifier", "classifier", "c d -> d c"),
 )
 
-# What all encoders of the family tree have in common.
+# What BERT and the encoders derived from it have in common.
 POST_NORM = dict(
   norm="layer",
   norm_order="post",
@@ -97,11 +97,11 @@ config, hf_config = TABLE.config, TABLE.hf_config
 
 
 def view(tensors: Any) -> Any:
-  """The tensors of a file, see `used_bias`."""
+  """Returns the tensors of a file, see `used_bias`."""
   return used_bias(tensors, "cls.predictions")
 
 
 def used_bias(tensors: Any, head: str) -> Any:
-  """Without the LM head's own bias where there is the decoder's: what transformers computes with, tied or not."""
+  """Returns the tensors without the LM head's own bias if the decoder has one, which transformers always uses."""
   names, unused = tensors.names(), f"{head}.bias" if f"{head}.decoder.bias" in tensors.names() else None
   return tensor_names.View(tensors, {k: (k, ()) for k in names if k != unused})

@@ -10,7 +10,7 @@ from lora_jax.families.config_json.option import Option, derived, flag
 
 ARCHITECTURES = {head: name.replace("Llama", "Gemma") for head, name in llama.ARCHITECTURES.items()}
 PREFIX, IGNORED, KEYS = llama.PREFIX, llama.IGNORED, llama.KEYS
-# Any Gemma; the activation is the family's own.
+# What all Gemma families share; each has its own option for the activation.
 DECODER = llama.DECODER.but(
   "gemma",
   ARCHITECTURES,
@@ -30,12 +30,12 @@ DECODER = llama.DECODER.but(
 
 
 def _activation(hf: Mapping) -> dict[str, str]:
-  """The first files say "gelu" and mean its approximation by tanh."""
+  """Returns the activation; the first files say "gelu" but mean its tanh approximation."""
   name = hf.get("hidden_activation") or hf.get("hidden_act") or "gelu"
   return {"activation": "gelu_pytorch_tanh" if name == "gelu" else name}
 
 
-# Releases of transformers read one or the other.
+# Some releases of transformers read one key, some the other.
 BOTH = ("hidden_activation", "hidden_act")
 TABLE = DECODER.but(
   "gemma", ARCHITECTURES, Option(("activation",), BOTH, _activation, lambda c: dict.fromkeys(BOTH, c.activation))

@@ -14,7 +14,7 @@ KEYS = (
   *norm("layers/mlp_norm", "model.layers.{}.pre_feedforward_layernorm"),
   *norm("layers/mlp_post_norm", "model.layers.{}.post_feedforward_layernorm"),
 )
-# What Gemma 3 has too.
+# What Gemma 3 shares.
 DECODER = gemma.DECODER.but(
   "gemma2",
   ARCHITECTURES,

@@ -24,7 +24,7 @@ KEYS = (
 
 
 def _rotations(hf: Mapping) -> dict:
-  """theta and scaling of global layers, and theta of local ones."""
+  """Returns theta and scaling of global layers, and theta of local layers."""
   given = hf.get("rope_parameters") or {}
   kinds = ("full_attention", "sliding_attention")
   if given.keys() - set(kinds) or not all(isinstance(v or {}, Mapping) for v in given.values()):

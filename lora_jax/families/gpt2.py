@@ -49,7 +49,7 @@ TABLE = ConfigJson(
   },
   fixed=dict(norm="layer", gated=False, fused=True, attn_bias="all", mlp_bias=True, position="learned", pool="last"),
   default={"scale_attn_by_inverse_layer_idx": False},
-  # The summaries belong to a head that is not supported.
+  # The summary keys belong to a head that is not supported.
   ignored=(
     *"attn_pdrop embd_pdrop resid_pdrop reorder_and_upcast_attn summary_type summary_use_proj".split(),
     *"summary_activation summary_proj_to_labels summary_first_dropout n_special predict_special_tokens".split(),

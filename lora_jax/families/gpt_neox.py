@@ -34,7 +34,7 @@ KEYS = (
 
 
 def _rotation(hf: Mapping) -> dict:
-  """Of a part of each head."""
+  """Returns the rotation, which covers a part of each head."""
   given = dict(hf.get("rope_scaling") or hf.get("rope_parameters") or {})
   part = rotation.read_part(hf, given, hf.get("rotary_pct") or 0.25)
   head_dim = hf["hidden_size"] // hf["num_attention_heads"]

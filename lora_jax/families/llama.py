@@ -26,7 +26,7 @@ KEYS = (
   Key("classifier/kernel", "score.weight", "c d -> d c"),
 )
 
-# Any decoder of Llama's shape; what has a choice of biases adds it.
+# What all decoders like Llama share; families with optional biases add those options.
 DECODER = ConfigJson(
   "llama",
   ARCHITECTURES,

@@ -22,7 +22,7 @@ KEYS = (
 
 
 def _rotation(hf: Mapping) -> dict:
-  """Beside the size of a head: transformers cannot scale the rotation of a Mixtral that does not state it."""
+  """Returns head size and rotation together, as transformers cannot scale a Mixtral's rotation without a head size."""
   head_dim = hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"]
   return {"head_dim": head_dim} | rotation.read(hf, theta=1e6)
 
@@ -45,23 +45,23 @@ TABLE = llama.DECODER.but(
     "max_position_embeddings": 131072,
     "num_experts_per_tok": 2,
   },
-  # The router's noise and loss are of pretraining.
+  # The router's noise and loss are used only in pretraining.
   ignored=("output_router_logits", "router_aux_loss_coef", "router_jitter_noise"),
 )
 config, hf_config = TABLE.config, TABLE.hf_config
 
 
 def view(tensors: Any) -> Any:
-  """The tensors of a file under the names of `KEYS`, see `unfuse`."""
+  """Returns the tensors of a file under the names of `KEYS`, see `unfuse`."""
   return unfuse(tensors, "block_sparse_moe", ("w1", "w3", "w2"))
 
 
 def unfuse(tensors: Any, block: str, parts: Sequence[str]) -> Any:
-  """A tensor an expert, where transformers wrote those of a layer as one (`save_original_format=False`).
+  """Returns one tensor per expert for files whose experts transformers fused (`save_original_format=False`).
 
   Args:
-    block: what the names of the layer's tensors have in place of `mlp`.
-    parts: what an expert's gate, up and down are called.
+    block: the name of the layer's module, which replaces `mlp`.
+    parts: the names of an expert's gate, up and down.
   """
   found = {}
   for k in tensors.names():

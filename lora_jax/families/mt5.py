@@ -5,8 +5,8 @@ from lora_jax.families.config_json.option import Option
 
 ARCHITECTURES = {head: f"M{name}" for head, name in t5.ARCHITECTURES.items()}
 PREFIX, IGNORED, KEYS, ONE_TABLE = t5.PREFIX, t5.IGNORED, t5.KEYS, t5.ONE_TABLE
-# Two tables, whatever `tie_word_embeddings` says: transformers 5 writes it as true for every model, and ties them only
-# where a file has no other.
+# There are two tables, whatever `tie_word_embeddings` says: transformers 5 writes true for every model, and ties them
+# only if a file has a single table.
 TABLES = Option(
   ("tied",), ("tie_word_embeddings",), lambda hf: {"tied": False}, lambda c: {"tie_word_embeddings": c.tied}
 )

@@ -21,9 +21,9 @@ KEYS = (
 
 
 def _rotation(hf: Mapping) -> dict:
-  """LongRoPE of a part of each head."""
+  """Returns LongRoPE, which covers a part of each head."""
   given = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
-  # The key beside the dict wins over the one in it, and "su" and "yarn" are older names of LongRoPE here.
+  # The key beside the dict overrides the one in it. "su" and "yarn" are older names of LongRoPE here.
   given["original_max_position_embeddings"] = hf["original_max_position_embeddings"]
   if given.get("rope_type", given.get("type")) in ("su", "yarn"):
     given["rope_type"] = "longrope"

@@ -34,12 +34,12 @@ TABLE = llama.DECODER.but(
   },
   fixed={"qk_norm": True},
   default={"decoder_sparse_step": 1, "mlp_only_layers": []},
-  # No layer is dense; without `layer_types` transformers reads `max_window_layers` nowhere: all are local or none.
+  # No layer is dense. Without `layer_types`, transformers ignores `max_window_layers`: all layers are local or none.
   ignored=(*mixtral.TABLE.ignored, "intermediate_size", "max_window_layers"),
 )
 config, hf_config = TABLE.config, TABLE.hf_config
 
 
 def view(tensors: Any) -> Any:
-  """The tensors of a file under the names of `KEYS`, see `mixtral.unfuse`."""
+  """Returns the tensors of a file under the names of `KEYS`, see `mixtral.unfuse`."""
   return mixtral.unfuse(tensors, "mlp", ("gate_proj", "up_proj", "down_proj"))

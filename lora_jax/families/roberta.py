@@ -31,7 +31,7 @@ KEYS = (
 
 
 def view(tensors: Any) -> Any:
-  """The tensors of a file, see `bert.used_bias`."""
+  """Returns the tensors of a file, see `bert.used_bias`."""
   return bert.used_bias(tensors, "lm_head")
 
 
@@ -50,6 +50,6 @@ TABLE = bert.TABLE.but(
   ARCHITECTURES,
   Option(("position_offset", "max_seq_len"), ("pad_token_id", "max_position_embeddings"), _positions, _position_keys),
   fixed={"activation": "gelu"},
-  default={"hidden_act": "gelu"},  # its LM head has GELU whatever the layers have
+  default={"hidden_act": "gelu"},  # its LM head always has GELU
 )
 config, hf_config = TABLE.config, TABLE.hf_config

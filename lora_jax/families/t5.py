@@ -21,7 +21,7 @@ def _attention(path: str, hf: str) -> tuple[Key, ...]:
 
 
 def _stack(path: str, hf: str, feed_forward: int) -> tuple[Key, ...]:
-  """The rows of the encoder or the decoder, whose feed-forward layer is sublayer number `feed_forward`."""
+  """Returns the rows of the encoder or decoder; `feed_forward` is the index of the feed-forward sublayer."""
   block, mlp = f"{hf}.block.{{}}.layer", f"{hf}.block.{{}}.layer.{feed_forward}"
   return (
     norm(f"{path}layers/attn_norm", f"{block}.0.layer_norm")[0],
@@ -48,7 +48,7 @@ KEYS = (
 
 
 def feed_forward(absent: str) -> Option:
-  """`activation` and `gated`, in one word or in two keys; `absent` is what an absent word means."""
+  """Returns the option for `activation` and `gated`, in one word or two keys; `absent` is the default word."""
 
   def read(hf):
     word = hf.get("feed_forward_proj") or absent
@@ -65,9 +65,9 @@ def feed_forward(absent: str) -> Option:
 
 
 def _head(hf: Mapping) -> dict:
-  """T5 1.0 ties the head and scales its input, 1.1 does neither.
+  """Returns `tied` and `head_scale`. T5 1.0 ties the head and scales its input; 1.1 does neither.
 
-  transformers 5 writes `tie_word_embeddings=True` for both and says which it is with `scale_decoder_outputs`. A head
+  transformers 5 writes `tie_word_embeddings=True` for both, and distinguishes them by `scale_decoder_outputs`. A head
   that is scaled but not tied has both keys.
   """
   tied, scaled = hf.get("tie_word_embeddings") is not False, hf.get("scale_decoder_outputs")

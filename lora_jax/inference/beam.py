@@ -56,7 +56,8 @@ def _take(x: jax.Array, index: jax.Array) -> jax.Array:
 
 def _extend(s: Beams, end, limit, length_penalty, ngram, early) -> Beams:
   """The search one token later. The model has not run that token yet."""
-  (B, W, V), S = s.logits.shape, s.ids.shape[2]
+  B, W, V = s.logits.shape
+  S = s.ids.shape[2]
   at = jnp.broadcast_to(s.start[:, None], (B, W)) + s.count
   allowed = sampling.ban_repeats(
     jax.nn.log_softmax(s.logits).reshape(B * W, V), s.ids.reshape(B * W, S), at.reshape(-1), ngram

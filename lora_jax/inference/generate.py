@@ -65,8 +65,11 @@ def _batch(model: models.Model, params: dict, prompts: Sequence[str | Sequence[i
   tok = model.tokenizer
   first = tok.bos_id if tok.bos_id is not None else tok.eos_id
   # The tokens that end a text are for an encoder only: a decoder continues the text.
-  begin, framed = tok.begin, bool(model.config.encoder_layers)
-  ids = lambda text: tok.encode(text, True) if framed else [*begin, *tok.encode(text)]
+  begin = tok.begin
+
+  def ids(text):
+    return tok.encode(text, True) if model.config.encoder_layers else [*begin, *tok.encode(text)]
+
   rows = [ids(p) if isinstance(p, str) else np.asarray(p).tolist() for p in prompts]
   rows = [row or ([] if first is None else [first]) for row in rows]
   vocabulary = range(model.config.vocab_size)

@@ -89,5 +89,8 @@ def keys(seed: int, rows: Sequence[np.ndarray]) -> jax.Array:
     name = zlib.crc32(np.asarray(row, np.int32).tobytes())
     found.append((name, copies[name]))
     copies[name] += 1
-  fold = lambda x: jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), x[0]), x[1])
+
+  def fold(x):
+    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), x[0]), x[1])
+
   return jax.vmap(fold)(np.array(found, np.uint32))

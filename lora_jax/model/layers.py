@@ -150,7 +150,8 @@ def relative_buckets(distance: jax.Array, buckets: int, furthest: int, causal: b
     n = jnp.maximum(-distance, 0)
   else:
     buckets //= 2
-    offset, n = jnp.where(distance > 0, buckets, 0), jnp.abs(distance)
+    offset = jnp.where(distance > 0, buckets, 0)
+    n = jnp.abs(distance)
   exact = buckets // 2
   log = jnp.log(jnp.maximum(n, 1).astype(jnp.float32) / exact) / math.log(furthest / exact)
   far = jnp.minimum(exact + (log * (buckets - exact)).astype(jnp.int32), buckets - 1)

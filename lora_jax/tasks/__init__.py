@@ -125,7 +125,7 @@ def get(name: str, **keywords: Any) -> Task:
   keywords = values.resolve(fields(name), keywords, "config.task")
   module, functions = _module(name)
   bound = {k: _bind(f, keywords) for k, f in functions.items()}
-  load, format = bound.pop("load"), bound["format"]
+  load = bound.pop("load")
   labels = bound.pop("labels")() if "labels" in bound else module.LABELS
   labels = None if labels is None else tuple(labels)
   return Task(
@@ -133,7 +133,7 @@ def get(name: str, **keywords: Any) -> Task:
     load=lambda split: load(errors.choose(split, {s: s for s in SPLITS}, "split")),
     labels=labels,
     prompt_loss_weight=module.PROMPT_LOSS_WEIGHT,
-    **(_defaults(format, labels) | bound),
+    **(_defaults(bound["format"], labels) | bound),
   )
 
 

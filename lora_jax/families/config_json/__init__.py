@@ -1,7 +1,7 @@
-"""Hugging Face's config.json and our `Config`: how a family spells one in the other, both ways.
+"""Conversion between Hugging Face's config.json and our `Config`, in both directions.
 
-A family's `ConfigJson` is a table of `Option`s, each of which reads some keys into some fields and writes them back,
-and of what all its models have in common. What would not be read back as it was written is refused.
+A family's `ConfigJson` holds a table of `Option`s and the values that all its models share. An option reads some keys
+into some fields and writes them back. A config that would not be read back the same is refused.
 """
 
 import dataclasses
@@ -20,14 +20,14 @@ class ConfigJson:
   """The config.json of a family.
 
   Fields:
-    model_type: of its models.
-    architectures: {head: class name in transformers}, the first being what a file without `architectures` means.
-    options: the table. An option may read what those before it have written.
-    absent: the values that transformers takes for keys that a file leaves out.
-    fixed: fields that all models of the family have, where they are not those of a `Config` by default.
-    default: keys that are understood only at the given value.
+    model_type: the `model_type` of its models.
+    architectures: {head: class name in transformers}; the first is the default of a file without `architectures`.
+    options: the table. An option may read what earlier options have written.
+    absent: the defaults of transformers for keys that a file leaves out.
+    fixed: fields with one value in the whole family that differs from the default of `Config`.
+    default: keys that are supported only at the given value.
     ignored: keys that do not change the forward pass, beyond `known.BOOKKEEPING`.
-    aliases: {class name: head} of further classes; what else they have is left out.
+    aliases: {class name: head} of further classes, whose other tensors are ignored.
     by_tensors: fields that the tensors of a file decide, whatever its config.json says.
   """
 
@@ -49,12 +49,12 @@ class ConfigJson:
     ignored: Iterable[str] = (),
     **more: Mapping,
   ) -> "ConfigJson":
-    """The table of a family that differs in some things.
+    """Returns the table of a family that differs from this one.
 
     Args:
-      options: take the place of those for the same fields.
-      ignored: further keys.
-      more: further items of `absent`, `fixed` and `default`, or other values. A fixed field has no option any more.
+      options: new options; they replace options for the same fields.
+      ignored: further ignored keys.
+      more: new or changed items of `absent`, `fixed` and `default`. A field that becomes fixed loses its option.
     """
     new = {f for o in options for f in o.fields} | set(more.get("fixed", ()))
     kept = tuple(o for o in self.options if not new & set(o.fields))
@@ -70,7 +70,7 @@ class ConfigJson:
     )
 
   def config(self, hf: Mapping) -> architecture.Config:
-    """The `Config` of a config.json; UserError for what is not supported, all in one message."""
+    """Returns the `Config` of a config.json; raises one UserError that lists everything that is not supported."""
     handled = {k for o in self.options for k in o.keys}
     known.check(hf, handled, self.default, self.ignored)
     self._require(hf, self.options)
@@ -81,14 +81,14 @@ class ConfigJson:
     return architecture.Config(**fields)
 
   def hf_config(self, config: architecture.Config, original: Mapping | None = None) -> dict[str, Any]:
-    """The config.json of a `Config`, but for the dtype.
+    """Returns the config.json of a `Config`, without the dtype.
 
     Args:
-      original: a config.json of the family to lay it over: an option that says the same there stays as it is spelled,
-        and keys that do not describe the architecture stay as they are.
+      original: a config.json of the family to start from. An option that already has the right value keeps its
+        spelling, and keys that do not describe the architecture are kept.
 
     Raises:
-      UserError: naming every field that the family cannot express.
+      UserError: the family cannot express some fields; the message names all of them.
     """
     hf = dict(original or {}) | {"model_type": self.model_type} | self._class(config)
     for option in self._all():
@@ -113,21 +113,21 @@ class ConfigJson:
     return {"architectures": [self.architectures[config.head]]} if config.head in self.architectures else {}
 
   def _said(self, option: Option, hf: Mapping) -> dict[str, Any]:
-    """What a file says of an option's fields; UserError for what is not understood."""
+    """Returns an option's fields as a file has them; raises UserError for what is not understood."""
     with errors.parsing("config.json"):  # the values may be any that a Config was given
       rules.check({k: hf[k] for k in ("model_type", *option.keys) if k in hf})
       self._require(hf, (option,))
       return option.read({**self.absent, **hf})
 
   def _says(self, option: Option, hf: Mapping, config: architecture.Config) -> bool:
-    """Whether a file says of an option's fields what a config does."""
+    """Returns whether a file and a config agree on an option's fields."""
     try:
       return self._said(option, hf) == option.of(config)
     except errors.UserError:
       return False
 
   def _check(self, hf: Mapping, config: architecture.Config) -> None:
-    """Raises UserError unless a config.json means a config."""
+    """Raises UserError unless a config.json is read as this config."""
     means, lost, reasons = {f.name: f.default for f in dataclasses.fields(config)} | self.fixed, [], []
     for option in self._all():
       try:
@@ -144,12 +144,12 @@ class ConfigJson:
     ]
     if wrong:
       raise errors.UserError(
-        f"config.json of a {self.model_type} model cannot say {', '.join(wrong)}{''.join(reasons)}"
+        f"config.json of a {self.model_type} model cannot express {', '.join(wrong)}{''.join(reasons)}"
       )
     self.config(hf)
 
   def _unsaid(self, config: architecture.Config) -> set[str]:
-    """Fields that no config.json says: how a model is run, what its head does not use, what its tensors show."""
+    """Returns the fields that config.json does not state: how a model runs, and what its head or tensors decide."""
     unused = {"n_labels"} if config.head != "classification" else set()
     if config.head == "mlm" or config.head == "none" and not config.pooler:  # there are bare models without a pooler
       unused.add("pooler")

@@ -1,4 +1,4 @@
-"""Which keys of a config.json are known: what is neither read nor known to have no effect is refused."""
+"""The known keys of config.json; a key that is neither read nor known to have no effect is refused."""
 
 from collections.abc import Iterable, Mapping
 
@@ -7,13 +7,13 @@ from lora_jax.families.reading import options
 
 
 def check(hf: Mapping, handled: Iterable[str], default: Mapping, ignored: Iterable[str]) -> None:
-  """Raises UserError listing every key of an HF config that is neither understood nor known to have no effect.
+  """Raises UserError that lists every key of an HF config that is neither understood nor known to have no effect.
 
-  What is null, false or empty asks for nothing, unless the key is one whose absence means something else.
+  Values that are null, false or empty have no effect, except for keys whose absence means something else.
 
   Args:
     handled: keys that the family reads.
-    default: keys that are understood only at the given value.
+    default: keys that are supported only at the given value.
     ignored: keys that do not change the forward pass.
   """
   options.check(hf)
@@ -27,7 +27,7 @@ def check(hf: Mapping, handled: Iterable[str], default: Mapping, ignored: Iterab
     raise errors.UserError(f"config.json of a {hf.get('model_type')} model: " + "; ".join(bad))
 
 
-# Keys of any config.json that are understood only at this value.
+# Keys of any config.json that are supported only at this value.
 PLAIN = {
   "is_decoder": False,
   "is_causal": True,
@@ -37,7 +37,7 @@ PLAIN = {
   "tie_encoder_decoder": False,
   "pruned_heads": {},
 }
-# Keys of any config.json that say how a model was saved, trained, served or sampled from, not what it computes.
+# Keys of any config.json that describe how a model is saved, trained, served or sampled, not what it computes.
 BOOKKEEPING = frozenset(
   (
     "_name_or_path architectures attention_dropout bos_token_id eos_token_id pad_token_id dtype torch_dtype "

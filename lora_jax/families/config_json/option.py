@@ -1,4 +1,4 @@
-"""One option of config.json: fields of a `Config`, the keys that say them, and how to get from either to the other."""
+"""Options of config.json: fields of a `Config`, the keys that state them, and the conversion in both directions."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -10,13 +10,13 @@ from lora_jax.model import architecture
 
 @dataclasses.dataclass(frozen=True)
 class Option:
-  """Fields of a `Config` and keys of config.json that follow from each other.
+  """Fields of a `Config` and keys of config.json that determine each other.
 
   Fields:
-    fields: of the Config.
-    keys: all that say something of them, in any spelling; () if they follow from others.
-    read: from a config.json, with the family's values for absent keys, to {field: value}.
-    write: from a Config to {key: value}; what of `keys` is not in it is left out of the file.
+    fields: fields of the Config.
+    keys: all keys that state these fields, in any spelling; () if the fields follow from keys of other options.
+    read: function from a config.json, with the family's values for absent keys, to {field: value}.
+    write: function from a Config to {key: value}; the others of `keys` are left out of the file.
     needed: keys that a file must have.
   """
 
@@ -27,17 +27,17 @@ class Option:
   needed: tuple[str, ...] = ()
 
   def of(self, config: architecture.Config) -> dict[str, Any]:
-    """The fields of a config."""
+    """Returns {field: value} of a config."""
     return {f: getattr(config, f) for f in self.fields}
 
 
 def number(field: str, key: str, *unread: str) -> Option:
-  """A number that a file must have; `unread` keys are older names that nothing reads, and that a change outdates."""
+  """Returns an option for a required number; `unread` are older names that are not read, but removed on a change."""
   return Option((field,), (key, *unread), lambda hf: {field: hf.get(key)}, lambda c: {key: getattr(c, field)}, (key,))
 
 
 def inverse_root(field: str, key: str) -> Option:
-  """One over the square root of a number that a file must have; transformers takes a whole one alone."""
+  """Returns an option for one over the square root of a required number, which transformers needs to be whole."""
 
   def write(c):
     x = getattr(c, field)
@@ -47,7 +47,7 @@ def inverse_root(field: str, key: str) -> Option:
 
 
 def optional(field: str, key: str, *also: str, null: Any = None) -> Option:
-  """A value that may be null; `also` are further keys, read where those before them are absent or null."""
+  """Returns an option for a value that may be null; keys of `also` are read if those before are absent or null."""
 
   def read(hf):
     return {field: next((hf[k] for k in (key, *also) if hf.get(k) is not None), null)}
@@ -56,29 +56,29 @@ def optional(field: str, key: str, *also: str, null: Any = None) -> Option:
 
 
 def flag(field: str, key: str, yes: Any = True, no: Any = False) -> Option:
-  """A choice between two; null is false."""
+  """Returns an option for a choice between two values; null means false."""
   return Option(
     (field,), (key,), lambda hf: {field: yes if hf.get(key) else no}, lambda c: {key: getattr(c, field) == yes}
   )
 
 
 def derived(field: str, of: Callable[[Mapping], Any]) -> Option:
-  """A field that follows from the keys of other options."""
+  """Returns an option for a field that follows from the keys of other options."""
   return Option((field,), (), lambda hf: {field: of(hf)}, lambda c: {})
 
 
 def equal_heads(width: str, heads: str) -> tuple[Option, Option]:
-  """As many keys and values as queries, each of a whole share of the width; from the keys for both."""
+  """Returns options for equally many key, value and query heads, which divide the width; from the keys for both."""
   return derived("n_kv_heads", lambda hf: hf[heads]), derived("head_dim", lambda hf: hf[width] // hf[heads])
 
 
 def fallback(field: str, key: str, of: Callable[[Mapping], Any]) -> Option:
-  """A number that follows from the keys of other options where its own is absent or null."""
+  """Returns an option for a number that follows from keys of other options if its own key is absent or null."""
   return Option((field,), (key,), lambda hf: {field: hf.get(key) or of(hf)}, lambda c: {key: getattr(c, field)})
 
 
 def switched(field: str, switch: str, key: str) -> Option:
-  """A value that counts where another key is true."""
+  """Returns an option for a value that applies only if the key `switch` is true."""
 
   def write(c):
     x = getattr(c, field)
@@ -92,7 +92,7 @@ def _labels(hf):
 
 
 def _label_names(c):
-  names = {} if c.n_labels == 2 else {str(i): f"LABEL_{i}" for i in range(c.n_labels)}  # two are what no names mean
+  names = {} if c.n_labels == 2 else {str(i): f"LABEL_{i}" for i in range(c.n_labels)}  # no names mean two labels
   return {"id2label": names, "label2id": {v: int(k) for k, v in names.items()}} if names else {}
 
 
@@ -107,13 +107,13 @@ def windows(
   local: Callable[[Mapping, int], bool],
   switch: str = "",
 ) -> Option:
-  """`window` and `local`: which layers see no more than a window, by `layer_types` or a rule.
+  """Returns the option for `window` and `local`: which layers see only a window, by `layer_types` or by a rule.
 
   Args:
-    keys: of the rule.
-    window: of local layers, from a config.json; None where there are none.
-    local: whether a layer is, for a config.json without `layer_types`.
-    switch: a key that is true where there are windows.
+    keys: keys that the rule reads.
+    window: function from a config.json to the window of local layers, or None if there are none.
+    local: function from a config.json without `layer_types` and a layer's index to whether the layer is local.
+    switch: a key that is true if there are windows.
   """
 
   def read(hf):

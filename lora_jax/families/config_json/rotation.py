@@ -1,6 +1,6 @@
 """Rotary embeddings in config.json: `rope_theta` and `rope_scaling`, and the newer `rope_parameters`.
 
-What is written is in the older spelling, which all releases of transformers read.
+It writes the older spelling, which all releases of transformers read.
 """
 
 import math
@@ -16,17 +16,17 @@ KEYS = ("rope_theta", "rope_scaling", "rope_parameters")
 
 
 def read(hf: Mapping, given: Mapping | None = None, theta: float = 10_000.0, part: float = 1.0) -> dict[str, Any]:
-  """`rope_theta` and `rope_scaling` of `transformer.Config`; UserError for what is not understood.
+  """Returns `rope_theta` and `rope_scaling` of `transformer.Config`; raises UserError for what is not understood.
 
-  From `rope_theta` and `rope_scaling`, or from the newer `rope_parameters`; `given` replaces those. `part` of a head
-  is rotated.
+  It reads `rope_theta` and `rope_scaling`, or the newer `rope_parameters`. `given` replaces these dicts, and `part` is
+  the rotated share of a head.
   """
   given = (hf.get("rope_parameters") or hf.get("rope_scaling") or {}) if given is None else given
   given = {k: v for k, v in given.items() if v is not None and (k, v) != ("partial_rotary_factor", 1)}
   kind = given.get("rope_type", given.get("type", "default"))  # `type` is the older spelling
   if not isinstance(kind, str):
     raise errors.UserError(
-      f"config.json of a {hf.get('model_type')} model: type of rotation is {kind!r:.60}, no string"
+      f"config.json of a {hf.get('model_type')} model: type of rotation is {kind!r:.60}, expected a string"
     )
   kind = "longrope" if kind == "su" else kind
   heads, width = hf.get("num_attention_heads"), hf.get("hidden_size")
@@ -49,7 +49,7 @@ def read(hf: Mapping, given: Mapping | None = None, theta: float = 10_000.0, par
 
 
 def read_part(hf: Mapping, given: dict, absent: float = 1.0) -> float:
-  """What part of a head is rotated, taken out of a rotation's dict; UserError unless it is in (0, 1]."""
+  """Removes the rotated part of a head from a rotation's dict and returns it; UserError unless it is in (0, 1]."""
   part = given.pop("partial_rotary_factor", None) or hf.get("partial_rotary_factor") or absent
   if not options.is_positive(part) or part > 1:
     raise errors.UserError(f"config.json of a {hf.get('model_type')} model rotates {part!r:.60} of a head, not 0 to 1")
@@ -57,17 +57,17 @@ def read_part(hf: Mapping, given: dict, absent: float = 1.0) -> float:
 
 
 def write(config: architecture.Config) -> dict[str, Any]:
-  """The keys of a Config's rotation."""
+  """Returns the keys of a Config's rotation."""
   scaling = {k: list(v) if isinstance(v, tuple) else v for k, v in config.rope_scaling or ()}
   return {"rope_theta": config.rope_theta, "rope_scaling": scaling or None}
 
 
 def part(rotated: int, head_dim: int) -> float:
-  """The part of a head that is rotated: a number that, times `head_dim`, is rounded down to `rotated`."""
+  """Returns the rotated part of a head: a number that, times `head_dim`, is rounded down to `rotated`."""
   share = rotated / head_dim
   return share if int(share * head_dim) == rotated else math.nextafter(share, 2.0)
 
 
 def option(theta: float = 10_000.0) -> Option:
-  """One rotation of whole heads, by `theta` where the file does not say."""
+  """Returns the option for one rotation of whole heads, with `theta` as the default."""
   return Option(("rope_theta", "rope_scaling"), KEYS, lambda hf: read(hf, theta=theta), write)

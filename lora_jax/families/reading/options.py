@@ -1,4 +1,4 @@
-"""Types and ranges of what a config.json says, by key, so that no family has to ask what it reads."""
+"""Types and ranges of the values in a config.json, by key, so that families can rely on them."""
 
 import numbers
 import sys
@@ -11,17 +11,17 @@ LARGEST, DEEPEST = 2**31 - 1, 10_000
 
 
 def is_size(x: Any, largest: int = LARGEST) -> bool:
-  """Whether a value is a whole number from 1 to `largest`."""
+  """Returns whether a value is a whole number from 1 to `largest`."""
   return isinstance(x, numbers.Integral) and not isinstance(x, bool) and 1 <= x <= largest
 
 
 def is_number(x: Any) -> bool:
-  """Whether a value is a real number that a float can hold."""
+  """Returns whether a value is a real number that a float can hold."""
   return isinstance(x, numbers.Real) and not isinstance(x, bool) and abs(x) <= sys.float_info.max
 
 
 def is_positive(x: Any) -> bool:
-  """Whether a value is a finite number above zero."""
+  """Returns whether a value is a finite number above zero."""
   return is_number(x) and x > 0
 
 
@@ -37,7 +37,7 @@ def _has_type(kind):
   return lambda x: isinstance(x, kind)
 
 
-# (keys, what they should be, whether a value is that); null is what an absent key is.
+# (keys, what is expected, a function that checks a value); null is treated like an absent key.
 RULES = (
   (
     "num_hidden_layers n_layer n_layers num_layers num_decoder_layers",
@@ -74,7 +74,7 @@ RULES = (
   ("architectures layer_types", "a list of strings", _each(_is_text)),
   ("id2label rope_scaling rope_parameters", "an object", _has_type(Mapping)),
 )
-# What a family has a value for where the key is absent, and transformers none where it is null.
+# Keys that have a default in a family if they are absent, but no meaning in transformers if they are null.
 NOT_NULL = frozenset(
   "rms_norm_eps layer_norm_eps layer_norm_epsilon max_position_embeddings n_positions type_vocab_size "
   "relative_attention_num_buckets relative_attention_max_distance num_experts_per_tok query_pre_attn_scalar".split()
@@ -82,7 +82,7 @@ NOT_NULL = frozenset(
 
 
 def check(hf: Mapping) -> None:
-  """Raises UserError listing every key of a Hugging Face config whose value is of a wrong type or range."""
+  """Raises UserError that lists every key of a Hugging Face config whose value has a wrong type or range."""
   bad = [
     f"{k} is {hf[k]!r:.60}, expected {what}"
     for keys, what, fits in RULES
@@ -93,7 +93,7 @@ def check(hf: Mapping) -> None:
     raise errors.UserError(f"config.json of a {hf.get('model_type')} model: " + "; ".join(bad))
 
 
-# What each kind of scaled rotation reads, and what any may say besides, to no effect here.
+# The keys that each kind of rotation reads, and keys that may also occur with any kind.
 ROPE = {
   "default": (),
   "linear": ("factor",),
@@ -106,11 +106,11 @@ ANY_ROPE = ("rope_theta", "rope_type", "type", "original_max_position_embeddings
 
 
 def check_rope(hf: Mapping, kind: str, given: Mapping, pairs: int) -> None:
-  """Raises UserError listing what is unknown or wrong in a rotation's dict.
+  """Raises UserError that lists what is unknown or wrong in a rotation's dict.
 
   Args:
-    kind: its type, such as "yarn"; of one that is not known only the values are checked.
-    pairs: how many of a head are rotated, 0 where the config does not say.
+    kind: its type, such as "yarn"; for an unknown type only the values are checked.
+    pairs: number of rotated pairs of a head, 0 if the config does not say.
   """
   lists, bad = ("short_factor", "long_factor", "factors"), []
   for k, v in given.items():

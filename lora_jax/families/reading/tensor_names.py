@@ -1,4 +1,4 @@
-"""Names of tensors: parts of a file's tensors under names of their own, and tensors that have several names."""
+"""Names of tensors: views of parts of a file's tensors, and tensors that have several names."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -24,22 +24,22 @@ class View:
   parts: Mapping[str, tuple[str, tuple]]
 
   def names(self) -> list[str]:
-    """All names."""
+    """Returns all names."""
     return list(self.parts)
 
   def shape(self, k: str) -> tuple[int, ...]:
-    """Shape of a part, without reading it."""
+    """Returns the shape of a part without reading it."""
     source, index = self.parts[k]
     return np.broadcast_to(np.int8(0), self.tensors.shape(source))[index].shape
 
   def read(self, k: str) -> np.ndarray:
-    """The part in its stored dtype."""
+    """Returns the part in its stored dtype."""
     source, index = self.parts[k]
     return self.tensors.read(source)[index]
 
 
 def same(tensors: Any, a: str, b: str) -> bool:
-  """Whether two tensors of a file are equal; reads no more than it takes to know."""
+  """Returns whether two tensors of a file are equal; stops reading at the first difference."""
   if tensors.shape(a) != tensors.shape(b):
     return False
   x, y = (np.atleast_1d(tensors.read(k)) for k in (a, b))
@@ -48,13 +48,13 @@ def same(tensors: Any, a: str, b: str) -> bool:
 
 
 def unify(tensors: Any, names: Mapping[str, Sequence[str]]) -> View:
-  """The tensors of a file with one name each.
+  """Returns the tensors of a file under one name each.
 
   Args:
-    names: {the one name: all that a file may have the tensor under}.
+    names: {the one name: all names that a file may use for the tensor}.
 
   Raises:
-    UserError: the file has two of the names, and different tensors there.
+    UserError: the file has two of a tensor's names, with different values.
   """
   have, found = set(tensors.names()), {}
   for name, every in names.items():

@@ -143,7 +143,10 @@ def _rename(t: Tensor, architecture: tables.Architecture) -> dict[str, Tensor] |
   if len(t.shape) != 3:
     return None
   size = t.nbytes // t.shape[0]
-  part = lambda i: dataclasses.replace(t, shape=t.shape[1:], start=t.start + i * size, nbytes=size)
+
+  def part(i):
+    return dataclasses.replace(t, shape=t.shape[1:], start=t.start + i * size, nbytes=size)
+
   return {f"{theirs.format(layer, i)}.{kind}": part(i) for i in range(t.shape[0])}
 
 
@@ -225,13 +228,15 @@ def _header(at: "_Cursor") -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 def _tensor(at: "_Cursor") -> Tensor:
   # `start` counts from the end of the header, which is not known yet.
-  name, rank = at.string(), at.scalar("I")
+  name = at.string()
+  rank = at.scalar("I")
   if not 1 <= rank <= 4:
     raise ValueError(f"tensor {name} has {rank} axes")
   shape = tuple(at.scalar("Q") for _ in range(rank))[::-1]
   if 0 in shape:
     raise ValueError(f"tensor {name} is empty")
-  kind, start = gguf.GGMLQuantizationType(at.scalar("I")), at.scalar("Q")
+  kind = gguf.GGMLQuantizationType(at.scalar("I"))
+  start = at.scalar("Q")
   return Tensor(name, shape, kind, start, math.prod(gguf.quant_shape_to_byte_shape(shape, kind)))
 
 

@@ -49,7 +49,8 @@ def build(
   Raises:
     UserError: metadata is unknown, missing or inconsistent, or the file has no embedding.
   """
-  where, given = f"{path}: metadata {name}.", keys(metadata, name)
+  where = f"{path}: metadata {name}."
+  given = keys(metadata, name)
   _check(path, name, architecture, given)
   given = {k: v for k, v in given.items() if v or k not in architecture.optional and not k.startswith("rope.scal")}
   config = dict(architecture.config)
@@ -79,7 +80,8 @@ def _check(path: str, name: str, architecture: tables.Architecture, given: Mappi
     raise errors.UserError(f"{path}: metadata {name}.attention.causal is {not architecture.causal}; not supported")
 
   def bad(k):
-    v, kind = given.get(k), int | float if k in FLOATS else int
+    v = given.get(k)
+    kind = int | float if k in FLOATS else int
     return not isinstance(v, kind) or isinstance(v, bool) or not v > 0 or math.isinf(v)
 
   present = [k for k in (*architecture.optional, *architecture.other) if given.get(k) or k == "attention.head_count_kv"]
@@ -151,7 +153,8 @@ def _amplitude(given: Mapping) -> dict[str, float]:
 
 def _llama3(factors: list[float], theta: float) -> dict[str, Any]:
   """Llama 3's formula, whose files state it as numbers; the numbers themselves if they follow another formula."""
-  n, factor, original = len(factors), max(factors), 8192
+  n, factor = len(factors), max(factors)
+  original = 8192
   turns = original / (2 * math.pi) * theta ** (-np.arange(n) / n)
   keep = np.clip((turns - 1) / (4 - 1), 0, 1)
   if not np.allclose(factors, 1 / (keep + (1 - keep) / factor), rtol=1e-5):

@@ -43,7 +43,7 @@ def _layer(prefix: str, names: Mapping[str, str], block: str = "blk.{}.") -> dic
   return {block + k: prefix + v for k, v in names.items()}
 
 
-# Some files of T5 have it, but the model does not use it.
+# Only older T5 models have it, and they do not use it.
 IGNORED_TENSORS = {"dec.blk.{}.cross_attn_rel_b"}
 YARN = {
   "rope.scaling.original_context_length": "original_max_position_embeddings",

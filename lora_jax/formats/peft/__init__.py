@@ -1,7 +1,7 @@
 """Adapters in the format of the Hugging Face `peft` library, without torch.
 
 A directory holds adapter_config.json and adapter_model.safetensors, whose keys are `base_model.model.` + the module's
-Hugging Face name + a suffix. What stands in them is each method's own: the module here of a method's name is its form,
+Hugging Face name + a suffix. Their contents depend on the method. The module here with a method's name is its form,
 which defines
 
   TYPE                                                        the `peft_type`
@@ -9,13 +9,13 @@ which defines
   from_peft(params, keys, config, left, wrong) -> params
   HOLDS             optional: what the method adds to the tree beside weights, see `weights.added`
   SHARED            optional: tensors of the whole model, not of a module
-  FLAG              optional: the option of the config that is set where several forms have one type
-  MODULES_TO_SAVE   optional: False where the type has none
+  FLAG              optional: the config option that identifies this form if several have the same type
+  MODULES_TO_SAVE   optional: False if the type does not support them
   beside(form, other) -> form, from_beside(params, keys, config, left, wrong) -> (params, config)
-                    optional: of what PEFT also has as a part of LoRA
+                    optional: for a method that PEFT also supports as a part of LoRA
 
-All that reads an adapter takes the tensors that it knows out of `left` and adds what is wrong with them to `wrong`;
-`load` raises one error of all that, and of what is left.
+Each function that reads an adapter removes the tensors that it knows from `left` and appends their errors to `wrong`.
+`load` raises one error that lists them together with the tensors that remain in `left`.
 """
 
 import importlib
@@ -37,11 +37,11 @@ from lora_jax.formats.pretrained import Model
 from lora_jax.model import prompts, transformer
 from lora_jax.weights import fused
 
-TOP = "base_model."  # before a method's SHARED, tensors of no module, and modules beside soft prompts
+TOP = "base_model."  # the prefix of SHARED tensors, and of modules saved with soft prompts
 PREFIX = f"{TOP}model."
-PROMPTS = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING")  # whose one tensor, PROMPT, has no prefix
+PROMPTS = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING")  # their single tensor, PROMPT, has no prefix
 PROMPT = "prompt_embeddings"
-# The fields of the configs of these types in PEFT 0.21; what a type has no use for it leaves alone.
+# The config fields of these types in PEFT 0.21; a type ignores the fields that it does not use.
 OPTIONS = frozenset(
   """
   alora_invocation_tokens alpha alpha_pattern arrow_config auto_mapping base_model_name_or_path beta1 beta2 bias
@@ -59,22 +59,20 @@ OPTIONS = frozenset(
 )
 
 
-MISTIED = (
-  "PEFT gives the head the trained rows of the embedding, as config.json ties the two, which differ in this model"
-)
+MISTIED = "PEFT also uses the trained rows of the embedding in the head, as config.json ties them; they differ here"
 
 
 class NoForm(errors.UserError):
-  """What was trained has no place in PEFT's format."""
+  """PEFT's format cannot express what was trained."""
 
 
 def forms() -> dict[str, ModuleType]:
-  """{method: the module here that is its form}."""
+  """Returns {method: the module here that is its form}."""
   return {name: form for name in methods.names() if (form := _form(name))}
 
 
 def form_of(method: ModuleType) -> ModuleType | None:
-  """The form of a method: the module here of its name, or of the name that its `PEFT` is."""
+  """Returns the form of a method, by its `PEFT` or its own name; None if it has no form."""
   return _form(getattr(method, "PEFT", methods.name_of(method)))
 
 
@@ -84,7 +82,7 @@ def _form(name: str) -> ModuleType | None:
 
 
 def _of_config(config: Mapping, where: str) -> ModuleType:
-  """The form that an adapter's config is of; of several with one type that whose option `FLAG` is set."""
+  """Returns the form of an adapter's config; among several of one type, the form whose option `FLAG` is set."""
   types: dict[str, list[ModuleType]] = {}
   for form in forms().values():
     types.setdefault(form.TYPE, []).append(form)
@@ -103,16 +101,16 @@ def save(
 ) -> None:
   """Writes the adapter in `params` as a directory that `peft.PeftModel.from_pretrained` loads.
 
-  Leaves of the pretrained model that were trained, or have other values than in `model.params`, or that the model's
-  files lack, become `modules_to_save`.
+  Leaves of the pretrained model become `modules_to_save` if they were trained, differ from `model.params`, or are
+  missing from the model's files.
 
   Args:
     trained: names of trained leaves.
-    method: what was trained; None to find it out from the tree.
-    steps: how many the training had, if it is known.
+    method: the method that was trained; None to infer it from the tree.
+    steps: number of training steps, 0 if unknown.
 
   Raises:
-    NoForm: what was trained cannot be written like this.
+    NoForm: PEFT's format cannot express what was trained.
   """
   given = [] if method is None else [m for m, _ in methods.parts(method)]
   if odd := [methods.name_of(m) for m in given if form_of(m) is None and not getattr(m, "WHOLE", False)]:
@@ -134,24 +132,24 @@ def save(
     raise NoForm(MISTIED)
   found = _joined([f for f in found if not getattr(f[0], "WHOLE", False)] or found)
   if len(found) != 1:
-    raise NoForm(f"the parameters hold {len(found)} kinds of adapters with a PEFT form; one can be saved")
+    raise NoForm(f"the parameters hold {len(found)} kinds of adapters with a PEFT form; expected one")
   module, (config, tensors) = found[0]
   added = weights.added(params)
   if more := added - set(getattr(module, "HOLDS", ())):
     raise NoForm(f"PEFT's {module.TYPE} has no place for {', '.join(sorted(more))}")
-  # Biases and norms, for instance, that a method stores itself.
+  # A method stores some leaves itself, for instance biases and norms.
   written = {re.sub(r"\.(base_layer|ln_tuning_layers)\.", ".", k) for k in tensors}
   rest = {key.path for key in keys if key.hf.format(*[0] * key.hf.count("{}")) not in written} & set(trained)
   whole = _modules(keys, rest)
   saved = {key.module for key in whole}
   if inner := [k for k in keys if k not in whole and any(k.module.startswith(f"{m}.") for m in saved)]:
-    raise NoForm(f"PEFT saves whole modules, and has no place for what is trained around {inner[0].module} without it")
+    raise NoForm(f"PEFT saves only whole modules, and what is trained contains {inner[0].module}, which is not trained")
   if whole and not getattr(module, "MODULES_TO_SAVE", True):
     raise NoForm(f"PEFT's {module.TYPE} has no place for modules that are trained whole")
   tensors = tensors | _whole(whole, tree.flatten(params, is_leaf=weights.is_node))
   if table := next((key for key in whole if key.path == tables.EMBED and key.head), None):
     if module.TYPE != "LORA" or not tables.can_tie(keys):
-      raise NoForm(f"PEFT's {module.TYPE} leaves {table.head} as it was where the table tied to it is trained")
+      raise NoForm(f"PEFT's {module.TYPE} does not update {table.head} when the table tied to it is trained")
     config["ensure_weight_tying"] = True
     tensors[f"{table.head}.weight"] = tensors[f"{table.module}.weight"]
   try:
@@ -173,13 +171,13 @@ def save(
 
 
 def _mistied(model: Model) -> bool:
-  """Whether PEFT takes embedding and head for one table, as config.json says, where the model has two."""
+  """Returns whether PEFT ties embedding and head, as config.json says, although the model has two tables."""
   has_two = not model.config.tied and model.config.head in ("lm", "mlm")
   return has_two and (getattr(model.family, "ONE_TABLE", False) or model.family.config(model.hf_config).tied)
 
 
 def _joined(forms: list) -> list:
-  """LoRA and what can be a part of it as one form."""
+  """Returns the forms with LoRA and a method that PEFT supports as a part of it joined into one."""
   parts = [f for f in forms if hasattr(f[0], "beside")]
   rest = [f for f in forms if f not in parts]
   if len(parts) != 1 or len(rest) != 1 or rest[0][1][0]["peft_type"] != "LORA":
@@ -189,8 +187,10 @@ def _joined(forms: list) -> list:
 
 
 def write(directory: pathlib.Path, config: Mapping, tensors: Mapping[str, np.ndarray]) -> None:
-  """The two files of an adapter. The config, which makes a directory one, goes first and comes last: a killed writer
-  leaves no mixture."""
+  """Writes the two files of an adapter.
+
+  The old config is removed first and the new one is written last, so a killed writer does not leave a mixture.
+  """
   directory.mkdir(parents=True, exist_ok=True)
   (directory / "adapter_config.json").unlink(missing_ok=True)
   hf.save_tensors(directory / ".tensors.tmp", dict(tensors))
@@ -205,13 +205,13 @@ def _prefix(module: ModuleType, name: str) -> str:
 
 
 def _modules(keys: Sequence[families.Key], trained: Collection[str]) -> list[families.Key]:
-  """The rows of all modules that have a trained leaf: PEFT saves modules whole."""
+  """Returns the rows of all modules that have a trained leaf, since PEFT saves whole modules."""
   modules = {key.module for key in keys if key.path in trained}
   return [key for key in keys if key.module in modules]
 
 
 def _suffixes(modules: Collection[str], every: Collection[str]) -> list[str]:
-  """Ends of module names, as short as they can be without ending another module, which PEFT would save too."""
+  """Returns the shortest ends of module names that do not also match other modules, which PEFT would save as well."""
 
   def shortest(module):
     parts = module.rpartition("{}.")[2].split(".")
@@ -222,16 +222,16 @@ def _suffixes(modules: Collection[str], every: Collection[str]) -> list[str]:
 
 
 def _holders(key: families.Key) -> tuple[str, ...]:
-  """The modules that PEFT has to save so that a tensor counts: of a table those that look it up."""
+  """Returns the modules that PEFT has to save for a tensor to take effect; for a table, those that look rows up."""
   return key.lookups if key.path == tables.EMBED else (key.module,)
 
 
 def _whole(rows: Sequence[families.Key], flat: Mapping[str, Any]) -> dict[str, np.ndarray]:
-  """{Hugging Face name: tensor} of rows of the table."""
+  """Returns {Hugging Face name: tensor} for rows of the name table."""
   tensors = {}
   for key in rows:
     if key.path not in flat or weights.is_node(flat[key.path]):
-      raise NoForm(f"{key.hf} is both adapted and trained whole, which PEFT's format has no place for")
+      raise NoForm(f"{key.hf} is both adapted and trained whole, which PEFT's format cannot express")
     x = np.asarray(flat[key.path], np.float32)
     stack = x.shape[: key.hf.count("{}")]
     part = key.hf.rpartition(".")[2]
@@ -246,14 +246,14 @@ def _task_type(config: transformer.Config) -> str:
 
 
 def resolve(name: str | os.PathLike) -> pathlib.Path:
-  """The local directory of an adapter; downloads if the name is `hf:org/name[@revision]`."""
+  """Returns the local directory of an adapter; downloads it if the name is `hf:org/name[@revision]`."""
   path, name = pathlib.Path(name), os.fspath(name)
   fetched = name.startswith("hf:") and not path.exists()
   return hub.download_adapter(name.removeprefix("hf:")) if fetched else path
 
 
 def head(directory: str | os.PathLike) -> dict[str, Any]:
-  """Arguments of `models.load` for the model that an adapter is of: a classifier of as many labels as it holds."""
+  """Returns arguments of `models.load` for the model of an adapter: its head and number of labels if it classifies."""
   directory = resolve(directory)
   if hf.read_json(directory / "adapter_config.json").get("task_type") != "SEQ_CLS":
     return {}
@@ -265,20 +265,23 @@ def head(directory: str | os.PathLike) -> dict[str, Any]:
 
 
 def _unknown(config: Mapping) -> list[str]:
-  """Options of a later PEFT that ask for something; a number is of something else, which would be there too."""
+  """Returns errors for unknown options of a later PEFT that are set.
+
+  Numbers are ignored, since they configure features that have an option of their own.
+  """
   asks = lambda x: x and (x is True or not isinstance(x, numbers.Number))
   return [f"option {k}={v!r:.100} is not known" for k, v in config.items() if k not in OPTIONS and asks(v)]
 
 
 def load(model: Model, directory: str | os.PathLike) -> Any:
-  """The parameters of `model` with the adapter of a PEFT directory on them, nothing trained or merged.
+  """Returns the parameters of `model` with the adapter of a PEFT directory, which is not merged.
 
   Args:
-    directory: or `hf:org/name[@revision]`.
+    directory: a path, or `hf:org/name[@revision]`.
 
   Raises:
-    UserError: a file is missing or damaged, the adapter is of a kind or has a feature that is not supported, or a
-      tensor does not belong to this model. All misfits are listed.
+    UserError: a file is missing or damaged, the adapter's kind or one of its features is not supported, or a tensor
+      does not belong to this model. One message lists every mismatch.
   """
   directory = resolve(directory)
   with errors.parsing(f"the adapter {directory} is damaged or of an unknown kind"):

@@ -18,10 +18,10 @@ FIELDS = {"a": "lora_A", "e": "lora_E", "b": "lora_B"}
 def to_peft(
   params: Any, keys: Sequence[families.Key], trained: Collection[str] = ()
 ) -> tuple[dict, dict[str, np.ndarray]] | None:
-  """(adapter config, tensors by Hugging Face module name) of the AdaLoRA nodes in `params`; None if it has none.
+  """Returns (config, tensors by Hugging Face module name) of the AdaLoRA nodes in `params`; None if there are none.
 
-  `lora_A` is [r, in], `lora_E` [r, 1] and `lora_B` [out, r]; where anything has been pruned only what is left is
-  written, and `rank_pattern` says which of the ranks that is.
+  `lora_A` is [r, in], `lora_E` [r, 1] and `lora_B` [out, r]. After pruning, only the remaining ranks are written, and
+  `rank_pattern` says which they are.
   """
   nodes = layout.nodes(params, keys, budget.AdaLoRA)
   if not nodes:
@@ -40,7 +40,7 @@ def to_peft(
       tensors[f"{module}.lora_E"] = np.asarray(e)[k, None]
   first = next(iter(nodes.values()))
   rank, scale, schedule = first.e.shape[-1], float(np.max(np.asarray(first.scale))), dict(first.schedule)
-  least = schedule.get("tinit", 0) + schedule.get("tfinal", 0) + 1  # of the steps that PEFT demands, trained or not
+  least = schedule.get("tinit", 0) + schedule.get("tfinal", 0) + 1  # the fewest steps that PEFT accepts
   modules = {k.removesuffix(".lora_E"): rank for k in pattern}
   config = {
     "peft_type": TYPE,
@@ -60,13 +60,13 @@ def to_peft(
 def from_peft(
   params: Any, keys: Sequence[families.Key], config: Mapping, left: dict[str, np.ndarray], wrong: list[str]
 ) -> Any:
-  """The inverse of `to_peft`: `params` with AdaLoRA nodes, e being zero where it was pruned; see formats/peft."""
+  """Inverts `to_peft`: returns `params` with AdaLoRA nodes, whose e is zero where it was pruned; see formats/peft."""
   rank, pattern = config.get("init_r", 12), dict(config.get("rank_pattern") or {})
   flat = tree.flatten(params, is_leaf=weights.is_node)
   wrong += lora.unsupported(config, lora.INHERITED)
   for key in keys:
     w, n = flat[key.path], transformer.in_axes(key.path)
-    if not n or architecture.stack_axes(key.path) > 1:  # no matrix, or those of experts
+    if not n or architecture.stack_axes(key.path) > 1:  # not a matrix, or one of experts
       continue
     modules = [key.module.format(i) for i in range(w.shape[0] if "{}" in key.hf else 1)]
     found = [any(f"{m}.{s}" in left for s in FIELDS.values()) for m in modules]

@@ -1,6 +1,6 @@
-"""Biases of the pretrained model in the `peft` library's format, which every adapter can hold besides its own tensors.
+"""Biases of the pretrained model in the `peft` library's format, which every adapter can hold beside its own tensors.
 
-A config's `bias` says which: "all" that the model has, or, as "lora_only" or "vera_only", those of adapted modules.
+A config's `bias` says which: "all" for all biases, or "lora_only" or "vera_only" for biases of adapted modules.
 """
 
 import re
@@ -19,7 +19,7 @@ PLACES = ("base_layer.", "token_adapter.base_layer.")  # in the wrapper of an ad
 def write(
   flat: Mapping[str, Any], keys: Sequence[families.Key], trained: Collection[str], adapted: Collection[str]
 ) -> tuple[str, dict[str, np.ndarray]]:
-  """(`bias`, the biases that it says by their names in PEFT); "none" where none is trained but in whole modules."""
+  """Returns (`bias`, {PEFT name: bias}); "none" if no bias is trained outside modules that are saved whole."""
   whole = {key.module for key in keys if key.path in trained and not key.path.endswith("/bias")}
   tensors, used = {}, set()
   for key in keys:
@@ -43,7 +43,7 @@ def read(
   wrong: list[str],
   whole: Collection[str],
 ) -> Any:
-  """`params` with an adapter's biases, but for tensors in `whole`, which it has as parts of whole modules."""
+  """Returns `params` with an adapter's biases, except the tensors in `whole`, which belong to modules saved whole."""
   kind = str(config.get("bias"))
   adapted = {k[: found.start()] for k in left if (found := re.search(r"\.(lora|vera)_", k))}
   flat, missing = tree.flatten(params, is_leaf=weights.is_node), []
@@ -51,7 +51,7 @@ def read(
     x = flat[key.path]
     stack, new = x.shape[: key.hf.count("{}")], {}
     for i in [i for i in np.ndindex(stack) if key.hf.format(*i) not in whole]:
-      # Of a bias of two names the one that comes last is what transformers computes with.
+      # If a bias has two names, transformers computes with the last one.
       modules = [k.rpartition(".")[0].format(*i) for k in (key.hf, *key.also)]
       for name in (f"{m}.{place}bias" for m in modules for place in ("", *PLACES)):
         if name in left:

@@ -19,7 +19,7 @@ MAGNITUDE = "lora_magnitude_vector"
 def to_peft(
   params: Any, keys: Sequence[families.Key], trained: Collection[str] = ()
 ) -> tuple[dict, dict[str, np.ndarray]] | None:
-  """As `lora.to_peft`, with `lora_magnitude_vector` [out] for each module; None without dora.DoRA nodes."""
+  """Returns what `lora.to_peft` returns, with `lora_magnitude_vector` [out] per module; None without DoRA nodes."""
   nodes = layout.nodes(params, keys, dora.DoRA, lambda w: w.base.base)
   plain = lambda w: w.base if isinstance(w, dora.DoRA) else weights.base(w)
   form = nodes and lora.to_peft(jax.tree.map(plain, params, is_leaf=weights.is_node), keys, trained)
@@ -39,7 +39,7 @@ def to_peft(
 def from_peft(
   params: Any, keys: Sequence[families.Key], config: Mapping, left: dict[str, np.ndarray], wrong: list[str]
 ) -> Any:
-  """The inverse of `to_peft`; see formats/peft."""
+  """Inverts `to_peft`; see formats/peft."""
   params = lora.from_peft(params, keys, {k: v for k, v in config.items() if k != "use_dora"}, left, wrong)
   flat = tree.flatten(params, is_leaf=weights.is_node)
   for key in keys:

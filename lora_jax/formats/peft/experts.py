@@ -2,9 +2,9 @@
 
 transformers holds the matrices of a layer's experts as two parameters of the module `mlp.experts`, gate_up_proj
 [E, 2F, D] and down_proj [E, D, F], and the router as `mlp.gate.weight`. PEFT adapts them by `target_parameters`:
-lora_A.weight is [E * R, in], lora_B.weight [out, R * E] with the expert as the fastest axis, and where both parameters
-are adapted the first one's are under `base_layer`. With transformers 4 each expert's matrices were modules, with names
-of their own: such adapters are read too.
+lora_A.weight is [E * R, in], and lora_B.weight is [out, R * E] with the expert as the fastest axis. If both parameters
+are adapted, the tensors of the first are under `base_layer`. In transformers 4 each expert's matrices were modules with
+names of their own; such adapters are read as well.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -20,12 +20,12 @@ PARAMETERS = {"gate_up_proj": ("gate", "up"), "down_proj": ("down",)}
 
 
 def rows(keys: Sequence[families.Key]) -> dict[str, families.Key]:
-  """{"router", "gate", "up" or "down": row} of a family's table; empty without experts."""
+  """Returns {"router", "gate", "up" or "down": row} of a family's table; empty without experts."""
   return {k.path.split("/")[-2]: k for k in keys if "/moe/" in k.path and k.path.endswith("/kernel")}
 
 
 def _blocks(key: families.Key, layers: int) -> list[str]:
-  """Names of the modules that hold the router and the experts of each layer."""
+  """Returns the name of the module that holds the router and the experts, for each layer."""
   prefix = key.module.rpartition(".")[0].rpartition(".")[0]  # of `model.layers.{}.block_sparse_moe.gate`
   return [f"{prefix.format(i)}.mlp" for i in range(layers)]
 
@@ -33,9 +33,10 @@ def _blocks(key: families.Key, layers: int) -> list[str]:
 def to_peft(
   keys: Sequence[families.Key], flat: Mapping[str, Any]
 ) -> tuple[dict[str, np.ndarray], dict[str, int], dict[str, float], list[str]]:
-  """(tensors, rank and scale of each adapted parameter, `target_parameters`) of LoRA on experts and routers.
+  """Returns (tensors, ranks, scales, `target_parameters`) of LoRA on experts and routers.
 
-  Gate and up have one A in PEFT: where theirs differ, the rank is the sum of both.
+  Ranks and scales are dicts by adapted parameter. Gate and up share one A in PEFT; if ours differ, the rank is the sum
+  of both.
   """
   table = rows(keys)
   nodes = {name: flat[k.path] for name, k in table.items() if isinstance(flat[k.path], weights.LoRA)}
@@ -61,7 +62,7 @@ def to_peft(
 
 
 def _targets(adapted: Mapping[str, Any], names: Sequence[str]) -> list[str]:
-  """Ends of the names of adapted parameters where all layers have them, else whole names."""
+  """Returns the ends of the names of parameters that are adapted in all layers, and the full names of others."""
   ends = {name.partition(".mlp.")[2] for name in adapted}
   everywhere = {end for end in ends if all(f"{name}.{end}" in adapted for name in names)}
   whole = [k for k in adapted if k.partition(".mlp.")[2] not in everywhere]
@@ -69,7 +70,7 @@ def _targets(adapted: Mapping[str, Any], names: Sequence[str]) -> list[str]:
 
 
 def _joined(parts, nodes, flat, table, i):
-  """(a, b, scale) of one layer's parameter, or None if nothing of it is adapted."""
+  """Returns (a, b, scale) of one layer's parameter, or None if no part of it is adapted."""
   made = [nodes[p].layer((i,)) if p in nodes and nodes[p].rank[i] else None for p in parts]
   given = [x for x in made if x is not None]
   if not given:
@@ -89,13 +90,13 @@ def from_peft(
   flat: dict[str, Any],
   scale: Callable[[Mapping, str, int], float],
 ) -> dict:
-  """Puts LoRA on the experts and routers in `flat` that an adapter has.
+  """Puts the adapter's LoRA on experts and routers into `flat`.
 
   Args:
-    scale: from the config, the name of a module or parameter, and its rank.
+    scale: function from the config, the name of a module or parameter, and its rank to the scale.
 
   Returns:
-    config without what was read.
+    The config without the keys that were read.
   """
   table = rows(keys)
   targets = config.get("target_parameters") or []
@@ -153,7 +154,7 @@ def _shape(x: np.ndarray | None) -> tuple | None:
 
 
 def _node(w, each, rslora, module, wrong) -> weights.LoRA:
-  """LoRA of the factors of single matrices; those of a layer have one rank and one scale."""
+  """Returns LoRA from the factors of single matrices; the matrices of a layer share one rank and one scale."""
   stack, (inner, outer) = w.shape[:-2], w.shape[-2:]
   rank = max(a.shape[0] for a, _, _ in each.values())
   a, b = np.zeros((*stack, inner, rank), np.float32), np.zeros((*stack, rank, outer), np.float32)

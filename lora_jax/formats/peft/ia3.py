@@ -1,4 +1,4 @@
-"""IA3 in the `peft` library's format: one vector a module, `ia3_l`, of its outputs or its inputs."""
+"""IA3 in the `peft` library's format: one vector `ia3_l` per module, which scales its outputs or its inputs."""
 
 import re
 from collections.abc import Collection, Mapping, Sequence
@@ -19,7 +19,7 @@ SIDES = INPUT, OUTPUT = weights.Scaled.TRAINABLE
 def to_peft(
   params: Any, keys: Sequence[families.Key], trained: Collection[str] = ()
 ) -> tuple[dict, dict[str, np.ndarray]] | None:
-  """(config, tensors) of PEFT's IA3; None without scales. Parts of a fused matrix that have none get ones."""
+  """Returns (config, tensors) of PEFT's IA3; None without scales. Parts of a fused matrix without scales get ones."""
   flat = tree.flatten(params, is_leaf=weights.is_node)
   every = [k for k, w in fused.flatten(params).items() if isinstance(w, weights.Scaled)]
   tensors, modules, written = {}, {side: {} for side in SIDES}, set()
@@ -42,7 +42,7 @@ def to_peft(
   if not tensors:
     return None
   feedforward = layout.target_modules(modules[INPUT], keys, flat)
-  if any(m.endswith(tuple(feedforward)) for m in modules[OUTPUT]):  # PEFT looks for them without a dot before
+  if any(m.endswith(tuple(feedforward)) for m in modules[OUTPUT]):  # PEFT matches the ends without a leading dot
     feedforward = list(modules[INPUT])
   config = {
     "peft_type": TYPE,
@@ -55,7 +55,7 @@ def to_peft(
 
 
 def _whole(w: Any) -> weights.Scaled | None:
-  """The scales of a matrix, and of one that is in parts as one vector; None where PEFT has no such form."""
+  """Returns the scales of a matrix; scales of parts become one vector. None if PEFT has no such form."""
   if isinstance(w, weights.Scaled):
     return None if isinstance(w.base, fused.Fused | weights.Adapter) else w
   parts = list(w.parts.values()) if isinstance(w, fused.Fused) else []
@@ -78,7 +78,7 @@ def _whole(w: Any) -> weights.Scaled | None:
 def from_peft(
   params: Any, keys: Sequence[families.Key], config: Mapping, left: dict[str, np.ndarray], wrong: list[str]
 ) -> Any:
-  """The inverse of `to_peft`; modules without a vector are scaled by ones."""
+  """Inverts `to_peft`; layers without a vector are scaled by ones."""
   is_input = _feedforward(config.get("feedforward_modules"))
   flat, linear = tree.flatten(params, is_leaf=weights.is_node), ia3.matrices(params)
   for key in keys:
@@ -89,7 +89,7 @@ def from_peft(
 
 
 def _read(key: families.Key, w: Any, is_input: Any, left: dict, wrong: list[str]) -> dict[str, np.ndarray]:
-  """{side: scales of all layers} of a matrix."""
+  """Returns {side: scales of all layers} of a matrix."""
   stack, found = key.hf.count("{}"), {}
   for i in range(w.shape[0] if stack else 1):
     module = key.module.format(i)
@@ -106,7 +106,10 @@ def _read(key: families.Key, w: Any, is_input: Any, left: dict, wrong: list[str]
 
 
 def _put(params: Any, k: str, w: Any, scales: Mapping[str, np.ndarray]) -> Any:
-  """A matrix with scales; first parts of a fused one are left alone where theirs are ones, as `to_peft` fills up."""
+  """Returns a matrix with scales; leading parts of a fused matrix whose scales are all ones stay unscaled.
+
+  `to_peft` fills in such ones.
+  """
   names = fused.part_names(k)
   if INPUT in scales or not names:
     for side, x in scales.items():
@@ -128,7 +131,7 @@ def _put(params: Any, k: str, w: Any, scales: Mapping[str, np.ndarray]) -> Any:
 
 
 def _feedforward(modules: Any) -> Any:
-  """A function that says of a module's name whether PEFT scales its input."""
+  """Returns a function from a module's name to whether PEFT scales its input."""
   if modules is None or isinstance(modules, list) and all(isinstance(m, str) for m in modules):
     return lambda name: name.endswith(tuple(modules or ()))
   if not isinstance(modules, str):

@@ -1,4 +1,4 @@
-"""What methods share in reading and writing the `peft` library's format: layouts, names of modules, scales."""
+"""Functions shared by all forms in the `peft` library's format: layouts, names of modules, ranks and scales."""
 
 import math
 import re
@@ -14,12 +14,12 @@ from lora_jax import families, tree, weights
 
 
 def rearrange(x: np.ndarray, pattern: str, sizes: Mapping[str, int]) -> np.ndarray:
-  """`einops.rearrange` with the sizes of the axes that the pattern has."""
+  """Returns `einops.rearrange(x, pattern)` with the sizes of the axes in the pattern."""
   return einops.rearrange(x, pattern, **{k: n for k, n in sizes.items() if k in pattern})
 
 
 def reverse(pattern: str) -> str:
-  """The einops pattern of the opposite direction."""
+  """Returns the einops pattern of the opposite direction."""
   left, right = pattern.split(" -> ")
   return f"{right} -> {left}"
 
@@ -27,8 +27,11 @@ def reverse(pattern: str) -> str:
 def nodes(
   params: Any, keys: Sequence[families.Key], kind: type, inner: Callable[[Any], Any] = lambda w: w.base
 ) -> dict[families.Key, Any]:
-  """{key: node} of the nodes of a class; empty where one is where PEFT has none: on a part of a fused matrix, or over
-  another adapter, as `inner` of a node would be."""
+  """Returns {key: node} of the nodes of a class.
+
+  It is empty if PEFT cannot express one of them: a node on a part of a fused matrix, or over another adapter, which
+  `inner` finds.
+  """
   is_kind = lambda w: isinstance(w, kind)
   every = [w for w in jax.tree.leaves(params, is_leaf=is_kind) if is_kind(w)]
   flat = tree.flatten(params, is_leaf=weights.is_node)
@@ -37,7 +40,10 @@ def nodes(
 
 
 def target_modules(adapted: Mapping[str, Any], keys: Sequence[families.Key], flat: Mapping[str, Any]) -> list[str]:
-  """Last parts of the names of adapted modules, which PEFT matches from the end; whole names where others end alike."""
+  """Returns the last parts of the names of adapted modules, or the full name if another module has the same last part.
+
+  PEFT matches names from the end.
+  """
   stacks = {key: flat[key.path].shape[: key.hf.count("{}")] for key in keys}
   every = {key.module.format(*index) for key, stack in stacks.items() for index in np.ndindex(stack)}
   short = lambda module: module.rpartition(".")[2]
@@ -46,24 +52,24 @@ def target_modules(adapted: Mapping[str, Any], keys: Sequence[families.Key], fla
 
 
 def commonest(values: Mapping[str, float]) -> tuple[float, dict[str, float]]:
-  """The most frequent value, and the modules that have another, by names that PEFT matches from the end."""
+  """Returns (the most frequent value, {module: value} of the others), by names that PEFT matches from the end."""
   most = statistics.mode(values.values())
   return most, {m.removeprefix("model."): v for m, v in values.items() if v != most}
 
 
 def pattern_value(pattern: Mapping[str, float] | None, module: str, default: float) -> float:
-  """What PEFT finds for a module in a `rank_pattern` or the like: the value of the first key that ends its name."""
+  """Returns a module's value in a `rank_pattern` or `alpha_pattern`: the first key that matches the end of its name."""
   found = (v for k, v in (pattern or {}).items() if re.match(rf"(.*\.)?({k})$", module))
   return next(found, default)
 
 
 def peft_rank(config: Mapping, module: str) -> int:
-  """The rank that PEFT gives a module, by `r` and `rank_pattern`."""
+  """Returns the rank that PEFT gives a module, from `r` and `rank_pattern`."""
   return int(pattern_value(config.get("rank_pattern"), module, config.get("r", 8)))
 
 
 def peft_scale(config: Mapping, module: str, rank: int) -> float:
-  """The scale that PEFT gives a module of a rank, by `lora_alpha` and `alpha_pattern`; 0 for rank 0."""
+  """Returns the scale that PEFT gives a module of a rank, from `lora_alpha` and `alpha_pattern`; 0 for rank 0."""
   if not rank:
     return 0.0
   alpha = pattern_value(config.get("alpha_pattern"), module, config.get("lora_alpha", 8))
@@ -71,7 +77,10 @@ def peft_scale(config: Mapping, module: str, rank: int) -> float:
 
 
 def take(left: dict[str, np.ndarray], wrong: list[str], name: str, shape: Sequence[int]) -> np.ndarray:
-  """A float32 tensor out of `left`; zeros, and a note in `wrong`, where it is not there or of another shape."""
+  """Removes a tensor from `left` and returns it in float32.
+
+  If it is missing or has another shape, the function returns zeros and adds a message to `wrong`.
+  """
   x = left.pop(name, None)
   if x is None or x.shape != tuple(shape):
     wrong.append(f"{name} is {None if x is None else x.shape}, expected {tuple(shape)}")

@@ -19,8 +19,7 @@ NAMES = {"hada_w1_a": "b1", "hada_w1_b": "a1", "hada_w2_a": "b2", "hada_w2_b": "
 def to_peft(
   params: Any, keys: Sequence[families.Key], trained: Collection[str] = ()
 ) -> tuple[dict, dict[str, np.ndarray]] | None:
-  """(config, tensors) of PEFT's loha.LoHa; None without loha.LoHa nodes, UserError for what PEFT has none for: see
-  `lycoris.nodes`."""
+  """Returns (config, tensors) of PEFT's LoHa; None without LoHa nodes. UserError as in `lycoris.nodes`."""
   found = lycoris.nodes(params, keys, loha.LoHa)
   if not found:
     return None
@@ -39,7 +38,7 @@ def to_peft(
 def from_peft(
   params: Any, keys: Sequence[families.Key], config: Mapping, left: dict[str, np.ndarray], wrong: list[str]
 ) -> Any:
-  """The inverse of `to_peft`; see formats/peft."""
+  """Inverts `to_peft`; see formats/peft."""
   lycoris.check_config(config)
 
   def build(key, w, modules, rows):

@@ -15,7 +15,7 @@ from lora_jax.methods import lokr
 from lora_jax.model import transformer
 
 TYPE = "LOKR"
-# (field, index in a pair) of each tensor; torch's are transposed.
+# (field, index in a pair) of each tensor; torch's tensors are transposed.
 NAMES = {
   "lokr_w1": ("left", None),
   "lokr_w1_a": ("left", 1),
@@ -27,7 +27,7 @@ NAMES = {
 
 
 def in_order(key: families.Key) -> bool:
-  """Whether their axes, flattened, lie in the order of ours, which a Kronecker product needs; not in GPT-NeoX's qkv."""
+  """Returns whether their flattened axes are in our order, as a Kronecker product needs; false for GPT-NeoX's qkv."""
   letters = lambda side: [c for c in re.findall(r"\w+", side) if c != "r"]
   return all(letters(left) == letters(right) for left, right in (p.split("->") for p in key.low_rank()))
 
@@ -35,16 +35,19 @@ def in_order(key: families.Key) -> bool:
 def to_peft(
   params: Any, keys: Sequence[families.Key], trained: Collection[str] = ()
 ) -> tuple[dict, dict[str, np.ndarray]] | None:
-  """(config, tensors) of PEFT's lokr.LoKr; None without lokr.LoKr nodes. UserError for what PEFT has none for: see
-  `lycoris.nodes` and `in_order`; and where nodes differ in `factor`, `both` or dropout."""
+  """Returns (config, tensors) of PEFT's LoKr; None without LoKr nodes.
+
+  Raises:
+    UserError: as in `lycoris.nodes`; axes are not `in_order`; nodes differ in `factor`, `both`, `rescale` or dropout.
+  """
   found = lycoris.nodes(params, keys, lokr.LoKr)
   if not found:
     return None
   static = {(w.factor, w.both, w.dropout, w.rescale) for w in found.values()}
   if odd := [key.path for key in found if not in_order(key)]:
-    raise errors.UserError(f"PEFT's axes of {', '.join(odd)} are interleaved: a Kronecker product is none there")
+    raise errors.UserError(f"PEFT interleaves the axes of {', '.join(odd)}, so they do not form a Kronecker product")
   if len(static) > 1:
-    raise errors.UserError("PEFT has one decompose_factor, decompose_both and dropout for all lokr.LoKr matrices")
+    raise errors.UserError("PEFT has one decompose_factor, decompose_both and dropout for all LoKr matrices")
   tensors = {}
   for key, node in found.items():
     for i, module, r in lycoris.adapted(key, node):
@@ -61,7 +64,7 @@ def to_peft(
 def from_peft(
   params: Any, keys: Sequence[families.Key], config: Mapping, left: dict[str, np.ndarray], wrong: list[str]
 ) -> Any:
-  """The inverse of `to_peft`; see formats/peft."""
+  """Inverts `to_peft`; see formats/peft."""
   boolean = ("true or false", lambda x: isinstance(x, bool))
   whole = ("a whole number", lambda x: isinstance(x, int) and not isinstance(x, bool))
   rules = {"decompose_factor": whole, "decompose_both": boolean, "rank_dropout_scale": boolean}

@@ -1,4 +1,4 @@
-"""LoRA in the `peft` library's format: what `lora.to_peft` and `lora.from_peft` do."""
+"""`lora` in the `peft` library's format."""
 
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -16,25 +16,26 @@ from lora_jax.weights import fused
 
 TYPE = "LORA"
 EMBED = tables.EMBED
-# Features of PEFT's LoraConfig that change the forward pass and that we do not have; INHERITED are those that its
-# AdaLoRA applies too, which ignores the others.
+# Features of PEFT's LoraConfig that change the forward pass and that we do not support. PEFT's AdaLoRA also applies
+# INHERITED, but ignores the others.
 INHERITED = ("layer_replication", "trainable_token_indices")
 UNSUPPORTED = (
   *INHERITED,
   *"use_dora use_qalora use_bdlora alora_invocation_tokens".split(),
   *"arrow_config kasa_config monteclora_config velora_config megatron_config".split(),
 )
-# Initialisations that leave the base as it is.
+# Initialisations that do not change the base.
 PLAIN_INITS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
 
 
 def to_peft(
   params: Any, keys: Sequence[families.Key], trained: Collection[str] = ()
 ) -> tuple[dict, dict[str, np.ndarray]] | None:
-  """(adapter config, tensors by Hugging Face module name) of the LoRA nodes in `params`; None if it has none.
+  """Returns (config, tensors by Hugging Face module name) of the LoRA nodes in `params`; None if there are none.
 
-  `lora_A.weight` is [r, in] and `lora_B.weight` [out, r], float32. The commonest rank and alpha become `r` and
-  `lora_alpha`, the others patterns. What has a `start` is written as LoRA of twice the rank, [a, a0] and [b, -b0].
+  `lora_A.weight` is [r, in] and `lora_B.weight` [out, r], float32. The most common rank and alpha become `r` and
+  `lora_alpha`, and the others go into patterns. A node with a `start` is written with twice the rank, as [a, a0] and
+  [b, -b0].
   """
   flat = {k: parts.as_lora(w) for k, w in tree.flatten(params, is_leaf=weights.is_node).items()}
   nodes = [(key, node) for key in keys if _is_lora(flat[key.path]) for node in _nodes(flat[key.path])]
@@ -42,7 +43,7 @@ def to_peft(
     w for w in flat.values() if isinstance(w, fused.Fused) and any(weights.base(p) is not p for p in w.parts.values())
   ]
   inner = [n.base for _, n in nodes if isinstance(n.base, weights.Adapter) and not any(n.base is m for _, m in nodes)]
-  if not nodes or mixed or inner:  # PEFT has one adapter a matrix
+  if not nodes or mixed or inner:  # PEFT supports one adapter per matrix
     return None
   first, head = nodes[0][1], next((k.head for k in keys if k.path == EMBED), "")
   alpha_of = lambda scale, r: float(f"{scale * (math.sqrt(r) if first.rslora else r):.6g}")
@@ -59,7 +60,7 @@ def to_peft(
     "peft_type": "LORA",
     "r": rank,
     "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
-    "lora_dropout": 0.0 if parameters else first.dropout,  # PEFT has none for parameters
+    "lora_dropout": 0.0 if parameters else first.dropout,  # PEFT does not support dropout for parameters
     "target_modules": layout.target_modules({k: r for k, r in ranks.items() if k not in scales}, keys, flat),
     "target_parameters": parameters or None,
     "rank_pattern": rank_pattern,
@@ -79,12 +80,15 @@ def _is_lora(w: Any) -> bool:
 
 
 def _nodes(node: weights.LoRA) -> list[weights.LoRA]:
-  """The node, and that of the other use of a table where each has its own."""
+  """Returns the node, and the node of the table's other use if each use has its own."""
   return [node, node.base] if node.use and _is_lora(node.base) and node.base.use else [node]
 
 
 def _factors(key, node) -> Iterator[tuple[str, weights.LoRA, int]]:
-  """(module, node of its layer as numpy arrays without padding or start, rank) of all modules that a node adapts."""
+  """Yields (module, node of its layer, rank) for all modules that a node adapts.
+
+  The node holds numpy arrays without padding; a `start` is part of its factors.
+  """
   stack = node.scale.ndim
   parts = jax.tree.map(np.asarray, node.replace(base=None))
   for i in range(node.scale.shape[0] if stack else 1):
@@ -104,7 +108,7 @@ def _factors(key, node) -> Iterator[tuple[str, weights.LoRA, int]]:
 
 
 def _tensors(key, module, part, head) -> dict[str, np.ndarray]:
-  """The tensors of one module; `part` is what `_factors` gives."""
+  """Returns the tensors of one module; `part` is a node from `_factors`."""
   if key.path == EMBED and not head:
     return {f"{module}.lora_embedding_A": part.a.T, f"{module}.lora_embedding_B": part.b.T}
   if head:
@@ -123,7 +127,7 @@ def _tensors(key, module, part, head) -> dict[str, np.ndarray]:
 def from_peft(
   params: Any, keys: Sequence[families.Key], config: Mapping, left: dict[str, np.ndarray], wrong: list[str]
 ) -> Any:
-  """The inverse of `to_peft`: `params` with LoRA nodes; see formats/peft."""
+  """Inverts `to_peft`: returns `params` with LoRA nodes; see formats/peft."""
   flat = tree.flatten(params, is_leaf=weights.is_node)
   config = experts.from_peft(keys, config, left, wrong, flat, layout.peft_scale)
   wrong += unsupported(config, UNSUPPORTED) + _odd(config)
@@ -136,19 +140,19 @@ def from_peft(
 
 
 def unsupported(config: Mapping, features: Sequence[str]) -> list[str]:
-  """Which of `features` an adapter has."""
+  """Returns an error for each of `features` that an adapter uses."""
   return [f"{k}={config[k]!r} is not supported" for k in features if config.get(k)]
 
 
 def _odd(config: Mapping) -> list[str]:
-  """Values that are not supported of options that are."""
+  """Returns an error for each supported option with an unsupported value."""
   bad = []
   if config.get("bias", "none") not in ("none", "all", "lora_only"):
     bad.append(f"bias={config['bias']!r} is not supported")
   start = config.get("init_lora_weights", True)
   if str(start).startswith("pissa_niter"):
     bad.append(
-      f"init_lora_weights={start!r}: its base lacks a random part that is drawn anew at each load; save it in PEFT "
+      f"init_lora_weights={start!r}: its base lacks a random part that each load draws anew; save it in PEFT "
       "with path_initial_model_for_weight_conversion, as plain LoRA"
     )
   elif start not in (*PLAIN_INITS, "pissa", "olora"):
@@ -197,17 +201,17 @@ def _read_matrix(key, w, config, left, wrong) -> Any:
 
 
 def _start(key, w, rank, scale, n_in, config, wrong) -> tuple[jax.Array, jax.Array] | None:
-  """What PEFT takes out of the base when it loads the adapter, from our base, [L or 1, ...]."""
+  """Returns the factors [L or 1, ...] that PEFT subtracts from the base when it loads the adapter, or None."""
   init = config.get("init_lora_weights")
   if init not in ("pissa", "olora"):
     return None
   if init == "olora" and key.transposed:
-    wrong.append(f"init_lora_weights='olora': PEFT decomposes the transpose of {key.module}, which is none of its own")
+    wrong.append(f"init_lora_weights='olora': PEFT decomposes the transpose of {key.module}, which is not supported")
     return None
   stack = key.hf.count("{}")
   inner, outer = math.prod(w.shape[stack:][:n_in]), math.prod(w.shape[stack:][n_in:])
   if max(rank) > min(inner, outer):
-    wrong.append(f"init_lora_weights={init!r}: {key.module} has no rank {max(rank)}, at most {min(inner, outer)}")
+    wrong.append(f"init_lora_weights={init!r}: {key.module} has rank at most {min(inner, outer)}, not {max(rank)}")
     return None
   each = w if stack else jax.tree.map(lambda x: x[None], w)
   return initial.decompose(jax.random.key(0), each, np.int32(rank), scale, n_in=n_in, columns=max(rank), init=init)

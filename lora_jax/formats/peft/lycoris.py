@@ -1,4 +1,4 @@
-"""What LoHa and LoKr share in the `peft` library's format."""
+"""Functions shared by LoHa and LoKr in the `peft` library's format."""
 
 import math
 import numbers
@@ -13,8 +13,12 @@ from lora_jax.model import transformer
 
 
 def nodes(params: Any, keys: Sequence[families.Key], kind: type) -> dict[families.Key, Any]:
-  """{key: node} of the nodes of a class; UserError where one is on what PEFT has no such adapter for: what is no whole
-  `nn.Linear`, as GPT-2's Conv1D or a part of a fused matrix, or has another adapter."""
+  """Returns {key: node} of the nodes of a class.
+
+  Raises:
+    UserError: a node is not on a whole `nn.Linear`, such as GPT-2's Conv1D or a part of a fused matrix, or it is over
+      another adapter.
+  """
   flat, every = tree.flatten(params, is_leaf=weights.is_node), {}
   weights.map_nodes(lambda k, w: every.setdefault(k, w) if isinstance(w, kind) else w, params)
   found = {key: flat[key.path] for key in keys if key.path in every}
@@ -22,19 +26,19 @@ def nodes(params: Any, keys: Sequence[families.Key], kind: type) -> dict[familie
   odd += sorted(every.keys() - {key.path for key in found})
   if odd:
     raise errors.UserError(
-      f"PEFT has {kind.__name__} of whole `nn.Linear`s without other adapters alone, not of {', '.join(odd)}"
+      f"PEFT supports {kind.__name__} only on a whole `nn.Linear` without other adapters, not on {', '.join(odd)}"
     )
   return found
 
 
 def adapted(key: families.Key, node: Any) -> list[tuple[Any, str, int]]:
-  """(index into the node's arrays, module, rank) of each adapted layer."""
+  """Returns (index into the node's arrays, module, rank) for each adapted layer."""
   ranks = np.atleast_1d(np.asarray(node.rank))
   return [(i if node.rank.ndim else ..., key.module.format(i), int(r)) for i, r in enumerate(ranks) if r]
 
 
 def peft_config(found: Mapping[families.Key, Any], params: Any, keys: Sequence[families.Key]) -> dict[str, Any]:
-  """What the configs of PEFT's LoHa and LoKr share."""
+  """Returns the entries that the configs of PEFT's LoHa and LoKr share."""
   ranks, alphas = {}, {}
   for key, node in found.items():
     for i, module, r in adapted(key, node):
@@ -52,16 +56,16 @@ def peft_config(found: Mapping[families.Key, Any], params: Any, keys: Sequence[f
 
 
 def check_config(config: Mapping, known: Mapping[str, tuple[str, Callable[[Any], bool]]] | None = None) -> None:
-  """Raises UserError listing the values of a PEFT config that are wrong, beyond what formats/peft checks.
+  """Raises UserError that lists the wrong values of a PEFT config, beyond the checks of formats/peft.
 
   Args:
-    known: {key: (what is expected, whether a value is that)} of the method's own keys.
+    known: {key: (what is expected, a function that checks a value)} of the method's own keys.
   """
   number = lambda x: isinstance(x, numbers.Real) and not isinstance(x, bool) and math.isfinite(x)
   rules = {
     "alpha": ("a number", number),
     "rank_dropout": ("a number in [0, 1)", lambda x: x is None or number(x) and 0 <= x < 1),
-    "module_dropout": ("0, as no module is dropped whole here", lambda x: not x),
+    "module_dropout": ("0, as dropping whole modules is not supported", lambda x: not x),
     **(known or {}),
   }
   bad = [
@@ -74,7 +78,7 @@ def check_config(config: Mapping, known: Mapping[str, tuple[str, Callable[[Any],
 
 
 def ranks_of(config: Mapping, modules: Sequence[str], rows: Sequence[Mapping]) -> tuple[list[int], list[float]]:
-  """(ranks, scales) that PEFT gives modules; 0 for those without tensors."""
+  """Returns the (ranks, scales) that PEFT gives modules; both are 0 for modules without tensors."""
   matched = lambda pattern, m, default: layout.pattern_value(config.get(pattern), m, config.get(*default))
   ranks = [matched("rank_pattern", m, ("r", 8)) if row else 0 for m, row in zip(modules, rows, strict=True)]
   alphas = [matched("alpha_pattern", m, ("alpha", 8)) for m in modules]
@@ -88,10 +92,10 @@ def read(
   names: Sequence[str],
   build: Callable[[families.Key, Any, list[str], list[dict]], Any],
 ) -> Any:
-  """`params` with `build(key, weight, modules, tensors of each)` in place of the matrices that have tensors.
+  """Returns `params` with `build(key, weight, modules, tensors of each)` in place of each matrix that has tensors.
 
   Args:
-    names: what tensors are called after the module's name.
+    names: the parts of the tensors' names that follow the module's name.
   """
   flat = tree.flatten(params, is_leaf=weights.is_node)
   for key in keys:

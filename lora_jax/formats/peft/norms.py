@@ -18,7 +18,7 @@ PART = "ln_tuning_layers"
 def to_peft(
   params: Any, keys: Sequence[families.Key], trained: Collection[str] = ()
 ) -> tuple[dict, dict[str, np.ndarray]] | None:
-  """(config, tensors): a copy of each norm that is trained. None where something is that no pretrained model has."""
+  """Returns (config, tensors) with each trained norm; None without any, or if a trained leaf is not pretrained."""
   flat = tree.flatten(params, is_leaf=weights.is_node)
   found, whole = set(norms.leaves(params)), {key.path for key in keys if not weights.is_node(flat[key.path])}
   if not found & set(trained) or set(trained) - whole:
@@ -39,7 +39,7 @@ def to_peft(
 def from_peft(
   params: Any, keys: Sequence[families.Key], config: Mapping, left: dict[str, np.ndarray], wrong: list[str]
 ) -> Any:
-  """The inverse of `to_peft`; see formats/peft."""
+  """Inverts `to_peft`; see formats/peft."""
   flat, found = tree.flatten(params, is_leaf=weights.is_node), set(norms.leaves(params))
   modules = {k.partition(f".{PART}.")[0] for k in left}
   for key in keys:

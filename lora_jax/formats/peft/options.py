@@ -1,4 +1,4 @@
-"""Types and ranges of what an adapter_config.json says, by key."""
+"""Types and ranges of the values in an adapter_config.json, by key."""
 
 import math
 import numbers
@@ -9,7 +9,7 @@ from typing import Any
 
 from lora_jax import errors, patterns
 
-SMALL = 64  # ranks up to this may be unused defaults
+SMALL = 64  # ranks up to this are always accepted, since they may be unused defaults
 MAY_BE_NULL = frozenset(
   "vera_dropout lora_dropout rank_pattern alpha_pattern modules_to_save num_virtual_tokens total_step "
   "target_modules exclude_modules feedforward_modules layers_to_transform layers_pattern target_parameters "
@@ -18,12 +18,12 @@ MAY_BE_NULL = frozenset(
 
 
 def check(where: pathlib.Path, config: Mapping, modules: Collection[str], longest: int) -> None:
-  """Raises UserError listing what is of a wrong type, or for a regex that does not end.
+  """Raises UserError that lists values of the wrong type, or for a regex that takes too long.
 
   Args:
-    where: the file.
-    modules: names that the regexes are to find.
-    longest: axis of a tensor of the adapter, which no rank is larger than.
+    where: path of the file, for messages.
+    modules: the names that the regexes are applied to.
+    longest: size of the longest axis of the adapter's tensors, which no rank exceeds.
   """
   bad = [
     f"{k} is {config[k]!r:.100}, expected {what}"
@@ -58,7 +58,7 @@ def _text(x: Any) -> bool:
 
 
 def _rules(config: Mapping, longest: int) -> dict:
-  """{key: (what its value should be, whether a value is that)}."""
+  """Returns {key: (what its value should be, a function that checks a value)}."""
   whole = lambda x: _number(x, numbers.Integral, 0)
   positive = lambda x: _number(x, numbers.Integral, 1)
   rank = lambda x: positive(x) and x <= longest
@@ -85,9 +85,9 @@ def _rules(config: Mapping, longest: int) -> dict:
   rules |= dict.fromkeys(several, ("a regular expression or a list of names", lambda x: _text(x) or names(x)))
   rules |= dict.fromkeys(("init_r", "num_virtual_tokens", "num_transformer_submodules"), rules["r"])
   rules["vera_dropout"] = rules["lora_dropout"]
-  if config.get("peft_type") == "LOKR":  # where a rank that is too large asks for a whole matrix
+  if config.get("peft_type") == "LOKR":  # a rank that is too large means a whole matrix
     rules |= {"r": ("a positive whole number", positive), "rank_pattern": ("an object of ranks", _is_table(positive))}
-  if config.get("peft_type") == "ADALORA":  # whose pattern says which of the ranks are in use
+  if config.get("peft_type") == "ADALORA":  # the pattern says which of the ranks are in use
     flags = _is_table(_is_list(lambda v: isinstance(v, bool)))
     rules["rank_pattern"] = ("an object of names and lists of true and false", flags)
     rules |= dict.fromkeys(("target_r", "deltaT", "total_step"), ("a positive whole number", positive))

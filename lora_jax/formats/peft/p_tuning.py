@@ -16,7 +16,8 @@ from_peft = prompt_tuning.from_peft
 def to_peft(
   params: Any, keys: Sequence[Any], trained: Collection[str] = ()
 ) -> tuple[dict, dict[str, np.ndarray]] | None:
-  """(adapter config, {"prompt_embeddings": [P, D]}) of an `p_tuning.Encoder` before everything: what it computes."""
+  """Returns (config, {"prompt_embeddings": [P, D]}) of the prompt that a `p_tuning.Encoder` computes; None without one
+  or if its placement is not "prefix"."""
   found = prompt_tuning.form(params, TYPE, p_tuning.Encoder)
   if found is None:
     return None

@@ -1,4 +1,4 @@
-"""LoRA on some parts of a fused matrix as LoRA of the whole, which is what PEFT has."""
+"""LoRA on parts of a fused matrix, converted to LoRA of the whole matrix, which PEFT supports."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,10 +10,10 @@ from lora_jax.weights import fused
 
 
 def as_lora(w: Any) -> Any:
-  """A `weights.LoRA` of the whole matrix that computes what LoRA on some parts does; anything else as it is.
+  """Returns a `weights.LoRA` of the whole matrix that is equal to LoRA on some parts; returns anything else unchanged.
 
-  Ranks add up: the parts' `a` lie side by side, and each part's rows of `b` are zero in the outputs of the others.
-  Computed in numpy: for files.
+  Ranks add up: the `a` of the parts are concatenated, and each part's rows of `b` are zero in the outputs of the other
+  parts. The arrays are numpy, for files.
   """
   parts = [p if isinstance(p, weights.LoRA) else None for p in w.parts.values()] if isinstance(w, fused.Fused) else []
   nodes = [weights.base(p) is not p for p in w.parts.values()] if parts else []
@@ -37,7 +37,7 @@ def as_lora(w: Any) -> Any:
 
 
 def _bias(p: Any, n: int, scale: np.ndarray) -> np.ndarray:
-  """A part's bias [*stack, *out] for the scale of the whole; n is how many axes come before those of the output."""
+  """Returns a part's bias [*stack, *out] for the scale of the whole; n is the number of axes before the output's."""
   bias = p.bias if isinstance(p, weights.LoRA) else None
   if bias is None:
     return np.zeros((*p.shape[: scale.ndim], *p.shape[n:]), np.float32)
@@ -46,11 +46,12 @@ def _bias(p: Any, n: int, scale: np.ndarray) -> np.ndarray:
 
 
 def block(parts: Sequence[tuple | None], widths: Sequence[int], axis: int) -> tuple[np.ndarray, np.ndarray, float]:
-  """(a, b, scale) of a matrix from the `layer` of its parts, None for a part without any.
+  """Returns (a, b, scale) of a matrix from the factors of its parts.
 
   Args:
-    parts: a [..., in, R], b [..., R, ..., out, ...] and scale.
-    widths: how long each part is along `axis` of b, counted from the end.
+    parts: (a [..., in, R], b [..., R, ..., out, ...], scale) for each part, or None for a part without LoRA.
+    widths: size of each part along `axis` of b.
+    axis: negative, counted from the end.
   """
   given = [(p, i) for i, p in enumerate(parts) if p is not None]
   scale = next((s for (_, _, s), _ in given if s), 0.0)

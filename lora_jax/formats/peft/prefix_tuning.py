@@ -13,27 +13,27 @@ from lora_jax.methods import prefix_tuning
 
 TYPE = "PREFIX_TUNING"
 HOLDS = ("prefix",)  # entries of the tree beside kernels
-_ROW = "l s p k h -> p (l s k h)"  # a row is the keys, then the values, of one layer after the other
+_ROW = "l s p k h -> p (l s k h)"  # a row holds layer after layer, the keys before the values
 
 
 def to_peft(
   params: Any, keys: Sequence[Any], trained: Collection[str] = ()
 ) -> tuple[dict, dict[str, np.ndarray]] | None:
-  """(adapter config, {"prompt_embeddings": [P, n 2 K H]}) of a prefix, computed where it is `Projected`.
+  """Returns (config, {"prompt_embeddings": [P, n 2 K H]}) of a prefix, or of the prefix that a `Projected` computes.
 
-  n is the number of layers but for encoder-decoders. There PEFT 0.21 splits its table, twice over, as if keys and
-  values for cross-attention were between those of two layers, and then drops these: layer i gets what is number
-  2i mod n. With n as PEFT sets it, the number of layers of the encoder, layers i and i + n/2 share theirs if it is even
-  and every other one is never used. With the odd n that is written here each layer has its own; one left over is zero.
+  n is the number of layers, except for encoder-decoders. There PEFT 0.21 repeats its table and splits it as if keys and
+  values for cross-attention came after each layer's, and then drops those, so layer i gets entry 2i mod n. PEFT sets n
+  to the number of layers of the encoder. If that is even, layers i and i + n/2 share an entry, and every other entry is
+  unused. This function writes an odd n, so that each layer has its own entry; an entry left over is zero.
 
   Raises:
-    UserError: an encoder has a prefix, or cross-attention, which PEFT has no place for.
+    UserError: the encoder or cross-attention has a prefix, which PEFT does not support.
   """
   if "prefix" not in params:
     return None
   prefix = params["prefix"]()
   if "cross" in prefix or "prefix" in params.get("encoder", {}):
-    raise errors.UserError("PEFT has no prefix of an encoder or of attention to it")
+    raise errors.UserError("PEFT does not support a prefix of an encoder or of attention to it")
   both = np.stack([np.asarray(prefix["attn"][name], np.float32) for name in "kv"], 1)
   L, _, P, K, H = both.shape
   stacks, n = (2, L | 1) if "encoder" in params else (1, L)
@@ -52,12 +52,12 @@ def to_peft(
 
 
 def _rows(layers: int, n: int, stacks: int) -> np.ndarray:
-  """Which of the n keys and values of PEFT's table each layer has."""
+  """Returns which of the n entries of PEFT's table each layer uses."""
   return stacks * np.arange(layers) % n
 
 
 def from_peft(params: Any, keys: Sequence[Any], config: Mapping, left: dict[str, np.ndarray], wrong: list[str]) -> Any:
-  """The inverse of `to_peft`: `params` with a `prefix_tuning.Prefix`; see formats/peft."""
+  """Inverts `to_peft`: returns `params` with a `prefix_tuning.Prefix`; see formats/peft."""
   rows, columns = prompt_tuning.size(left)
   L, K, H = prefix_tuning.sizes(params)
   P, encoder = config.get("num_virtual_tokens") or rows, "encoder" in params

@@ -16,15 +16,15 @@ HOLDS = ("prompt",)  # entries of the tree beside kernels
 def to_peft(
   params: Any, keys: Sequence[Any], trained: Collection[str] = ()
 ) -> tuple[dict, dict[str, np.ndarray]] | None:
-  """(adapter config, {"prompt_embeddings": [P, D]}) of a `Prompt` that stands before everything; None of others.
+  """Returns (config, {"prompt_embeddings": [P, D]}) of a `Prompt` with placement "prefix"; None for others.
 
-  Its `scaled` must be False: `prompts.unscaled` sees to that.
+  Its `scaled` must be False, which `prompts.unscaled` ensures.
   """
   return form(params, TYPE, prompt_tuning.Prompt)
 
 
 def form(params: Any, kind: str, node: type) -> tuple[dict, dict[str, np.ndarray]] | None:
-  """The PEFT form of a soft prompt of class `node`: what it computes. See `to_peft`."""
+  """Returns the (config, tensors) of the table that a soft prompt of class `node` computes; see `to_peft`."""
   prompt = params.get("prompt")
   if not isinstance(prompt, node) or prompt.placement != "prefix":
     return None
@@ -34,7 +34,7 @@ def form(params: Any, kind: str, node: type) -> tuple[dict, dict[str, np.ndarray
     "peft_type": kind,
     "num_virtual_tokens": len(table),
     "token_dim": table.shape[1],
-    "num_transformer_submodules": 1,  # an encoder-decoder's has two tables, of which PEFT uses the first
+    "num_transformer_submodules": 1,  # PEFT's encoder-decoders have two tables, but use only the first
     "num_attention_heads": layers["o"]["kernel"].shape[1],
     "num_layers": layers["o"]["kernel"].shape[0],
   }
@@ -42,7 +42,7 @@ def form(params: Any, kind: str, node: type) -> tuple[dict, dict[str, np.ndarray
 
 
 def from_peft(params: Any, keys: Sequence[Any], config: Mapping, left: dict[str, np.ndarray], wrong: list[str]) -> Any:
-  """The inverse of `to_peft`: `params` with a `prompt_tuning.Prompt`; see formats/peft."""
+  """Inverts `to_peft`: returns `params` with a `prompt_tuning.Prompt`; see formats/peft."""
   rows, _ = size(left)
   count = config.get("num_virtual_tokens") or rows
   shape = (rows if rows == 2 * count else count, params["embed"]["kernel"].shape[1])
@@ -51,6 +51,6 @@ def from_peft(params: Any, keys: Sequence[Any], config: Mapping, left: dict[str,
 
 
 def size(tensors: Mapping[str, np.ndarray]) -> tuple[int, int]:
-  """Rows and columns of the one tensor of a prompt-learning adapter; zeros where there is none, or no matrix."""
+  """Returns (rows, columns) of the tensor of a prompt-learning adapter; zeros if it is missing or not a matrix."""
   shape = np.shape(tensors.get("prompt_embeddings", ()))
   return shape if len(shape) == 2 else (0, 0)

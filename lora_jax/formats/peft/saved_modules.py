@@ -1,10 +1,9 @@
-"""Modules of the pretrained model in an adapter of the `peft` library: those it holds whole, and copies of the base.
+"""Modules of the pretrained model in an adapter of the `peft` library: modules saved whole, and copies of the base.
 
-The plain name of a module that the config saves whole, `lm_head.weight`, is what PEFT computes with. Beside it there
-may be `lm_head.modules_to_save.weight`, the same once more, and `lm_head.original_module.weight`, which it replaced.
-Of embedding and head PEFT stores the pretrained tables too where it was asked to (`save_embedding_layers`), and by
-default where the vocabulary was resized: under the plain name of a module that is not saved whole, or below its
-wrapper.
+PEFT computes with the plain name of a module that the config saves whole, such as `lm_head.weight`. There may also be
+`lm_head.modules_to_save.weight`, which is a copy, and `lm_head.original_module.weight`, which is the weight before
+training. PEFT also stores the pretrained embedding and head on request (`save_embedding_layers`), and by default if the
+vocabulary was resized. They are under the plain name of a module that is not saved whole, or below its wrapper.
 """
 
 import re
@@ -20,7 +19,7 @@ from lora_jax.formats.pretrained import Model
 from lora_jax.model import transformer
 
 EMBED, HEAD = "embed/kernel", "head/kernel"
-BASE = ("base_layer", "token_adapter.base_layer", "original_module")  # below which a pretrained tensor may be
+BASE = ("base_layer", "token_adapter.base_layer", "original_module")  # wrappers that may hold a pretrained tensor
 
 UNTIE = (
   "; load the adapter on the base untied, in transformers: model.config.tie_word_embeddings = False, then "
@@ -30,12 +29,12 @@ UNTIE = (
 
 
 def uses(key: families.Key) -> tuple[str, ...]:
-  """The modules that compute with a table: look rows up, or multiply by it as the head."""
+  """Returns the modules that use a leaf; for the embedding, those that look rows up and a tied head."""
   return (*key.lookups, *filter(None, [key.head])) if key.path == EMBED else (key.module,)
 
 
 def renamed(model: Model, config: Mapping, left: dict[str, np.ndarray]) -> tuple[Mapping, dict[str, np.ndarray]]:
-  """An adapter's config and tensors with the names that modules have in transformers today, and one name a leaf."""
+  """Returns an adapter's config and tensors with today's module names of transformers, and one name per leaf."""
   old = {k.hf.rpartition(".")[0]: k.module for k in model.family.KEYS if k.torch}
   for before, now in old.items():
     left = {re.sub(rf"^{re.escape(before)}\.", f"{now}.", k): x for k, x in left.items()}
@@ -50,7 +49,7 @@ def renamed(model: Model, config: Mapping, left: dict[str, np.ndarray]) -> tuple
 
 
 def check_rows(keys: Sequence[families.Key], params: Any, left: Mapping[str, np.ndarray]) -> None:
-  """Raises UserError for an adapter of another vocabulary."""
+  """Raises UserError if an adapter was trained with another vocabulary size."""
   for key in (k for k in keys if k.path in (EMBED, HEAD)):
     rows = params["embed"]["kernel"].shape[0] if key.path == EMBED else params["head"]["kernel"].shape[1]
     for m in {*uses(key), key.module}:
@@ -61,17 +60,17 @@ def check_rows(keys: Sequence[families.Key], params: Any, left: Mapping[str, np.
           n = x.shape[axis]
           raise errors.UserError(
             f"the adapter is of a vocabulary of {n} rows ({name} is {x.shape}), this model has {rows}; load it on the "
-            f"base that it was trained on, for which in transformers: model.resize_token_embeddings({n}) and "
+            f"base that it was trained on, which transformers makes by: model.resize_token_embeddings({n}) and "
             "model.save_pretrained(DIRECTORY)"
           )
 
 
 def drop_copies(keys: Sequence[families.Key], config: Mapping, left: dict[str, np.ndarray], wrong: list[str]) -> None:
-  """Takes out of `left` what is there twice, and what modules that are saved whole have replaced."""
+  """Removes from `left` the copies of tensors, and the tensors that modules saved whole have replaced."""
   tables = {f"{m}.weight" for k in keys if k.path in (EMBED, HEAD) for m in uses(k)}
   for k in list(left):
     module, _, name = k.partition(".modules_to_save.")
-    # PEFT leaves the adapter's name in those that it stores for their biases.
+    # PEFT keeps the adapter's name in the copies that it stores because of their biases.
     plain = next((p for p in (f"{module}.{name}", f"{module}.{name.partition('.')[2]}") if name and p in left), None)
     if plain:
       wrong += [] if np.array_equal(left[k], left[plain]) else [f"{k} and {plain} differ, which are one tensor in PEFT"]
@@ -84,9 +83,9 @@ def drop_copies(keys: Sequence[families.Key], config: Mapping, left: dict[str, n
 def read_tables(
   params: Any, keys: Sequence[families.Key], config: Mapping, left: dict[str, np.ndarray], wrong: list[str]
 ) -> tuple[Any, set[str]]:
-  """(`params` with the embedding and head that an adapter has, names of the tensors that are saved whole).
+  """Returns (`params` with the adapter's embedding and head, names of the tensors that are saved whole).
 
-  PEFT has a table for each use, where this model has one for all uses of a leaf.
+  PEFT has a table for each use, whereas this model has one leaf for all uses.
   """
   flat, taken = tree.flatten(params, is_leaf=weights.is_node), set()
   for key in (k for k in keys if k.path in (EMBED, HEAD)):
@@ -103,11 +102,13 @@ def read_tables(
     for k, x in bases.items():
       if not np.array_equal(x, table := next(iter(bases.values()))):
         wrong.append(f"{k} and {next(iter(bases))} differ, which are one table in this model")
-      elif x is table and not weights.is_node(w) and not _is_table(key, x, w):  # packed: the same but for rounding
+      elif (
+        x is table and not weights.is_node(w) and not _is_table(key, x, w)
+      ):  # a packed table differs only by rounding
         w = jnp.asarray(key.from_hf(x, w.shape)).astype(w.dtype)
     idle = [k for k in whole if k.removesuffix(".weight") not in names]
     wrong += [
-      f"{k} is saved whole, which is of no effect in PEFT: it computes with {' and '.join(names)}"
+      f"{k} is saved whole, which has no effect in PEFT: it computes with {' and '.join(names)}"
       for k in idle
       if not _is_table(key, whole[k], w)
     ]
@@ -119,17 +120,22 @@ def read_tables(
 
 
 def _is_table(key: families.Key, x: np.ndarray, w: weights.Weight) -> bool:
-  """Whether an adapter's tensor is a table of the model, rounded as that is."""
+  """Returns whether an adapter's tensor, in the dtype of the model's table, is equal to that table."""
   return not weights.is_node(w) and np.array_equal(jnp.asarray(key.from_hf(x, w.shape)).astype(w.dtype), w)
 
 
 def _one(key, names, whole, used, w, wrong) -> Any:
-  """The table that an adapter has whole for each of its uses `names`, of which it may have some as they were."""
+  """Returns the table that an adapter saves whole under the names `used`, out of the names of all its uses.
+
+  The uses that are not saved keep the pretrained table.
+  """
   first, rest = used[0], [k for k in names if k not in used]
   if other := [k for k in used if not np.array_equal(whole[k], whole[first])]:
     said, pair = f"{first} and {other[0]} differ, which are one table in this model", (first, other[0])
   elif rest and not _is_table(key, whole[first], w):
-    said = f"{first} is saved without {rest[0]}: PEFT then keeps the pretrained table there, which is one with it here"
+    said = (
+      f"{first} is saved without {rest[0]}: PEFT then keeps the pretrained table there, but they are one table here"
+    )
     pair = (first, rest[0])
   else:
     return jnp.asarray(key.from_hf(whole[first], w.shape))
@@ -140,7 +146,7 @@ def _one(key, names, whole, used, w, wrong) -> Any:
 def read_whole(
   params: Any, keys: Sequence[families.Key], config: Mapping, left: dict[str, np.ndarray], wrong: list[str]
 ) -> tuple[Any, set[str]]:
-  """(`params` with other modules that an adapter holds whole, the names of their tensors)."""
+  """Returns (`params` with the other modules that an adapter saves whole, the names of their tensors)."""
   flat = tree.flatten(params, is_leaf=weights.is_node)
   found: dict[str, tuple] = {}
   for key in (k for k in keys if k.path not in (EMBED, HEAD)):
@@ -172,14 +178,14 @@ def read_whole(
 def write_beneath(
   params: Any, keys: Sequence[families.Key], tensors: Mapping[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
-  """Tables that an adapter adapts and that are not those of the pretrained model, as PEFT stores them.
+  """Returns {PEFT name: table} for adapted tables that differ from the pretrained model's.
 
   Args:
-    keys: the rows of what has changed beneath adapters.
-    tensors: the adapter's.
+    keys: the rows of the leaves that have changed beneath adapters.
+    tensors: the tensors of the adapter.
 
   Raises:
-    UserError: PEFT stores no other weights.
+    UserError: another weight has changed, which PEFT cannot store.
   """
   flat, made = tree.flatten(params, is_leaf=weights.is_node), {}
   for key in keys:
@@ -196,7 +202,7 @@ def write_beneath(
 
 
 def is_saved(config: Mapping, module: str) -> bool:
-  """Whether PEFT saves a module whole: where it, or one that it is a part of, ends as `modules_to_save` says."""
+  """Returns whether PEFT saves a module whole: its name, or a parent's, ends with one of `modules_to_save`."""
   above = (module[:i] for i, c in enumerate(f"{module}.") if c == ".")
   return any(m.endswith(tuple(config.get("modules_to_save") or ())) for m in above)
 
@@ -204,7 +210,7 @@ def is_saved(config: Mapping, module: str) -> bool:
 def absent(
   params: Any, keys: Sequence[families.Key], method: ModuleType, config: Mapping, tensors: Collection[str]
 ) -> list[str]:
-  """What is wrong with an adapter that lacks modules which its config names; PEFT leaves those as they are."""
+  """Returns an error for each list of modules that the config names but the adapter lacks; PEFT ignores those."""
   flat, norms = tree.flatten(params, is_leaf=weights.is_node), method.TYPE == "LN_TUNING"
   present = {k[:i] for k in tensors for i, c in enumerate(k) if c == "."}
   bare, incomplete, unknown = [], [], list(config.get("modules_to_save") or ())
@@ -224,7 +230,7 @@ def absent(
 
 
 def is_target(config: Mapping, module: str) -> bool:
-  """Whether PEFT adapts a linear layer of this name."""
+  """Returns whether PEFT adapts a linear layer of this name."""
 
   def ends(names):
     return re.fullmatch(names, module) if isinstance(names, str) else any(f".{module}".endswith(f".{n}") for n in names)

@@ -1,8 +1,8 @@
 """LoRA on embedding tables and tied heads in the `peft` library's format.
 
-PEFT has an adapter a module. The modules that look up rows of a table each have `lora_embedding_A` [r, V] and
-`lora_embedding_B` [D, r]; a head that is tied to it, and is adapted only if it is named too or `ensure_weight_tying` is
-set, has `lora_A.weight` [r, D] and `lora_B.weight` [V, r] like any matrix.
+PEFT has one adapter per module. Each module that looks up rows of a table has `lora_embedding_A` [r, V] and
+`lora_embedding_B` [D, r]. A tied head has `lora_A.weight` [r, D] and `lora_B.weight` [V, r], like any matrix. It is
+adapted only if it is also named, or if `ensure_weight_tying` is set.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,7 @@ EMBED, HEAD = "embed/kernel", "head/kernel"
 
 
 def can_tie(keys: Sequence[families.Key]) -> bool:
-  """Whether PEFT can tie the adapters of table and head: it takes the table's module for the one that looks up."""
+  """Returns whether PEFT can tie the adapters of table and head: only the table's own module may look rows up."""
   return any(k.path == EMBED and k.head and k.lookups == (k.module,) for k in keys)
 
 
@@ -28,11 +28,11 @@ def read(
   left: dict[str, np.ndarray],
   wrong: list[str],
 ) -> weights.Weight:
-  """The embedding table with LoRA on the uses that an adapter is of.
+  """Returns the embedding table with LoRA on the uses that the adapter adapts.
 
   Args:
-    left: the adapter's tensors; those that are read are taken out.
-    wrong: what does not fit is added.
+    left: the adapter's tensors; the function removes those that it reads.
+    wrong: the function appends its error messages.
   """
   head, looked = key.head or None, key.lookups
   named = lambda module: any(k.startswith(f"{module}.lora_") for k in left)
@@ -42,7 +42,7 @@ def read(
   same = lambda x, y: all(np.array_equal(getattr(x, f), getattr(y, f)) for f in ("a", "b", "scale"))
   present = [found.get(m) for m in looked]
   if any(present) and not all(node and same(node, present[0]) for node in present):
-    wrong.append(f"the adapters of {', '.join(looked)} differ, which share one table here")
+    wrong.append(f"the adapters of {', '.join(looked)} differ, but these share one table here")
   embed, tied = found.get(looked[0]), found.get(head)
   if config.get("ensure_weight_tying") and embed and tied and not same(embed, tied):
     wrong.append(f"ensure_weight_tying: the adapters of {looked[0]} and {head} differ")
@@ -56,7 +56,7 @@ def read(
 
 
 def _node(w, module, head, config, left, wrong) -> weights.LoRA:
-  """LoRA on a table [V, D] from the tensors of one module, which may be the tied head."""
+  """Returns LoRA on a table [V, D] from the tensors of one module, which may be the tied head."""
   r, (V, D) = layout.peft_rank(config, module), w.shape
   if head:
     a, b = (layout.take(left, wrong, f"{module}.lora_{c}.weight", s) for c, s in (("B", (V, r)), ("A", (r, D))))

@@ -21,9 +21,10 @@ FIELDS = {"b": "vera_lambda_b", "d": "vera_lambda_d"}
 def to_peft(
   params: Any, keys: Sequence[families.Key], trained: Collection[str] = ()
 ) -> tuple[dict, dict[str, np.ndarray]] | None:
-  """(adapter config, tensors by Hugging Face module name) of the VeRA nodes in `params`; None if it has none.
+  """Returns (config, tensors by Hugging Face module name) of the VeRA nodes in `params`; None if there are none.
 
-  `vera_lambda_b` is [out], `vera_lambda_d` [r], and once `vera_A` [r, max in] and `vera_B` [max out, r].
+  Each module has `vera_lambda_b` [out] and `vera_lambda_d` [r]; all share `vera_A` [r, max in] and `vera_B`
+  [max out, r].
   """
   nodes = layout.nodes(params, keys, vera.VeRA)
   if not nodes:
@@ -54,7 +55,7 @@ def to_peft(
 
 
 def _check_order(key: families.Key, shape: Sequence[int]) -> None:
-  """Raises UserError where Hugging Face orders inputs or outputs otherwise: the first rows of B would be others."""
+  """Raises UserError if Hugging Face orders inputs or outputs differently, since other rows of B would come first."""
   n = transformer.in_axes(key.path)
   for pattern, axes, r in zip(key.low_rank(), (shape[:n], shape[n:]), (-1, 0), strict=True):
     numbers = np.expand_dims(np.arange(math.prod(axes)).reshape(axes), r)
@@ -65,18 +66,18 @@ def _check_order(key: families.Key, shape: Sequence[int]) -> None:
 def from_peft(
   params: Any, keys: Sequence[families.Key], config: Mapping, left: dict[str, np.ndarray], wrong: list[str]
 ) -> Any:
-  """The inverse of `to_peft`: `params` with VeRA nodes; see formats/peft."""
+  """Inverts `to_peft`: returns `params` with VeRA nodes; see formats/peft."""
   rank, flat = config.get("r", 256), tree.flatten(params, is_leaf=weights.is_node)
   a, b = shared = [left.pop(k, None) for k in SHARED]
   if missing := [k for k, x in zip(SHARED, shared, strict=True) if x is None]:
     wrong.append(
-      f"no {', '.join(missing)}, which would follow from torch's random numbers; save with save_projection=True"
+      f"no {', '.join(missing)}, which PEFT draws from torch's random numbers; save with save_projection=True"
     )
   elif a.ndim != 2 or b.ndim != 2 or not a.shape[0] == rank == b.shape[1]:
     wrong.append(f"vera_A is {a.shape} and vera_B {b.shape}, expected [r, in] and [out, r] with r={rank}")
     a = b = None
   for key in keys:
-    if not transformer.in_axes(key.path) or architecture.stack_axes(key.path) > 1:  # no matrix, or those of experts
+    if not transformer.in_axes(key.path) or architecture.stack_axes(key.path) > 1:  # not a matrix, or one of experts
       continue
     modules = [key.module.format(i) for i in range(flat[key.path].shape[0] if "{}" in key.hf else 1)]
     found = [any(f"{m}.{s}" in left for s in FIELDS.values()) for m in modules]
@@ -91,7 +92,7 @@ def from_peft(
     values = {"d": np.zeros((len(modules), rank), np.float32), "b": np.zeros((len(modules), *outer), np.float32)}
     for i in np.flatnonzero(found):
       for f, s in FIELDS.items():
-        view = values[f][i]  # the order is that of our axes
+        view = values[f][i]  # in the order of our axes, as `_check_order` ensures
         view[...] = layout.take(left, wrong, f"{modules[i]}.{s}", (view.size,)).reshape(view.shape)
     stack = slice(None) if "{}" in key.hf else 0
     d, lambda_b, scale = (jnp.asarray(np.float32(x)[stack]) for x in (values["d"], values["b"], found))
