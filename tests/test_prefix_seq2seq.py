@@ -300,7 +300,7 @@ def test_texts_are_those_of_peft(tmp_path):
 def test_what_peft_cannot_hold_or_run_is_refused(tmp_path):
   """A table of fewer layers than the decoder has, where peft runs out of them, and one that is no whole number."""
   model = models.Model("tiny", CONFIG, base(), None, HF)
-  with pytest.raises(peft_format.NoForm, match="no prefix of an encoder"):
+  with pytest.raises(peft_format.NoForm, match="not support a prefix of an encoder"):
     peft_format.save(model, adapted()[0], tmp_path / "none")
   for n in (2, 3.5):
     tensors = {"prompt_embeddings": np.zeros((P, int(n * 2 * 64)), np.float32)}
