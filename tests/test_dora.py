@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import struct
 
 from lora_jax import errors, methods, models, tree, weights
 from lora_jax.formats import peft as peft_format
@@ -15,6 +14,7 @@ from lora_jax.formats.peft import dora as dora_form
 from lora_jax.methods import dora, lora
 from lora_jax.model import transformer
 from tests.noise import moved
+from tests.packed import packed
 from tests.test_families import outputs
 from tests.test_lora import first_output, load, load_family
 from tests.test_models import torch_logits
@@ -157,33 +157,11 @@ def test_outputs_without_weights_stay_zero_and_finite():
   assert np.isfinite(jax.grad(lambda m: jnp.sum(jnp.sin(f(m))))(norm)).all()
 
 
-@struct.dataclass
-class Packed:
-  """An int8 weight with a scale for each output, as a stand-in for packed formats."""
-
-  q: jax.Array
-  s: jax.Array
-
-  def dot(self, spec, x, dtype=None):
-    return weights.dot(spec, x, self.dense(), dtype)
-
-  def dense(self):
-    return self.q * self.s
-
-  @property
-  def shape(self):
-    return self.q.shape
-
-
 @pytest.mark.slow
 def test_over_any_base(base):
   """A packed weight, and another adapter."""
-  w = base["layers"]["attn"]["q"]["kernel"]
-  s = jnp.abs(w).max((1, 2, 3), keepdims=True) / 127
-  packed = jax.tree.map(lambda x: x, base)
-  packed["layers"]["attn"]["q"]["kernel"] = Packed(jnp.round(w / s).astype(jnp.int8), s)
   adapted, mask = lora.init(KEY, base, targets="q", rank=3)
-  for tree_ in (packed, moved(adapted, mask)):
+  for tree_ in (packed(base), moved(adapted, mask)):
     params, mask = dora.init(KEY, tree_, targets="q", rank=2)
     assert {k for k, m in tree.flatten(mask).items() if m} == {
       f"layers/attn/q/kernel/{k}" for k in ("base/a", "base/b", "magnitude")

@@ -215,9 +215,9 @@ def test_summary_has_the_agreed_keys():
 
 @pytest.mark.slow
 def test_peak_memory_is_in_bytes_and_remembers_the_peak():
-  code = "from lora_jax import report; import numpy as np; np.ones(2**26); print(report.peak_memory_bytes())"
+  code = "from lora_jax.results import report; import numpy as np; np.ones(2**26); print(report.peak_memory_bytes())"
   env = os.environ | {"JAX_PLATFORMS": "cpu"}
-  root = os.path.dirname(os.path.dirname(report.__file__))
+  root = os.path.dirname(os.path.dirname(lora_jax.__file__))
   out = subprocess.run([sys.executable, "-c", code], cwd=root, env=env, capture_output=True, text=True, check=True)
   assert 2**29 < int(out.stdout) < 2**31
 
