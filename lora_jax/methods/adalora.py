@@ -86,6 +86,7 @@ def init(
 
 
 def scale_of(alpha: float, rank: int) -> float:
+  """Returns the factor of the update, alpha / (rank + 1e-5) as in PEFT; an alpha of 0 or less stands for the rank."""
   return (alpha if alpha > 0 else rank) / (rank + 1e-5)
 
 

@@ -158,6 +158,7 @@ init.__signature__ = targeting.signature(init, lora.init, without=("lora_bias", 
 
 
 def node(w: weights.LoRA) -> DoRA:
+  """Returns DoRA over `w`, whose magnitude starts as the norms of the base (arXiv:2402.09353, equation 5)."""
   stack = w.scale.ndim
   length = norm(w.base, stack, w.a.ndim - 1 - stack)
   return DoRA(w, length, length)
